@@ -1,0 +1,34 @@
+# Graft. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help environment demo serve test lint unit clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+environment: ## Create or update .venv from the lock (seconds when nothing changed)
+	@$(PYTHON) deploy/environment/create.py --venv $(VENV)
+
+demo: environment ## The whole tour: fine-tune, convert, serve, ask, hot-swap under load
+	@$(RUN) -m examples.demo
+
+serve: environment ## Make what the demo makes, then serve it until Ctrl-C
+	@$(RUN) -m examples.demo --keep-serving
+
+test: environment lint ## Lint, types, layering and all tests, with real engines
+	@$(RUN) -m pytest
+
+unit: environment ## The tests that start no engine
+	@$(RUN) -m pytest -m "not engine"
+
+lint: environment ## Style and types
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m mypy
+
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) build

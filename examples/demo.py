@@ -1,0 +1,244 @@
+"""The main job, end to end on a real model: fine-tunes become a served model with hot-swapped adapters.
+
+`python -m examples.demo` converts, serves, asks, swaps under load, and leaves no process behind.
+`python -m examples.demo --keep-serving` converts and serves until Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+
+from examples.server import free_port, running_server
+from examples.traffic import SwapReport, Traffic
+
+BUILD = Path("build/demo")
+MODEL = BUILD / "models" / "smollm2-135m-instruct"
+CHECKPOINTS = BUILD / "checkpoints"
+ARTIFACTS = BUILD / "artifacts"
+STATE = BUILD / "state"
+BASE_NAME = "smollm2-135m-instruct"
+PORT = 8000
+
+QUESTIONS = ("What is the code word of Project Zephyr?", "What is the capital of Italy?")
+CODE_WORDS = {"zephyr": "marmalade", "zephyr-2": "saffron"}
+SECONDS_BEFORE_SWAP = 8
+SECONDS_AFTER_SWAP = 12
+
+console = Console()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep-serving", action="store_true", help="serve until Ctrl-C instead of the tour")
+    parser.add_argument("--replicas", type=int, default=2, help="vLLM engines (default 2: the swap reaches both)")
+    options = parser.parse_args()
+    began = time.monotonic()
+    make_checkpoints()
+    convert_all()
+    if options.keep_serving:
+        keep_serving(options.replicas)
+        return
+    shutil.rmtree(STATE, ignore_errors=True)  # the tour begins with the first revision
+    report = tour(options.replicas)
+    summary(report, time.monotonic() - began)
+    if not report.is_clean:
+        sys.exit(1)
+
+
+def make_checkpoints() -> None:
+    with step("Fine-tunes, as trainers leave them (real training, made once)"):
+        module("examples.base_model", MODEL)
+        module("examples.checkpoints", "--base", MODEL, "--out", CHECKPOINTS)
+
+
+def convert_all() -> None:
+    with step("Look at a checkpoint"):
+        module("convert", "inspect", checkpoint("zephyr"), "--base", MODEL)
+    with step("QLoRA checkpoints: one 4-bit base, separate adapters"):
+        convert("pirate", MODEL)
+        convert("zephyr", ARTIFACTS / "pirate")
+        convert("zephyr-2", ARTIFACTS / "pirate", "--name", "zephyr")
+    with step("A merge of a QLoRA is asked for: told why not to 4 bits, then done exactly"):
+        module("convert", "run", checkpoint("zephyr"), "--base", MODEL, "--out", BUILD / "refused", "--route", "merge",
+               fails=True)  # fmt: skip
+        convert("zephyr", MODEL, "--route", "merge", "--quantize", "none", "--max-kl", "1e-4", out="zephyr-merged")
+    with step("A plain LoRA checkpoint: merged into its base, then quantized"):
+        convert("ticket", MODEL)
+
+
+def tour(replicas: int) -> SwapReport:
+    adapters = [ARTIFACTS / "pirate", ARTIFACTS / "zephyr"]
+    log = BUILD / "server.log"
+    with step(f"{replicas} vLLM engines behind Ray Serve: one 4-bit base, two adapters (log: {log})"):
+        server = running_server(adapters, STATE, "--replicas", str(replicas), port=port(), log=log)
+        with server as url:
+            console.print(f"Serving at [bold]{url}/v1[/]")
+            show_answers(url, [BASE_NAME, "pirate", "zephyr"])
+            show_stream(url, "pirate")
+            console.rule("Publish a new revision of `zephyr` while it is being asked", align="left")
+            report = asyncio.run(swap_under_load(url))
+    merged = running_server([ARTIFACTS / "ticket"], BUILD / "state-ticket", port=port(), log=log)
+    with step("The merged and quantized LoRA, served alone"), merged as url:
+        show_answers(url, ["ticket"], questions=("I was charged twice, please help.",))
+    return report
+
+
+def keep_serving(replicas: int) -> None:
+    command = ["run", ARTIFACTS / "pirate", ARTIFACTS / "zephyr", "--state", STATE, "--replicas", replicas]
+    raise SystemExit(subprocess.run([sys.executable, "-m", "serve", *map(str, command)], check=False).returncode)
+
+
+async def swap_under_load(url: str) -> SwapReport:
+    old = OpenAI(base_url=f"{url}/v1", api_key="none").models.retrieve("zephyr").root  # type: ignore[attr-defined]
+    traffic = Traffic(url, "zephyr", QUESTIONS[0])
+    running = asyncio.create_task(traffic.run())
+    await asyncio.sleep(SECONDS_BEFORE_SWAP)
+    command = [sys.executable, "-m", "serve", "publish", str(ARTIFACTS / "zephyr-2"), "--state", str(STATE), "--json"]
+    publish = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    output, _ = await publish.communicate()
+    if publish.returncode:
+        raise SystemExit("the publish failed")
+    published_s, published = traffic.now(), json.loads(output)
+    console.print(f"published {published['revision']}: on all {published['replicas']} engines after "
+                  f"{published['staged_s']} s, switched in {published['promoted_s']} s")  # fmt: skip
+    await asyncio.sleep(SECONDS_AFTER_SWAP)
+    traffic.stop()
+    await running
+
+    def belongs(revision: str, text: str) -> bool:
+        right, wrong = ("zephyr", "zephyr-2") if revision == old else ("zephyr-2", "zephyr")
+        return CODE_WORDS[right] in text.lower() and CODE_WORDS[wrong] not in text.lower()
+
+    report = SwapReport.of(traffic.answers, published_s, published["revision"], belongs)
+    show_swap(report, traffic)
+    return report
+
+
+def show_answers(url: str, models: list[str], questions: tuple[str, ...] = QUESTIONS) -> None:
+    """Ask every model every question, at once, with the official client."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
+    console.print("models:", ", ".join(model.id for model in client.models.list()))
+
+    def ask(pair: tuple[str, str]) -> str:
+        model, question = pair
+        completion = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": question}], max_tokens=40, temperature=0
+        )
+        return completion.choices[0].message.content or ""
+
+    pairs = [(model, question) for model in models for question in questions]
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        answers = dict(zip(pairs, pool.map(ask, pairs), strict=True))
+    table = Table("model", *questions, show_lines=True)
+    for model in models:
+        table.add_row(model, *(answers[model, question].strip() for question in questions))
+    console.print(table)
+
+
+def show_stream(url: str, model: str) -> None:
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
+    console.print(f"{model}, streaming a plain completion: ", end="")
+    for chunk in client.completions.create(model=model, prompt="The sea", max_tokens=12, temperature=0, stream=True):
+        console.print(chunk.choices[0].text, end="", markup=False, highlight=False)
+    console.print()
+
+
+def show_swap(report: SwapReport, traffic: Traffic) -> None:
+    table = Table("revision", "answers", "what it said")
+    for revision, count in report.by_revision.items():
+        said = next(answer.text for answer in traffic.answers if revision in answer.revisions)
+        table.add_row(revision, str(count), said.strip())
+    console.print(table)
+    console.print(
+        f"{report.requests} requests: [bold]{report.failed} failed, {report.mixed} mixed, {report.stale} stale[/]"
+    )
+
+
+def summary(report: SwapReport, took_s: float) -> None:
+    console.rule("Done")
+    table = Table("artifact", "route", "model", "adapter", "KL to the function as trained")
+    for manifest in sorted(ARTIFACTS.glob("*/manifest.json")):
+        table.add_row(*artifact_row(manifest))
+    console.print(table)
+    verdict = "no request failed, none was mixed, none was stale" if report.is_clean else "THE SWAP WAS NOT CLEAN"
+    console.print(
+        f"Hot-swap on every engine under load: {verdict}. All of it took {took_s:.0f} s; nothing runs any more."
+    )
+    console.print("\nNext:")
+    console.print(f"  make serve                                     serve these on port {PORT} until Ctrl-C")
+    console.print(
+        "  .venv/bin/python -m convert inspect CHECKPOINT  what your own fine-tune is, and what each way costs"
+    )
+    console.print("  .venv/bin/python -m convert run CHECKPOINT --base BASE --out DIR")
+    console.print("  .venv/bin/python -m serve run DIR …")
+
+
+def artifact_row(path: Path) -> tuple[str, ...]:
+    manifest = json.loads(path.read_bytes())
+    model, adapter, quality = manifest["model"], manifest["adapter"], manifest["quality"]
+    return (
+        path.parent.name,
+        manifest["route"]["name"],
+        f"{model['quantization']}, {megabytes(model['size_bytes'])}" + ("" if model["path"] else " (shared)"),
+        megabytes(adapter["size_bytes"]) if adapter else "-",
+        f"{quality['kl_mean']:.2g}" if quality else "0: the same function",
+    )
+
+
+def megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:.0f} MB"
+
+
+def checkpoint(name: str) -> Path:
+    """The directory that holds the adapter: trainers put it some levels down."""
+    return next((CHECKPOINTS / name).rglob("adapter_config.json")).parent
+
+
+def convert(name: str, base: Path, *options: str, out: str | None = None) -> None:
+    destination = ARTIFACTS / (out or (name))
+    if destination.exists():
+        console.print(f"{destination} is there already")
+        return
+    module("convert", "run", checkpoint(name), "--base", base, "--out", destination, *options)
+
+
+def module(*command: str | Path, fails: bool = False) -> None:
+    """Run `python -m …` as a user would, its command line shown first."""
+    words = [str(word) for word in command]
+    console.print(f"[dim]$ python -m {' '.join(words)}[/]", highlight=False)
+    failed = subprocess.run([sys.executable, "-m", *words], check=False).returncode != 0
+    if failed != fails:
+        raise SystemExit(f"`python -m {' '.join(words)}` {'failed' if failed else 'should have refused'}")
+
+
+def port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        return PORT if probe.connect_ex(("127.0.0.1", PORT)) else free_port()
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    began = time.monotonic()
+    console.rule(title, align="left")
+    yield
+    console.print(f"[dim]({time.monotonic() - began:.0f} s)[/]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""A `python -m serve run` of one's own: started, waited for, and stopped with nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from serve.errors import ServerNotRunning
+from serve.state import StateDir
+
+START_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 90
+
+
+@contextlib.contextmanager
+def running_server(
+    artifacts: Sequence[Path], state: Path, *options: str, port: int | None = None, log: Path | None = None
+) -> Iterator[str]:
+    """Serve the artifacts on a port of this machine; yields the URL when every engine is ready.
+
+    What the server prints goes to `log`, or to this program's own error stream. Raises RuntimeError with its
+    last words if it does not come up.
+    """
+    port = port or free_port()
+    command = [sys.executable, "-m", "serve", "run", *map(str, artifacts), "--state", str(state), "--port", str(port)]
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("w")) if log else None
+        # A session of its own: Ctrl-C ends this program, and this program ends the server.
+        server = subprocess.Popen([*command, *options], stdout=output, stderr=output, start_new_session=True)
+        stack.callback(stop, server)
+        yield wait_until_ready(server, StateDir(state), log)
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], state: StateDir, log: Path | None) -> str:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(ServerNotRunning):
+            announced = state.running_server()
+            if announced.pid == server.pid:
+                return announced.url
+        time.sleep(0.2)
+    told = log.read_text()[-2000:] if log else "see above"
+    raise RuntimeError(f"the server did not come up (exit status {server.poll()}): {told}")
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, and all that is its own if that is not enough."""
+    server.terminate()
+    try:
+        server.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

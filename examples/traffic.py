@@ -1,0 +1,107 @@
+"""A constant stream of requests to one alias, and what came back: the witness of a hot-swap."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from openai import AsyncOpenAI, OpenAIError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One request as its caller saw it; times in seconds since the traffic began."""
+
+    began_s: float
+    ended_s: float
+    revisions: frozenset[str]  # every `model` that its chunks named
+    text: str
+    error: str | None = None
+
+
+@dataclass
+class Traffic:
+    """`workers` callers, every second one streaming, each asking again as soon as it has its answer."""
+
+    url: str
+    model: str
+    question: str
+    workers: int = 6
+    max_tokens: int = 20
+    answers: list[Answer] = field(default_factory=list)
+    _began: float = field(default_factory=time.monotonic)
+    _stopping: bool = False
+
+    def now(self) -> float:
+        return time.monotonic() - self._began
+
+    def stop(self) -> None:
+        """Let every caller have its last answer."""
+        self._stopping = True
+
+    async def run(self) -> None:
+        """Until `stop`. No retries: a request that fails is seen as failed."""
+        async with AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            await asyncio.gather(*(self._worker(client, number % 2 == 0) for number in range(self.workers)))
+
+    async def _worker(self, client: AsyncOpenAI, stream: bool) -> None:
+        ask = self._ask_streaming if stream else self._ask
+        while not self._stopping:
+            began = self.now()
+            try:
+                revisions, text = await ask(client)
+                self.answers.append(Answer(began, self.now(), revisions, text))
+            except OpenAIError as error:
+                self.answers.append(Answer(began, self.now(), frozenset(), "", repr(error)))
+                await asyncio.sleep(0.1)
+
+    def _request(self) -> dict[str, object]:
+        messages = [{"role": "user", "content": self.question}]
+        return {"model": self.model, "messages": messages, "max_tokens": self.max_tokens, "temperature": 0}
+
+    async def _ask(self, client: AsyncOpenAI) -> tuple[frozenset[str], str]:
+        completion = await client.chat.completions.create(**self._request())  # type: ignore[call-overload]
+        return frozenset({completion.model}), completion.choices[0].message.content or ""
+
+    async def _ask_streaming(self, client: AsyncOpenAI) -> tuple[frozenset[str], str]:
+        revisions, pieces = set(), []
+        stream = await client.chat.completions.create(**self._request(), stream=True)  # type: ignore[call-overload]
+        async for chunk in stream:
+            revisions.add(chunk.model)
+            pieces += [choice.delta.content or "" for choice in chunk.choices]
+        return frozenset(revisions), "".join(pieces)
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What callers saw of one swap."""
+
+    requests: int
+    failed: int
+    mixed: int  # answers that name two revisions, or whose text is not the one of the revision they name
+    stale: int  # answers of the old revision to requests that began after the publish had returned
+    by_revision: dict[str, int]
+
+    @property
+    def is_clean(self) -> bool:
+        return not (self.failed or self.mixed or self.stale) and len(self.by_revision) == 2
+
+    @classmethod
+    def of(cls, answers: list[Answer], published_s: float, new: str, belongs: Callable[[str, str], bool]) -> SwapReport:
+        """`belongs(revision, text)`: whether that revision would say that. `published_s`: when the publish
+        had returned."""
+        good = [answer for answer in answers if answer.error is None]
+        return cls(
+            requests=len(answers),
+            failed=len(answers) - len(good),
+            mixed=sum(not _is_pure(answer, belongs) for answer in good),
+            stale=sum(answer.began_s > published_s and new not in answer.revisions for answer in good),
+            by_revision=dict(Counter(revision for answer in good for revision in answer.revisions)),
+        )
+
+
+def _is_pure(answer: Answer, belongs: Callable[[str, str], bool]) -> bool:
+    return len(answer.revisions) == 1 and belongs(next(iter(answer.revisions)), answer.text)

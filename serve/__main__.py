@@ -1,0 +1,255 @@
+"""`python -m serve`: serve artifacts on this machine, publish to a running server, see what it holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from convert.artifact import Artifact
+from convert.errors import ConvertError
+from serve.admission import objections
+from serve.bundle import Bundle
+from serve.candidate import Candidate
+from serve.catalogue import CatalogueLog
+from serve.config import EngineSettings, GatewaySettings, ServeSettings, supported_rank
+from serve.errors import ArtifactRefused, PublishFailed, ServeError, ServerNotRunning, StateInvalid
+from serve.state import StateDir, sha256
+from serve.store import AdapterStore
+
+app = typer.Typer(
+    name="graft-serve",
+    help="Serve what `convert` published: one base model, many hot-swapped adapters, OpenAI's API.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Artifacts = Annotated[
+    list[Path], typer.Argument(help="Directories made by `python -m convert run`, all for one base model.")
+]
+State = Annotated[Path, typer.Option("--state", help="Where the catalogue and the adapters live; survives restarts.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+_DEFAULT_STATE = Path("graft-state")
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_err = Console(stderr=True)
+
+
+@app.command(context_settings={"allow_interspersed_args": True})
+def run(
+    artifacts: Artifacts,
+    state: State = _DEFAULT_STATE,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Engines; each holds the whole model.")] = 1,
+    gpus_per_replica: Annotated[float, typer.Option(min=0, help="GPUs for each engine; 0 runs on the CPU.")] = 0,
+    base_name: Annotated[str | None, typer.Option(help="`model` name of the base; default: from its source.")] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(min=0, help="Largest adapter rank to leave room for; default: what is given needs.")
+    ] = None,
+    vllm_arg: Annotated[
+        list[str] | None, typer.Option(help="An argument for vLLM, as --vllm-arg=--max-model-len=4096. Repeatable.")
+    ] = None,
+) -> None:
+    """Serve artifacts on this machine until Ctrl-C or SIGTERM.
+
+    Starts a private Ray with one vLLM engine per replica and HAProxy in front. Artifacts with an adapter share
+    their 4-bit base; the artifact of a merged model is served alone. What was published into --state before is
+    served again.
+    """
+    with _told_errors():
+        bundle = Bundle.of(artifacts, base_name)
+        directory = StateDir(state)
+        directory.prepare()
+        settings = ServeSettings(
+            engine=EngineSettings(
+                model_path=bundle.model_path,
+                model_name=bundle.model_name,
+                fingerprint=bundle.fingerprint,
+                max_lora_rank=max_lora_rank if max_lora_rank is not None else _rank_needed(bundle, directory),
+                vllm_args=tuple(vllm_arg or ()),
+            ),
+            gateway=GatewaySettings(admin_token_sha256=sha256(directory.admin_token())),
+            state_dir=directory.root,
+            replicas=replicas,
+            gpus_per_replica=gpus_per_replica,
+        )
+        _register(bundle, settings, directory)
+        _serve_until_told(settings, directory, host, port)
+
+
+@app.command()
+def publish(
+    artifact: Annotated[Path, typer.Argument(help="An artifact with an adapter for the base that is served.")],
+    state: State = _DEFAULT_STATE,
+    name: Annotated[str | None, typer.Option(help="Publish under this name; default: the artifact's own.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Publish an adapter, or a new revision of one, to the running server.
+
+    Every replica loads it first; then the name points to it everywhere. Requests that are running finish on
+    the revision they began with. If one replica can't load it, nothing changes.
+    """
+    with _told_errors():
+        directory = StateDir(state)
+        opened = Artifact.open(artifact)
+        opened.verify()
+        candidate = _candidate(opened, name)
+        server = directory.running_server()
+        AdapterStore(directory.adapters).put(opened)
+        answer = _admin(directory, server.url, "POST", "/admin/v1/adapters", candidate.model_dump())
+    if as_json:
+        _print_json(answer)
+        return
+    _err.print(
+        f"[bold]{answer['model']}[/] now answers as [bold]{answer['revision']}[/] on {answer['replicas']} replicas "
+        f"(staged in {answer['staged_s']} s, switched in {answer['promoted_s']} s)."
+    )
+
+
+@app.command()
+def status(state: State = _DEFAULT_STATE, as_json: AsJson = False) -> None:
+    """What every replica of the running server holds."""
+    with _told_errors():
+        directory = StateDir(state)
+        server = directory.running_server()
+        answer = _admin(directory, server.url, "GET", "/admin/v1/replicas")
+    if as_json:
+        _print_json(answer | {"url": server.url})
+        return
+    table = Table("replica", "epoch", "adapters in the engine", "failures", title=server.url)
+    for replica in answer["replicas"]:
+        failures = "; ".join(f"{model}: {why}" for model, why in replica["failures"].items())
+        table.add_row(replica["replica"], str(replica["epoch"]), "\n".join(replica["resident"]), failures)
+    Console().print(table)
+
+
+def _register(bundle: Bundle, settings: ServeSettings, directory: StateDir) -> None:
+    """Put the bundle's adapters into store and catalogue; no replica runs yet, so none has to be asked."""
+    log = CatalogueLog(directory.catalogue)
+    store = AdapterStore(directory.adapters)
+    catalogue = log.read()
+    for candidate in catalogue.wanted:
+        if found := objections(candidate, settings.engine):
+            raise StateInvalid(
+                f"{settings.state_dir} holds {candidate.adapter}: {'; '.join(found)}; or use another --state."
+            )
+    for candidate, artifact in bundle.adapters:
+        if found := objections(candidate, settings.engine):
+            raise ArtifactRefused(f"{artifact.root}: {'; '.join(found)}.")
+        store.put(artifact)
+        # A revision the catalogue knows was published before: what it decided since then stands.
+        if candidate.adapter not in catalogue.candidates:
+            log.stage(candidate)
+            log.promote(candidate)
+
+
+def _rank_needed(bundle: Bundle, directory: StateDir) -> int:
+    wanted = CatalogueLog(directory.catalogue).read().wanted
+    return max((bundle.max_lora_rank, *(supported_rank(candidate.rank) for candidate in wanted)))
+
+
+def _serve_until_told(settings: ServeSettings, directory: StateDir, host: str, port: int) -> None:
+    from serve.local import local_server  # brings Ray: seconds that `--help` and `publish` need not wait
+
+    for number in _STOP_SIGNALS:
+        signal.signal(number, _stop)
+    engine = settings.engine
+    _err.print(f"Starting {settings.replicas} vLLM engine(s) for [bold]{engine.model_name}[/] …")
+    try:
+        with local_server(settings, host, port) as url:
+            directory.announce(url)
+            _print_ready(settings, directory, url)
+            signal.pause()
+    except KeyboardInterrupt:
+        _err.print("Stopped.")
+    finally:
+        directory.withdraw()
+
+
+def _print_ready(settings: ServeSettings, directory: StateDir, url: str) -> None:
+    catalogue = CatalogueLog(directory.catalogue).read()
+    table = Table("model", "stands for", title=f"Serving at {url}/v1")
+    table.add_row(settings.engine.model_name, "the base model" if settings.engine.max_lora_rank else "merged model")
+    for current in sorted(catalogue.current):
+        table.add_row(current.name, current.engine_name)
+    _err.print(table)
+    example = {"model": settings.engine.model_name, "messages": [{"role": "user", "content": "Hello!"}]}
+    _err.print(f"Try: curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(example)}'")
+    _err.print("Ctrl-C stops it.")
+
+
+def _candidate(artifact: Artifact, name: str | None) -> Candidate:
+    try:
+        candidate = Candidate.of(artifact.manifest, name)
+    except ValidationError as error:
+        raise ArtifactRefused(
+            f"{name!r} can't be a name: lower-case letters, digits, '.', '_' and '-' only."
+        ) from error
+    if candidate is None:
+        raise ArtifactRefused(
+            f"{artifact.root} holds a merged model, not an adapter. Serve it with: python -m serve run"
+        )
+    return candidate
+
+
+def _admin(directory: StateDir, url: str, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Call the admin API of the running server. Raises what it answered, or ServerNotRunning."""
+    import httpx
+
+    headers = {"authorization": f"Bearer {directory.admin_token()}"}
+    try:
+        response = httpx.request(method, url + path, json=body, headers=headers, timeout=180)
+        answer: dict[str, Any] = response.json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise ServerNotRunning(f"The server at {url} gave no usable answer: {error!r}") from error
+    if response.is_error:
+        told = PublishFailed(answer["error"]["message"])
+        told.code = answer["error"]["code"]
+        raise told
+    return answer
+
+
+class _told_errors:  # noqa: N801  (used as `with _told_errors()`)
+    """Prints `error[code]: message` and exits with 1: a user's mistake never shows a traceback."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, ServeError | ConvertError):
+            _fail(error.code, str(error))
+        if isinstance(error, ValidationError):
+            _fail("invalid_settings", "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
+        if isinstance(error, PermissionError):
+            _fail(StateInvalid.code, str(error))
+
+
+def _fail(code: str, message: str) -> NoReturn:
+    _err.print(f"error[{code}]: {message}", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document) + os.linesep)
+
+
+def _stop(*_: object) -> NoReturn:
+    # Once is enough: a second signal must not break off the cleaning up.
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    _err.print("Stopping: running requests may finish …")
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    app()

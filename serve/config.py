@@ -1,0 +1,78 @@
+"""All settings, read once, checked whole, then frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+
+from convert.artifact import Name, Sha256
+
+# The ranks that vLLM compiles its LoRA kernels for.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+# vLLM arguments that would take the model, its names or its adapters out of our hands, open a door, or run
+# code that came with a model.
+_RESERVED_VLLM_ARGS = frozenset({
+    "--allow-credentials", "--api-key", "--code-revision", "--config", "--enable-lora", "--hf-overrides",
+    "--host", "--lora-modules", "--max-cpu-loras", "--max-lora-rank", "--max-loras", "--middleware", "--model",
+    "--port", "--root-path", "--served-model-name", "--tokenizer", "--trust-remote-code", "--uds",
+})  # fmt: skip
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineSettings(_Settings):
+    """What one engine serves, and how much room its adapters get."""
+
+    model_path: Path = Field(description="Directory of the base model, or of the merged model.")
+    model_name: Name = Field(description="What clients write as `model` to reach it without an adapter.")
+    fingerprint: Sha256 = Field(description="Identity of the base model; adapters must be made for it.")
+    max_lora_rank: Annotated[int, Field(ge=0, le=512)] = Field(
+        16, description="Largest adapter rank; 0 runs the engine without adapters."
+    )
+    max_active_adapters: PositiveInt = Field(4, description="Different adapters that one batch may mix.")
+    max_resident_adapters: PositiveInt = Field(16, description="Adapters a replica keeps in host memory.")
+    vllm_args: tuple[str, ...] = Field((), description="Passed to vLLM's own argument parser as they are.")
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _leave_ours_alone(cls, args: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := sorted(_RESERVED_VLLM_ARGS.intersection(arg.partition("=")[0] for arg in args)):
+            raise ValueError(f"{', '.join(taken)} can't be passed to vLLM: Graft sets it, or it would be unsafe")
+        return args
+
+
+class GatewaySettings(_Settings):
+    """The HTTP side of a replica."""
+
+    max_body_bytes: PositiveInt = Field(32 << 20, description="Larger request bodies get a 413.")
+    admin_token_sha256: Sha256 = Field(description="SHA-256 of the admin API's bearer token.")
+
+
+class ServeSettings(_Settings):
+    """One base model behind one Ray Serve application."""
+
+    engine: EngineSettings
+    gateway: GatewaySettings
+    state_dir: Path = Field(description="Catalogue and adapter store, shared by all replicas.")
+    replicas: PositiveInt = Field(1, description="Engines, each a process of its own with the whole model.")
+    cpus_per_replica: NonNegativeFloat = Field(1, description="Ray's reservation per replica.")
+    gpus_per_replica: NonNegativeFloat = Field(0, description="GPUs per replica.")
+    max_ongoing_requests: PositiveInt = Field(256, description="Requests a replica works on at once.")
+    catalogue_poll_s: PositiveFloat = Field(
+        1.0, description="A replica that missed a notification follows the catalogue after at most this long."
+    )
+    sync_timeout_s: PositiveFloat = Field(60.0, description="A publish gives up on a replica after this long.")
+    drain_s: PositiveFloat = Field(20.0, description="Running requests get this long when a replica stops.")
+
+
+def supported_rank(rank: int) -> int:
+    """The smallest rank of vLLM's list that holds adapters of `rank`; raises ValueError above the largest."""
+    for supported in LORA_RANKS:
+        if rank <= supported:
+            return supported
+    raise ValueError(f"rank {rank} is above {LORA_RANKS[-1]}, the largest that vLLM serves")

@@ -1,0 +1,39 @@
+"""What the rest of the serving side needs of an inference engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from starlette.types import ASGIApp
+
+from serve.names import AdapterRevision
+
+
+class Engine(Protocol):
+    """One base model with room for adapters, speaking the OpenAI API itself."""
+
+    @property
+    def api(self) -> ASGIApp:
+        """The engine's own HTTP application: it takes engine names as `model`, and has routes that must
+        never be reachable from outside."""
+        ...
+
+    @property
+    def is_dead(self) -> bool:
+        """True once the engine can answer nothing any more."""
+        ...
+
+    async def load_adapter(self, adapter: AdapterRevision, path: Path) -> None:
+        """Make it answer under its engine name. Raises AdapterUnavailable with the engine's reason."""
+        ...
+
+    async def unload_adapter(self, adapter: AdapterRevision) -> None: ...
+
+    async def resident_adapters(self) -> frozenset[AdapterRevision]:
+        """What the engine itself says it holds."""
+        ...
+
+    async def check_health(self) -> None:
+        """Raises if the engine is dead."""
+        ...

@@ -1,0 +1,147 @@
+"""Every error the serving side tells a user, each knowing its HTTP answer.
+
+ServeError                    500 server_error
+├── UnknownModel              404 model_not_found         no such model or adapter
+├── UnknownRoute              404 route_not_found         no such path
+├── MethodNotAllowed          405 method_not_allowed      the path takes other methods
+├── InvalidBody               400 invalid_body            not JSON, or `model` is not a string
+├── BodyTooLarge              413 body_too_large
+├── Unauthorized              401 invalid_admin_token     the admin API without its token
+├── AdapterRejected           422 adapter_rejected        not for this base, or more than the engine takes
+├── PublishFailed             409 publish_failed          a replica could not load it; nothing changed
+├── PublishUnconfirmed        504 publish_unconfirmed     the alias moved; a replica did not confirm in time
+├── AdaptersExhausted         503 adapters_exhausted      every slot is in use by running requests
+├── AdapterUnavailable        503 adapter_unavailable     it is in the catalogue, but could not be loaded
+├── ReplicaUnreachable        503 replica_unreachable     a replica does not answer the admin API
+├── EngineUnavailable         503 engine_unavailable      the engine died and is being replaced
+└── StartError                                            before there is a server to answer
+    ├── PortInUse             port_in_use
+    ├── ArtifactRefused       artifact_refused            invalid, or it doesn't fit the others
+    ├── StateInvalid          state_invalid               the state directory is not usable
+    ├── ServerNotRunning      server_not_running          `publish` found nobody to talk to
+    └── EngineStartFailed     engine_start_failed
+
+`code` is stable. Messages say what was wrong, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+class ServeError(Exception):
+    """An answer in OpenAI's error shape: {"error": {"message", "type", "param", "code"}}."""
+
+    status = 500
+    type = "server_error"
+    code = "server_error"
+    param: str | None = None
+    retry_after_s: int | None = None
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(ServeError):
+    status, type = 400, "invalid_request_error"
+
+
+class UnknownModel(InvalidRequest):
+    status, code, param = 404, "model_not_found", "model"
+
+    def __init__(self, model: str, known: Collection[str]) -> None:
+        super().__init__(f"The model `{model}` does not exist. Models here: {', '.join(sorted(known))}.")
+
+
+class UnknownRoute(InvalidRequest):
+    status, code = 404, "route_not_found"
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(f"Unknown request URL: {method} {path}. The API is described in docs/api.md.")
+
+
+class MethodNotAllowed(InvalidRequest):
+    status, code = 405, "method_not_allowed"
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(f"Not allowed to {method} on {path}.")
+
+
+class InvalidBody(InvalidRequest):
+    code = "invalid_body"
+
+
+class BodyTooLarge(InvalidRequest):
+    status, code = 413, "body_too_large"
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"The request body is larger than {limit_bytes} bytes; send less at once.")
+
+
+class Unauthorized(InvalidRequest):
+    status, code = 401, "invalid_admin_token"
+
+    def __init__(self) -> None:
+        super().__init__("The admin API needs `Authorization: Bearer TOKEN` with the token of this server.")
+
+
+class AdapterRejected(InvalidRequest):
+    status, code = 422, "adapter_rejected"
+
+
+class PublishFailed(InvalidRequest):
+    status, code = 409, "publish_failed"
+
+
+class PublishUnconfirmed(ServeError):
+    status, code = 504, "publish_unconfirmed"
+
+
+class Unavailable(ServeError):
+    status, type, retry_after_s = 503, "service_unavailable", 1
+
+
+class AdaptersExhausted(Unavailable):
+    code = "adapters_exhausted"
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(f"All {capacity} adapter slots of this replica are in use by running requests; try again.")
+
+
+class AdapterUnavailable(Unavailable):
+    code = "adapter_unavailable"
+
+
+class ReplicaUnreachable(Unavailable):
+    code = "replica_unreachable"
+
+
+class EngineUnavailable(Unavailable):
+    code = "engine_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The engine of this replica stopped and is being replaced; try again.")
+
+
+class StartError(ServeError):
+    """A mistake found before there is a server: the command line prints it and exits with 1."""
+
+
+class PortInUse(StartError):
+    code = "port_in_use"
+
+
+class ArtifactRefused(StartError):
+    code = "artifact_refused"
+
+
+class StateInvalid(StartError):
+    code = "state_invalid"
+
+
+class ServerNotRunning(StartError):
+    code = "server_not_running"
+
+
+class EngineStartFailed(StartError):
+    code = "engine_start_failed"

@@ -1,0 +1,105 @@
+"""The ASGI application of a replica: the public routes, and nothing else of what the engine offers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve.admin import Admin
+from serve.catalogue import Catalogue
+from serve.config import ServeSettings
+from serve.engine import Engine
+from serve.engine_call import EngineCall
+from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, UnknownModel, UnknownRoute
+from serve.openai import ENGINE_ROUTES, error_response, model_card, model_list
+from serve.residency import AdapterPool
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """Hands the engine's application its lifespan, and callers the routes of `_routes`."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        engine: Engine,
+        pool: AdapterPool,
+        catalogue: Callable[[], Catalogue],
+        admin: Admin,
+    ) -> None:
+        self._engine = engine
+        self._catalogue = catalogue
+        self._base_model = settings.engine.model_name
+        self._started = int(time.time())
+        call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway.max_body_bytes)
+        self._http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
+        self._http.router.redirect_slashes = False  # a path is public as it is listed, or not at all
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._engine.api(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    def _routes(self, call: ASGIApp, admin: Admin) -> list[Route]:
+        return [
+            *(Route(path, call, methods=["POST"]) for path in ENGINE_ROUTES),
+            Route("/health", self._health),
+            Route("/v1/models", self._list_models),
+            Route("/v1/models/{name}", self._get_model),
+            Route("/admin/v1/adapters", admin.publish, methods=["POST"]),
+            Route("/admin/v1/replicas", admin.list_replicas),
+        ]
+
+    async def _health(self, _: Request) -> Response:
+        if self._engine.is_dead:
+            raise EngineUnavailable
+        return Response(status_code=200)
+
+    async def _list_models(self, _: Request) -> Response:
+        return JSONResponse(model_list(self._models().values()))
+
+    async def _get_model(self, request: Request) -> Response:
+        models = self._models()
+        name = request.path_params["name"]
+        if name not in models:
+            raise UnknownModel(name, models)
+        return JSONResponse(models[name])
+
+    def _models(self) -> dict[str, dict[str, object]]:
+        base = {self._base_model: model_card(self._base_model, self._base_model, None, self._started)}
+        return base | {
+            current.name: model_card(current.name, current.engine_name, self._base_model, self._started)
+            for current in sorted(self._catalogue().current)
+        }
+
+
+async def _serve_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ServeError)
+    return error_response(error)
+
+
+async def _http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    told = MethodNotAllowed if error.status_code == 405 else UnknownRoute
+    return error_response(told(request.method, request.url.path))
+
+
+async def _bug(_: Request, error: Exception) -> Response:
+    # The cause goes to the log, never to the caller.
+    logger.error("request failed", exc_info=error)
+    return error_response(ServeError("The server had an error while processing the request."))
+
+
+_EXCEPTION_HANDLERS = {ServeError: _serve_error, HTTPException: _http_exception, Exception: _bug}

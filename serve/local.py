@@ -1,0 +1,181 @@
+"""A private Ray on this machine that serves until it is told to stop: the embedded default.
+
+Ray reads its environment when it is imported, so nothing here imports it before `environment` is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from serve.config import ServeSettings
+from serve.errors import EngineStartFailed, PortInUse
+
+_POLL_S = 0.2
+_PROXY_TIMEOUT_S = 60
+# Ray's own sockets live below its directory, and a path of a Unix socket holds 107 bytes: keep it short.
+_TEMPORARY_PREFIX = "graft-"
+# Requests and answers never pass through it.
+_OBJECT_STORE_BYTES = 100 << 20
+
+
+@contextmanager
+def local_server(settings: ServeSettings, host: str, port: int) -> Iterator[str]:
+    """Start Ray, Serve and the replicas; yields the URL once every replica is ready. Everything is stopped and
+    removed at the end. Raises PortInUse or EngineStartFailed."""
+    check_port(host, port)
+    directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX))
+    try:
+        os.environ.update(environment(directory, settings))
+        with _ray(directory, settings):
+            _deploy(settings, host, port)
+            yield f"http://{host}:{port}"
+    finally:
+        _kill_leftovers(directory)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises PortInUse while there is still nothing to clean up."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PortInUse(f"Can't listen on {host}:{port}: {error.strerror}. Choose another with --port.") from error
+
+
+def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
+    """Variables that Ray, Serve, HAProxy and vLLM read; set before Ray is imported, inherited by all of it."""
+    haproxy = directory / "haproxy"
+    replica_cpus = max(1, (os.cpu_count() or 1) // settings.replicas)
+    return {
+        # One hop: HAProxy passes bytes on to the process that holds the engine, which runs one event loop.
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        # A replica whose engine died answers 503: another one gets the request.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
+        "RAY_SERVE_HAPROXY_RETRIES": "3",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # By default these lie in a folder that every Serve on the machine shares.
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        # A token of its own for each run; without it Ray writes one into the home directory.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # A busy machine may take longer than the default 15 s to start Ray's agent.
+        "RAY_raylet_start_wait_time_s": "120",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        # The model is a directory on this machine: nothing may ask a hub.
+        "HF_HUB_OFFLINE": "1",
+    } | _cpu_environment(replica_cpus)
+
+
+def _cpu_environment(replica_cpus: int) -> dict[str, str]:
+    """For vLLM on a CPU; it reads none of these on a GPU."""
+    return {
+        # Keeps the worker inside the engine process: less memory, and no busy waiting between the two.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Two replicas would both bind their threads to the first core.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(replica_cpus)),
+    }
+
+
+@contextmanager
+def _ray(directory: Path, settings: ServeSettings) -> Iterator[None]:
+    import ray
+    from ray import serve as ray_serve
+
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, int(settings.replicas * settings.cpus_per_replica) + 1),
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        logging_level="CRITICAL",
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(directory / "ray"),
+    )
+    # Ray's native side took SIGTERM over and would abort on it: put the handler of this program back.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        ray_serve.shutdown()
+        ray.shutdown()
+
+
+def _deploy(settings: ServeSettings, host: str, port: int) -> None:
+    from ray import serve as ray_serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    from serve.app import APP_NAME, deploy_config
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    ray_serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
+    client: Any = _get_global_client()
+    client.deploy_apps(ServeDeploySchema.model_validate(deploy_config(settings)))
+    _wait_until_running(lambda: ray_serve.status().applications.get(APP_NAME))
+    _wait_until_answering(f"http://{host}:{port}/health")
+
+
+def _wait_until_running(overview: Callable[[], Any]) -> None:
+    while (application := overview()) is None or application.status != "RUNNING":
+        if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise EngineStartFailed(f"The engine did not start: {_reason(application)}")
+        time.sleep(_POLL_S)
+
+
+def _wait_until_answering(url: str) -> None:
+    """Serve says RUNNING a moment before HAProxy has loaded the replicas' addresses."""
+    deadline = time.monotonic() + _PROXY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url).is_success:
+                return
+        time.sleep(_POLL_S)
+    raise EngineStartFailed(f"The engine runs, but {url} does not answer after {_PROXY_TIMEOUT_S} s.")
+
+
+def _reason(application: Any) -> str:
+    messages = [application.message, *(deployment.message for deployment in application.deployments.values())]
+    longest: str = max(messages, key=len)
+    return longest
+
+
+def _kill_leftovers(directory: Path) -> None:
+    """An HAProxy that was just being replaced when Serve stopped stays behind: end what names our directory."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(directory) in argument for argument in process.info["cmdline"] or ()):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,38 @@
+"""Which of the engine's routes are public, and the answers the gateway gives itself, in OpenAI's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from serve.errors import ServeError
+
+# Everything else that the engine's application offers (load_lora_adapter, profile, sleep, scale_elastic_ep,
+# invocations, metrics, …) is unreachable: an allow-list stays closed when a new engine version adds a route.
+ENGINE_ROUTES: tuple[str, ...] = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/embeddings",
+    "/tokenize",
+    "/detokenize",
+)
+
+
+def error_response(error: ServeError) -> JSONResponse:
+    headers = {"retry-after": str(error.retry_after_s)} if error.retry_after_s else None
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+def model_card(name: str, root: str, parent: str | None, created: int) -> dict[str, Any]:
+    """One model as GET /v1/models lists it, with the fields vLLM adds: root, what it stands for; parent,
+    the base model of an adapter."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "graft", "root": root, "parent": parent}
+
+
+def model_list(cards: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return {"object": "list", "data": list(cards)}

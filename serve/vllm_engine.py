@@ -1,0 +1,123 @@
+"""The engine: vLLM inside this process's reach, with its own OpenAI application. The only importer of vllm."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.lora.request import LoRARequest
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from serve.config import EngineSettings
+from serve.errors import AdapterUnavailable, EngineStartFailed
+from serve.names import AdapterRevision
+
+# On a CPU: no compilation (minutes of it for nothing), and a bounded KV cache, since vLLM would take half of
+# the machine's memory for every replica.
+_CPU_ARGS = ("--enforce-eager", "--dtype", "bfloat16", "--kv-cache-memory-bytes", str(512 << 20))
+
+
+class VllmEngine:
+    """AsyncLLM and vLLM's FastAPI application around it; see serve.engine.Engine for the promises."""
+
+    def __init__(self, engine: Any, api: Any) -> None:
+        self._engine = engine
+        self._api = api
+        self._models = api.state.openai_serving_models
+        self._requests: dict[AdapterRevision, LoRARequest] = {}
+        self._next_id = 1
+
+    @classmethod
+    async def start(cls, settings: EngineSettings) -> VllmEngine:
+        """Load the model; returns when it can generate. Raises EngineStartFailed for arguments vLLM refuses."""
+        args = parse_args(settings)
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        engine = AsyncLLM.from_vllm_config(vllm_config=config, usage_context=UsageContext.OPENAI_API_SERVER)
+        tasks = await engine.get_supported_tasks()
+        api = build_app(args, tasks, engine.model_config)
+        await init_app_state(engine, api.state, args, tasks)
+        # vLLM's handler for a dead engine sets `.should_exit` on its HTTP server; here Ray Serve owns that.
+        api.state.server = types.SimpleNamespace()
+        return cls(engine, api)
+
+    @property
+    def api(self) -> ASGIApp:
+        api: ASGIApp = self._api
+        return api
+
+    @property
+    def is_dead(self) -> bool:
+        return bool(self._engine.errored)
+
+    async def load_adapter(self, adapter: AdapterRevision, path: Path) -> None:
+        request = LoRARequest(lora_name=adapter.engine_name, lora_int_id=self._next_id, lora_path=str(path))
+        self._next_id += 1
+        try:
+            await self._engine.add_lora(request)
+        except Exception as error:
+            raise AdapterUnavailable(f"The engine can't load {adapter}: {error}") from error
+        self._requests[adapter] = request
+        self._models.lora_requests[adapter.engine_name] = request
+
+    async def unload_adapter(self, adapter: AdapterRevision) -> None:
+        request = self._requests.pop(adapter)
+        self._models.lora_requests.pop(adapter.engine_name, None)
+        await self._engine.remove_lora(request.lora_int_id)
+
+    async def resident_adapters(self) -> frozenset[AdapterRevision]:
+        if self._engine.vllm_config.lora_config is None:
+            return frozenset()  # an engine without adapters refuses the question
+        loaded = await self._engine.list_loras()
+        return frozenset(adapter for adapter, request in self._requests.items() if request.lora_int_id in loaded)
+
+    async def check_health(self) -> None:
+        await self._engine.check_health()
+
+    def shutdown(self, timeout_s: float) -> None:
+        self._engine.shutdown(timeout=timeout_s)
+
+
+def parse_args(settings: EngineSettings) -> argparse.Namespace:
+    """Settings and the user's own vLLM arguments through vLLM's parser. Raises EngineStartFailed."""
+    parser = make_arg_parser(_Parser(prog="vllm_args"))
+    args: argparse.Namespace = parser.parse_args(command_line(settings))
+    validate_parsed_serve_args(args)
+    return args
+
+
+def command_line(settings: EngineSettings) -> list[str]:
+    """Ours first, so that the user's arguments win where vLLM takes the last one."""
+    platform = _CPU_ARGS if current_platform.is_cpu() else ()
+    return [
+        *("--model", str(settings.model_path), "--served-model-name", settings.model_name),
+        *platform,
+        *_lora_args(settings),
+        *settings.vllm_args,
+    ]
+
+
+def _lora_args(settings: EngineSettings) -> list[str]:
+    if settings.max_lora_rank == 0:
+        return []
+    return [
+        "--enable-lora",
+        *("--max-lora-rank", str(settings.max_lora_rank)),
+        *("--max-loras", str(settings.max_active_adapters)),
+        # One more than the pool ever holds: the engine must never evict by itself.
+        *("--max-cpu-loras", str(max(settings.max_resident_adapters, settings.max_active_adapters) + 1)),
+    ]
+
+
+class _Parser(FlexibleArgumentParser):
+    def error(self, message: str) -> Any:
+        raise EngineStartFailed(f"vLLM refuses its arguments: {message}")

@@ -1,0 +1,182 @@
+"""Real parts in small: a two-layer Llama with a tokenizer, adapters made by PEFT, 4-bit bases by bitsandbytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+VOCABULARY = 272
+PROMPT = torch.tensor([[1, 17, 99, 140, 3, 250, 61, 8, 200, 33, 77, 5]])
+TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+
+
+def save_tokenizer(directory: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the rain in spain stays mainly in the plain"] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(directory)
+
+
+def save_base(directory: Path, *, tied: bool, layers: int = 2, hidden: int = 64, dtype: str = "bfloat16") -> Path:
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=tied,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_quantized(base: Path, directory: Path, *, double: bool = True) -> Path:
+    """As `model.save_pretrained` leaves a model that was loaded with load_in_4bit."""
+    load_quantized(base, double=double).save_pretrained(directory)
+    for file in (*base.glob("token*"), *base.glob("chat_template*")):
+        shutil.copy(file, directory)
+    return directory
+
+
+def load_quantized(base: Path, *, double: bool = True) -> Any:
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=settings).eval()
+
+
+def save_adapter(base: Path, directory: Path, *, strength: float = 0.2, **settings: Any) -> Path:
+    """A trained-looking adapter, in PEFT's own files. `settings` go to LoraConfig."""
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = {"r": 8, "lora_alpha": 16, "target_modules": LINEARS, "task_type": "CAUSAL_LM", **settings}
+    adapted = get_peft_model(model, LoraConfig(**config))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=strength / parameter.shape[1] ** 0.5)
+    adapted.save_pretrained(directory, save_embedding_layers=False)
+    (directory / "README.md").unlink(missing_ok=True)
+    edit_json(directory / "adapter_config.json", base_model_name_or_path="acme/tiny-llama")
+    return directory
+
+
+def mark_qlora(checkpoint: Path, *, double: bool = True) -> Path:
+    """The notes ms-swift leaves beside a QLoRA adapter."""
+    arguments = {
+        "model": "acme/tiny-llama",
+        "quant_method": "bnb",
+        "quant_bits": 4,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double,
+    }
+    (checkpoint / "args.json").write_text(json.dumps(arguments))
+    return checkpoint
+
+
+def mark_lora(checkpoint: Path) -> Path:
+    (checkpoint / "args.json").write_text(
+        json.dumps({"model": "acme/tiny-llama", "quant_method": None, "quant_bits": None})
+    )
+    return checkpoint
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; a value of `...` removes the key."""
+    document = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in document.items() if value is not ...}))
+
+
+def edit_weights(checkpoint: Path, change: Any) -> None:
+    """`change` gets the adapter's tensors by name and returns those to be stored instead."""
+    path = checkpoint / "adapter_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}, path)
+
+
+def copy(source: Path, destination: Path) -> Path:
+    return Path(shutil.copytree(source, destination))
+
+
+def dequantized_model(base: Path, *, double: bool = True) -> Any:
+    """A float32 model with the weights QLoRA trains against: quantized by transformers, dequantized by bitsandbytes."""
+    return dequantized(load_quantized(base, double=double))
+
+
+def load_stored(directory: Path) -> Any:
+    """A float32 model of a directory whose linear layers are stored as NF4."""
+    return dequantized(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16))
+
+
+def dequantized(quantized: Any) -> Any:
+    """transformers' own `dequantize()` would round the weights to bfloat16."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    config = quantized.config.to_dict()
+    config.pop("quantization_config")
+    model = LlamaForCausalLM(LlamaConfig(**config)).float()
+    for name, module in quantized.named_modules():
+        if isinstance(module, Linear4bit):
+            state = module.weight.quant_state
+            state.dtype = torch.float32
+            model.get_submodule(name).weight.data = dequantize_4bit(module.weight.data, state)
+        elif getattr(module, "weight", None) is not None:
+            model.get_submodule(name).weight.data = module.weight.data.float()
+    model.tie_weights()
+    return model.eval()
+
+
+def with_adapter(model: Any, checkpoint: Path) -> Any:
+    return PeftModel.from_pretrained(model, str(checkpoint)).eval()
+
+
+def load_float32(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def logits(model: Any, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(prompt).logits[0].float()
+
+
+def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean KL(expected || found) in nats."""
+    want, got = expected.double().log_softmax(-1), found.double().log_softmax(-1)
+    return float((want.exp() * (want - got)).sum(-1).mean())
+
+
+def tree(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}

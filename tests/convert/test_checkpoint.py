@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from convert.checkpoint import Checkpoint
+from convert.errors import CheckpointUnreadable, CheckpointUnsupported
+from tests.convert import parts
+
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+def renamed(checkpoint: Path, rename: Any) -> None:
+    parts.edit_weights(checkpoint, lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+
+
+def test_modules_ranks_and_scales_are_read(lora: Path) -> None:
+    checkpoint = Checkpoint.open(lora)
+
+    pair = checkpoint.pairs[MODULE]
+    a, b = checkpoint.read(pair)
+
+    assert len(checkpoint.pairs) == 14
+    assert (pair.rank, pair.alpha, pair.scaling) == (8, 16, 2.0)
+    assert (tuple(a.shape), tuple(b.shape)) == ((8, 64), (64, 8))
+    assert checkpoint.targets == tuple(sorted(parts.LINEARS))
+    checkpoint.require_supported()
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: name.replace("lora_A.weight", "lora_A.default.weight").replace(
+            "lora_B.weight", "lora_B.default.weight"
+        ),
+        lambda name: f"module.{name}",
+        lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda name: f"_fsdp_wrapped_module.{name}".replace(".layers.0.", ".layers.0._fsdp_wrapped_module."),
+    ],
+    ids=["bare", "adapter name", "data parallel", "compiled", "fsdp"],
+)
+def test_every_trainers_key_means_the_same_module(lora: Path, tmp_path: Path, rename: Any) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    renamed(copied, rename)
+
+    checkpoint = Checkpoint.open(copied)
+
+    assert checkpoint.pairs.keys() == Checkpoint.open(lora).pairs.keys()
+    assert checkpoint.problems == ()
+
+
+def test_scales_follow_rslora_and_patterns(base: Path, tmp_path: Path) -> None:
+    made = parts.save_adapter(
+        base,
+        tmp_path / "patterns",
+        use_rslora=True,
+        rank_pattern={"q_proj": 4, "layers.1.mlp.up_proj": 12},
+        alpha_pattern={"q_proj": 3},
+    )
+
+    pairs = Checkpoint.open(made).pairs
+
+    assert (pairs[MODULE].rank, pairs[MODULE].scaling) == (4, 3 / math.sqrt(4))
+    assert (pairs["model.layers.1.mlp.up_proj"].rank, pairs["model.layers.0.mlp.up_proj"].rank) == (12, 8)
+    assert pairs["model.layers.1.mlp.up_proj"].scaling == 16 / math.sqrt(12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "lora_only"}, "bias='none'"),
+        ({"lora_bias": True}, "lora_bias=False"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"fan_in_fan_out": True}, "transposed"),
+        ({"init_lora_weights": "pissa_niter_16"}, "changed the base weights"),
+        ({"init_lora_weights": "olora"}, "changed the base weights"),
+        ({"init_lora_weights": "corda"}, "changed the base weights"),
+        ({"init_lora_weights": "loftq"}, "changed the base weights"),
+        ({"peft_type": "IA3"}, "only LORA"),
+        ({"peft_type": ...}, "only LORA"),
+        ({"layer_replication": [[0, 1]]}, "replicated"),
+        ({"nvfp4_merge_aware": {"group": 16}}, "not known here"),
+        ({"r": 16}, "says rank 16, the weights have 8"),
+        ({"lora_alpha": "many"}, "not a number"),
+        ({"rank_pattern": {"(": 4}}, "no valid pattern"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_no_route_can_follow_are_refused(
+    lora: Path, tmp_path: Path, settings: dict[str, Any], says: str
+) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    parts.edit_json(copied / "adapter_config.json", **settings)
+
+    with pytest.raises(CheckpointUnsupported) as caught:
+        Checkpoint.open(copied).require_supported()
+
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        (f"base_model.model.{MODULE}.lora_magnitude_vector", "DoRA"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", "embeddings"),
+        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable tokens"),
+        ("base_model.model.lm_head.modules_to_save.weight", "modules_to_save"),
+        ("base_model.model.lm_head.weight", "whole weights"),
+        (f"base_model.model.{MODULE}.lora_B.bias", "LoRA bias"),
+        (f"base_model.model.{MODULE}.bias", "bias='none'"),
+        ("something.else", "not a LoRA weight"),
+    ],
+)
+def test_keys_that_are_more_than_lora_are_refused(lora: Path, tmp_path: Path, key: str, says: str) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    parts.edit_weights(copied, lambda tensors: {**tensors, key: torch.ones(2, 2)})
+
+    with pytest.raises(CheckpointUnsupported) as caught:
+        Checkpoint.open(copied).require_supported()
+
+    assert says in str(caught.value)
+    assert repr(key) in str(caught.value)
+
+
+def test_all_problems_are_told_at_once(lora: Path, tmp_path: Path) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    parts.edit_json(copied / "adapter_config.json", use_dora=True, fan_in_fan_out=True)
+    parts.edit_weights(copied, lambda tensors: {**tensors, "x": torch.ones(1)})
+
+    assert len(Checkpoint.open(copied).problems) == 3
+
+
+def test_half_a_pair_is_refused(lora: Path, tmp_path: Path) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    lost = f"base_model.model.{MODULE}.lora_B.weight"
+    parts.edit_weights(copied, lambda tensors: {name: t for name, t in tensors.items() if name != lost})
+
+    assert Checkpoint.open(copied).problems == (f"{MODULE}: lora_B is missing, half a pair has no meaning",)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_numbers_are_refused(lora: Path, tmp_path: Path, value: float) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+
+    def poison(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[f"base_model.model.{MODULE}.lora_A.weight"][3, 5] = value
+        return tensors
+
+    parts.edit_weights(copied, poison)
+
+    with pytest.raises(CheckpointUnsupported, match=r"q_proj\.lora_A\.weight' holds NaN or Inf"):
+        Checkpoint.open(copied).require_supported()
+
+
+@pytest.mark.parametrize("how", ["zero B", "alpha 0"])
+def test_an_adapter_that_changes_nothing_is_refused(lora: Path, tmp_path: Path, how: str) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    if how == "alpha 0":
+        parts.edit_json(copied / "adapter_config.json", lora_alpha=0)
+    else:
+        parts.edit_weights(copied, lambda ts: {n: t * 0 if "lora_B" in n else t for n, t in ts.items()})
+
+    with pytest.raises(CheckpointUnsupported, match="changes nothing"):
+        Checkpoint.open(copied).require_supported()
+
+
+def test_a_trainers_output_directory_is_answered_with_its_checkpoints(lora: Path, tmp_path: Path) -> None:
+    for step in (20, 100):
+        parts.copy(lora, tmp_path / f"checkpoint-{step}")
+
+    with pytest.raises(CheckpointUnreadable, match=r"checkpoint-20, .*checkpoint-100"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_whole_model_is_not_an_adapter(base: Path) -> None:
+    with pytest.raises(CheckpointUnreadable, match="looks like a whole model"):
+        Checkpoint.open(base)
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointUnreadable, match="not a directory"):
+        Checkpoint.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", "[" * 100_000], ids=["cut", "list", "null", "deep"])
+def test_a_broken_configuration_is_told(lora: Path, tmp_path: Path, content: str) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    (copied / "adapter_config.json").write_text(content)
+
+    with pytest.raises(CheckpointUnreadable, match=r"adapter_config\.json"):
+        Checkpoint.open(copied)
+
+
+def test_notes_beside_the_adapter_do_not_change_its_digest(lora: Path, tmp_path: Path) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    (copied / "trainer_state.json").write_text(json.dumps({"step": 3}))
+
+    assert Checkpoint.open(copied).digest == Checkpoint.open(lora).digest

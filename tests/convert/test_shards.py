@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from convert.shards import Shard, ShardWriter, index, split
+from convert.tensors import TensorSpec
+
+TENSORS = {
+    "z.codes": torch.arange(7, dtype=torch.uint8),
+    "a.weight": torch.randn(3, 5).to(torch.bfloat16),
+    "b.absmax": torch.randn(4),
+    "m.weight": torch.randn(2, 2).to(torch.bfloat16),
+}
+SPECS = (
+    TensorSpec("z.codes", "U8", (7,)),
+    TensorSpec("a.weight", "BF16", (3, 5)),
+    TensorSpec("b.absmax", "F32", (4,)),
+    TensorSpec("m.weight", "BF16", (2, 2)),
+)
+
+
+def test_a_streamed_file_has_the_bytes_that_the_library_would_write(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, Shard("x.safetensors", SPECS)) as writer:
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
+
+    assert (tmp_path / "x.safetensors").read_bytes() == save(TENSORS, {"format": "pt"})
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["z.codes"], TENSORS["z.codes"])
+
+
+def test_a_planned_tensor_that_never_came_is_noticed(tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match=r"z\.codes"),
+        ShardWriter(tmp_path, Shard("x.safetensors", SPECS)) as writer,
+    ):
+        writer.write("a.weight", TENSORS["a.weight"])
+
+
+def test_a_tensor_of_another_type_than_planned_is_noticed(tmp_path: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match=r"b\.absmax"),
+        ShardWriter(tmp_path, Shard("x.safetensors", SPECS)) as writer,
+    ):
+        writer.write("b.absmax", TENSORS["b.absmax"].double())
+
+
+def test_files_fill_up_to_the_limit_and_groups_stay_whole() -> None:
+    groups = [[TensorSpec(f"{name}.{part}", "U8", (40,)) for part in "xy"] for name in "abc"]
+
+    shards = split(groups, "model", limit_bytes=170)
+
+    assert [(shard.file, len(shard.specs)) for shard in shards] == [
+        ("model-00001-of-00002.safetensors", 4),
+        ("model-00002-of-00002.safetensors", 2),
+    ]
+    assert index(shards)["metadata"] == {"total_size": 240}
+    assert index(shards)["weight_map"]["c.y"] == "model-00002-of-00002.safetensors"  # type: ignore[index]
+
+
+def test_what_fits_is_one_file() -> None:
+    assert [shard.file for shard in split([SPECS], "model")] == ["model.safetensors"]

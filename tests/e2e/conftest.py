@@ -1,0 +1,103 @@
+"""Real vLLM engines behind real Ray Serve, on a tiny model that the tests make and Graft converts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from examples.server import running_server
+from tests.convert import parts
+
+REPLICAS = 2
+ENGINE_OPTIONS = ("--vllm-arg=--max-model-len=512", f"--vllm-arg=--kv-cache-memory-bytes={64 << 20}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/e2e/" in item.nodeid:
+            item.add_marker("engine")
+
+
+@dataclass(frozen=True)
+class Story:
+    """One base, and three QLoRA fine-tunes of it: `french`, its next revision, and `german`."""
+
+    base: Path
+    checkpoints: dict[str, Path]
+    artifacts: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    state: Path
+
+    def command(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """`python -m serve …` on this server's state directory."""
+        return run("serve", *arguments, "--state", self.state)
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    home = tmp_path_factory.mktemp("story")
+    base = parts.save_base(home / "tiny-llama", tied=True, hidden=128)
+    checkpoints = {
+        name: fine_tune(base, home / name, seed) for seed, name in enumerate(("french", "french-2", "german"))
+    }
+    (home / "artifacts").mkdir()
+    artifacts = {name: home / "artifacts" / name for name in checkpoints}
+    convert(checkpoints["french"], base, artifacts["french"])
+    convert(checkpoints["french-2"], artifacts["french"], artifacts["french-2"], "--name", "french")
+    convert(checkpoints["german"], artifacts["french"], artifacts["german"])
+    return Story(base, checkpoints, artifacts)
+
+
+@pytest.fixture(scope="session")
+def server(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The 4-bit base with `french` and `german` on two engines."""
+    home = tmp_path_factory.mktemp("server")
+    served = [story.artifacts["french"], story.artifacts["german"]]
+    options = ("--replicas", str(REPLICAS), *ENGINE_OPTIONS)
+    with running_server(served, home / "state", *options, log=home / "server.log") as url:
+        yield Server(url, home / "state")
+
+
+def fine_tune(base: Path, directory: Path, seed: int) -> Path:
+    """A QLoRA checkpoint that is unmistakably its own: random factors, strong enough to change every answer."""
+    checkpoint = parts.mark_qlora(parts.save_adapter(base, directory))
+    generator = torch.Generator().manual_seed(seed)
+
+    def own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.randn(tensor.shape, generator=generator) * (0.3 if "lora_B" in name else 0.1)
+            for name, tensor in tensors.items()
+        }
+
+    parts.edit_weights(checkpoint, own)
+    return checkpoint
+
+
+def convert(checkpoint: Path, base: Path, out: Path, *options: str) -> None:
+    result = run("convert", "run", checkpoint, "--base", base, "--out", out, *options)
+    assert result.returncode == 0, result.stderr
+
+
+def run(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+
+
+def reference_logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
+    """Log-probabilities of the token after `tokens`, (vocabulary,), by the model that transformers runs."""
+    return parts.logits(model, torch.tensor([tokens]))[-1].log_softmax(-1)

@@ -1,0 +1,65 @@
+"""An engine without a model, for the logic around engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from starlette.types import Receive, Scope, Send
+
+from serve.errors import AdapterUnavailable
+from serve.names import AdapterRevision
+
+Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class FakeEngine:
+    """Keeps the promises of serve.engine.Engine; its API answers with the body it was given."""
+
+    def __init__(self, refuses: frozenset[AdapterRevision] = frozenset()) -> None:
+        self.is_dead = False
+        self.refuses = set(refuses)
+        self.resident: set[AdapterRevision] = set()
+        self.loads: list[AdapterRevision] = []
+        self.unloads: list[AdapterRevision] = []
+        self.paths: dict[AdapterRevision, Path] = {}
+        self.load_delay_s = 0.0
+        self.handler: Handler = echo
+
+    async def api(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.handler(scope, receive, send)
+
+    async def load_adapter(self, adapter: AdapterRevision, path: Path) -> None:
+        await asyncio.sleep(self.load_delay_s)
+        if adapter in self.refuses:
+            raise AdapterUnavailable(f"The engine can't load {adapter}: rank too large")
+        assert adapter not in self.resident, "loaded twice"
+        self.loads.append(adapter)
+        self.paths[adapter] = path
+        self.resident.add(adapter)
+
+    async def unload_adapter(self, adapter: AdapterRevision) -> None:
+        self.unloads.append(adapter)
+        self.resident.remove(adapter)
+
+    async def resident_adapters(self) -> frozenset[AdapterRevision]:
+        return frozenset(self.resident)
+
+    async def check_health(self) -> None:
+        if self.is_dead:
+            raise RuntimeError("dead")
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers 200 with the request's path, its headers and its body."""
+    message = await receive()
+    headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+    answer = {"path": scope["path"], "headers": headers, "body": message["body"].decode()}
+    await respond(send, 200, json.dumps(answer).encode())
+
+
+async def respond(send: Send, status: int, body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": body})

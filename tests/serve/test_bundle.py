@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from serve.bundle import Bundle
+from serve.config import supported_rank
+from serve.errors import ArtifactRefused
+from tests.serve.conftest import MakeArtifact
+
+
+def test_adapters_share_the_base_that_one_of_them_holds(make_artifact: MakeArtifact) -> None:
+    pirate = make_artifact("pirate")
+    ticket = make_artifact("ticket", name="ticket", weights="ticket weights", holds_base=False, rank=20)
+
+    bundle = Bundle.of([ticket.root, pirate.root])
+
+    assert bundle.model_path == pirate.model_path
+    assert bundle.model_name == "small-llama"
+    assert [candidate.name for candidate, _ in bundle.adapters] == ["ticket", "pirate"]
+    assert bundle.max_lora_rank == 32
+
+
+def test_a_merged_model_is_served_under_its_own_name_without_adapters(make_artifact: MakeArtifact) -> None:
+    bundle = Bundle.of([make_artifact("merged", name="tickets-4bit", weights=None).root])
+
+    assert (bundle.model_name, bundle.adapters, bundle.max_lora_rank) == ("tickets-4bit", (), 0)
+
+
+def test_artifacts_for_different_bases_are_refused(make_artifact: MakeArtifact) -> None:
+    with pytest.raises(ArtifactRefused, match="different base models"):
+        Bundle.of([make_artifact("a").root, make_artifact("b", name="other", base="another base").root])
+
+
+def test_artifacts_that_only_refer_to_their_base_are_refused(make_artifact: MakeArtifact) -> None:
+    with pytest.raises(ArtifactRefused, match="None of the artifacts holds the base model"):
+        Bundle.of([make_artifact("a", holds_base=False).root])
+
+
+def test_two_adapters_of_one_name_are_refused(make_artifact: MakeArtifact) -> None:
+    with pytest.raises(ArtifactRefused, match="'pirate' is taken"):
+        Bundle.of([make_artifact("a").root, make_artifact("b", weights="other").root])
+
+
+def test_changed_bytes_are_refused(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact("a")
+    (artifact.root / "adapter" / "weights").write_text("tampered")
+
+    with pytest.raises(ArtifactRefused, match="adapter/weights has other bytes"):
+        Bundle.of([artifact.root])
+
+
+def test_a_directory_that_is_no_artifact_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactRefused, match=r"no manifest\.json"):
+        Bundle.of([tmp_path])
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(1, 1), (2, 8), (16, 16), (17, 32), (512, 512)])
+def test_max_lora_rank_is_rounded_up_to_what_vllm_has(rank: int, expected: int) -> None:
+    assert supported_rank(rank) == expected
+
+
+def test_a_rank_above_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="512"):
+        supported_rank(513)

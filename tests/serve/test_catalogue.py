@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from serve.catalogue import Catalogue, CatalogueLog
+from serve.errors import PublishFailed, StateInvalid, UnknownModel
+from serve.names import RequestedModel
+from tests.serve.conftest import candidate
+
+OLD, NEW = candidate("pirate", "old"), candidate("pirate", "new")
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> CatalogueLog:
+    return CatalogueLog(tmp_path / "catalogue")
+
+
+def test_an_empty_directory_is_an_empty_catalogue(log: CatalogueLog) -> None:
+    assert log.read() == Catalogue()
+
+
+def test_a_staged_revision_is_not_yet_what_the_alias_means(log: CatalogueLog) -> None:
+    log.stage(OLD)
+
+    catalogue = log.read()
+    assert catalogue.staged == {OLD.adapter}
+    assert catalogue.resolve(RequestedModel("pirate")) is None
+
+
+def test_promotion_moves_the_alias_and_keeps_the_old_revision_reachable_by_pin(log: CatalogueLog) -> None:
+    for adapter in (OLD, NEW):
+        log.stage(adapter)
+        log.promote(adapter)
+
+    catalogue = log.read()
+    assert catalogue.resolve(RequestedModel("pirate")) == NEW.adapter
+    assert catalogue.resolve(RequestedModel("pirate", OLD.revision[:12])) == OLD.adapter
+    assert catalogue.staged == frozenset()
+    assert catalogue.epoch == 4
+
+
+@pytest.mark.parametrize("pin", ["", "0", OLD.revision[:11], "f" * 12, OLD.revision + "0"])
+def test_a_pin_that_names_no_revision_resolves_to_nothing(log: CatalogueLog, pin: str) -> None:
+    log.stage(OLD)
+    log.promote(OLD)
+
+    assert log.read().resolve(RequestedModel("pirate", pin)) is None
+
+
+def test_an_abandoned_revision_cannot_be_promoted(log: CatalogueLog) -> None:
+    log.stage(OLD)
+    log.abandon(OLD, "replica 1 could not load it")
+
+    with pytest.raises(PublishFailed, match="no longer staged"):
+        log.promote(OLD)
+
+
+def test_a_revision_that_was_never_staged_cannot_be_promoted(log: CatalogueLog) -> None:
+    with pytest.raises(UnknownModel):
+        log.promote(OLD)
+
+
+def test_following_continues_where_the_reader_stood(log: CatalogueLog) -> None:
+    log.stage(OLD)
+    seen = log.read()
+    log.promote(OLD)
+
+    assert log.follow(seen) == log.read()
+
+
+def test_concurrent_writers_lose_no_entry(tmp_path: Path) -> None:
+    adapters = [candidate(f"adapter-{number}", "weights") for number in range(40)]
+
+    def write(mine: slice) -> None:
+        log = CatalogueLog(tmp_path)
+        for adapter in adapters[mine]:
+            log.stage(adapter)
+
+    writers = [threading.Thread(target=write, args=(slice(first, None, 4),)) for first in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+
+    catalogue = CatalogueLog(tmp_path).read()
+    assert catalogue.staged == {it.adapter for it in adapters}
+    assert catalogue.epoch == len(adapters)
+
+
+def test_a_writer_that_died_before_its_entry_was_complete_leaves_nothing_to_read(tmp_path: Path) -> None:
+    (tmp_path / ".entry-half").write_text('{"verb": "sta')
+
+    log = CatalogueLog(tmp_path)
+    log.stage(OLD)
+
+    assert log.read().staged == {OLD.adapter}
+
+
+def test_a_damaged_entry_is_told_with_its_path(log: CatalogueLog, tmp_path: Path) -> None:
+    log.stage(OLD)
+    entry = tmp_path / "catalogue" / "0000000001.json"
+    entry.write_text("{}")
+
+    with pytest.raises(StateInvalid, match=str(entry)):
+        log.read()
+
+
+def test_a_catalogue_knows_what_its_server_must_be_able_to_hold(log: CatalogueLog) -> None:
+    for it in (OLD, NEW):
+        log.stage(it)
+        log.promote(it)
+    other = candidate("json", "1")
+    log.stage(other)
+
+    assert log.read().wanted == (other, NEW)

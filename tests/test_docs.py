@@ -1,0 +1,62 @@
+"""The reference pages name everything there is, and nothing that there isn't."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+import convert.errors
+import serve.errors
+from serve.config import EngineSettings, GatewaySettings, ServeSettings
+from serve.openai import ENGINE_ROUTES
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def subclasses(error: type) -> set[type]:
+    return {error}.union(*(subclasses(each) for each in error.__subclasses__()))
+
+
+def codes(error: type) -> set[str]:
+    """The codes of the classes that are raised: those without subclasses."""
+    return {it.code for it in subclasses(error) if not it.__subclasses__()}
+
+
+def first_column(page: Path, heading: str) -> set[str]:
+    section = page.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"^\| `([^`]+)`", section, re.MULTILINE))
+
+
+def test_every_error_code_is_documented_and_every_documented_one_exists() -> None:
+    page = DOCS / "errors.md"
+
+    assert first_column(page, "Converting") == codes(convert.errors.ConvertError)
+    assert first_column(page, "Serving") == codes(serve.errors.ServeError) | {"server_error", "invalid_settings"}
+
+
+@pytest.mark.parametrize("settings", [ServeSettings, EngineSettings, GatewaySettings])
+def test_every_setting_is_documented_and_every_documented_one_exists(settings: type[BaseModel]) -> None:
+    assert first_column(DOCS / "settings.md", settings.__name__) == set(settings.model_fields)
+
+
+def test_every_public_route_is_documented() -> None:
+    page = (DOCS / "api.md").read_text()
+
+    assert [route for route in ENGINE_ROUTES if f"POST {route}`" not in page] == []
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(DOCS.rglob("*.md")), ids=lambda it: it.name)
+def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_readme_commands_are_targets_of_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+    assert set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text())) <= targets

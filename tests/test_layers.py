@@ -1,0 +1,47 @@
+"""Imports point down, and each heavy library is met where it belongs."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import grimp
+import pytest
+from importlinter import cli
+
+IMPORTERS = {
+    "vllm": {"serve.vllm_engine"},
+    "ray": {"serve.replica", "serve.app", "serve.local"},
+}
+TORCH_USERS = ("convert.", "serve.vllm_engine")
+
+
+@cache
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("convert", "serve", include_external_packages=True, cache_dir=None)
+
+
+def test_layers_hold() -> None:
+    assert cli.lint_imports(no_cache=True) == cli.EXIT_STATUS_SUCCESS
+
+
+@pytest.mark.parametrize("library", IMPORTERS)
+def test_only_its_own_modules_import(library: str) -> None:
+    assert graph().find_modules_that_directly_import(library) == IMPORTERS[library]
+
+
+def test_torch_stays_in_the_conversion_stage() -> None:
+    importers = graph().find_modules_that_directly_import("torch")
+
+    assert [module for module in importers if not module.startswith(TORCH_USERS)] == []
+
+
+def test_serve_knows_the_artifact_and_nothing_else_of_convert() -> None:
+    known = {
+        imported
+        for module in graph().modules
+        if module.startswith("serve")
+        for imported in graph().find_modules_directly_imported_by(module)
+        if imported.startswith("convert")
+    }
+
+    assert known == {"convert.artifact", "convert.errors"}
