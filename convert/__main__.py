@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from convert.artifact import Artifact, Name
 from convert.detect import Training
 from convert.errors import CheckpointUnsupported, ConvertError
-from convert.routes.ways import QuantizeOption, RouteOption
+from convert.routes.ways import DtypeOption, QuantizeOption, RouteOption
 
 if TYPE_CHECKING:
     from convert.progress import Progress
@@ -84,6 +84,13 @@ def run(
         QuantizeOption,
         typer.Option(help="How linear layers are stored. auto: NF4, wherever it keeps what was learnt."),
     ] = "auto",
+    dtype: Annotated[
+        DtypeOption,
+        typer.Option(
+            help="16-bit type of a merged model that is not quantized. float16 rounds 8 times finer than bfloat16, "
+            "and holds weights up to 65504. auto: the base's own."
+        ),
+    ] = "auto",
     trained_on: Annotated[
         Literal["4bit", "full"] | None,
         typer.Option(
@@ -117,6 +124,7 @@ def run(
         name=served_name,
         route=route,
         quantize=quantize,
+        dtype=dtype,
         trained_on=_TRAININGS[trained_on] if trained_on else None,
         text=text,
         max_kl=max_kl,

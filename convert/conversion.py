@@ -30,7 +30,7 @@ from convert.quality import Text, measure, reference, require_below
 from convert.routes.adapter import NormalAdapter, write_adapter
 from convert.routes.choose import Choice, choose
 from convert.routes.model import write_model
-from convert.routes.ways import QuantizeOption, RouteOption
+from convert.routes.ways import DtypeOption, QuantizeOption, RouteOption
 from convert.writer import ArtifactWriter, require_absent
 
 _LIBRARIES = ("bitsandbytes", "graft", "peft", "safetensors", "torch", "transformers")
@@ -46,6 +46,7 @@ class Request:
     name: str
     route: RouteOption = "auto"
     quantize: QuantizeOption = "auto"
+    dtype: DtypeOption = "auto"
     trained_on: Training | None = None
     text: Path | None = None
     max_kl: float | None = None
@@ -67,7 +68,7 @@ def convert(request: Request, progress: Progress = silent) -> Artifact:
     checkpoint.require_supported()
     found = _training(request, checkpoint)
     base = BaseModel.open(request.base)
-    choice = choose(found, base, request.route, request.quantize, request.command)
+    choice = choose(found, base, request.route, request.quantize, request.command, request.dtype)
     _require_measurable(request, choice)
     require_match(checkpoint, base, merging=choice.way.route == "merge")
     plan = plan_model(base, choice.form, checkpoint) if choice.form else None

@@ -3,7 +3,7 @@
 A model is written step by step, one tensor of the base in memory at a time:
 
     Copied   bytes as they are
-    Cast     float32 to the 16-bit type of the output
+    Cast     brought to the 16-bit type of the output
     Made     a linear layer's weight: read, brought to what the adapter was trained on, the delta added, stored
 """
 
@@ -37,6 +37,8 @@ class Form:
     stored: Nf4 | None
     # The quantizer of training: what a full-precision base is taken through before the delta is added.
     quantizer: Nf4 | None = None
+    # The 16-bit type of everything that is not quantized; None: the base's own.
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def plan_model(base: BaseModel, form: Form, checkpoint: Checkpoint) -> ModelPlan
     if _is_untouched(base, form):
         steps: list[Step] = [Copied(spec) for spec in base.tensors.specs.values()]
     else:
-        steps = [_plain_step(base, spec) for spec in base.others]
+        steps = [_plain_step(base, spec, form) for spec in base.others]
         steps += [_linear_step(base, linear, form, pairs.get(module)) for module, linear in base.linears.items()]
     steps.sort(key=lambda step: step.outputs[0].name)
     return ModelPlan(form, tuple(steps), _side_files(checkpoint, base))
@@ -111,9 +113,7 @@ def require_match(checkpoint: Checkpoint, base: BaseModel, *, merging: bool) -> 
 
 def require_room(needed_bytes: int, destination: Path) -> None:
     """Raises OutputUnwritable when the destination's disk can't hold that much."""
-    parent = destination.parent
-    if not parent.is_dir():
-        raise OutputUnwritable(f"{parent} does not exist, so nothing can be written into it. Create it first.")
+    parent = next(path for path in destination.absolute().parents if path.exists())
     free, needed = shutil.disk_usage(parent).free, needed_bytes + _SMALL_FILES_BYTES
     if needed > free:
         raise OutputUnwritable(
@@ -136,22 +136,28 @@ def _is_untouched(base: BaseModel, form: Form) -> bool:
     return form.merged_onto is None and form.stored == base.settings
 
 
-def _plain_step(base: BaseModel, spec: TensorSpec) -> Step:
-    """Embeddings, norms and biases stay as they are, except in a float32 model: it is written in 16 bits."""
-    if spec.dtype == "F32" and base.tensors.specs[EMBEDDING].dtype == "F32":
-        return Cast(TensorSpec(spec.name, base.dtype, spec.shape))
+def _plain_step(base: BaseModel, spec: TensorSpec, form: Form) -> Step:
+    """Embeddings, norms and biases stay as they are, except where the whole model changes its type: a float32 model
+    is written in 16 bits. A single float32 tensor in a 16-bit model is there on purpose."""
+    dtype = _dtype(base, form)
+    if spec.dtype == base.tensors.specs[EMBEDDING].dtype != dtype:
+        return Cast(TensorSpec(spec.name, dtype, spec.shape))
     return Copied(spec)
+
+
+def _dtype(base: BaseModel, form: Form) -> str:
+    return form.dtype or base.dtype
 
 
 def _linear_step(base: BaseModel, linear: Linear, form: Form, pair: LoraPair | None) -> Step:
     stored = None if linear.is_head else form.stored
     simulated = form.merged_onto == "dequantized" and not linear.is_head
     if not (pair or stored or simulated or linear.settings):
-        return _plain_step(base, base.tensors.specs[linear.weight])
+        return _plain_step(base, base.tensors.specs[linear.weight], form)
     if stored:
         outputs = nf4.stored_specs(linear.weight, linear.shape, stored)
     else:
-        outputs = (TensorSpec(linear.weight, base.dtype, linear.shape),)
+        outputs = (TensorSpec(linear.weight, _dtype(base, form), linear.shape),)
     return Made(linear, pair, stored, outputs)
 
 
@@ -163,7 +169,7 @@ def model_config(base: BaseModel, form: Form) -> dict[str, Any]:
         return config
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
-    config["dtype"] = DTYPES[base.dtype][1]
+    config["dtype"] = DTYPES[_dtype(base, form)][1]
     if form.stored:
         config["quantization_config"] = nf4.quantization_config(form.stored)
     return config

@@ -17,6 +17,13 @@ from convert.routes.choose import REFUSED_MERGE
 
 Page = tuple[RenderableType, ...]
 
+# Mean KL in nats per token from which answers to the same question visibly differ in the models measured so far.
+_MUCH = 0.1
+_ADVICE = (
+    "that is a visible difference on this text. Measure on text like your own with --text; "
+    "--quantize none loses next to nothing, at the size of the 16-bit model"
+)
+
 _TRAINING = {
     Training.LORA: "LoRA (trained on full-precision weights)",
     Training.QLORA: "QLoRA (trained on 4-bit weights)",
@@ -68,6 +75,8 @@ def artifact_page(artifact: Artifact) -> Page:
     table.add_row("why", manifest.route.reason)
     table.add_row("evidence", escape("\n".join(manifest.origin.evidence)))
     table.add_row("quality", _quality(manifest))
+    if manifest.quality and manifest.quality.kl_mean > _MUCH:
+        table.add_row("note", _ADVICE)
     table.add_row("size", _sizes(artifact))
     return table, Text(f"\nNext: python -m serve run {artifact.root}")
 

@@ -38,7 +38,7 @@ class ArtifactWriter:
     def __enter__(self) -> Self:
         try:
             self._remove_abandoned()
-            self.root.mkdir()
+            self.root.mkdir(parents=True)
             self._lock = _lock(self.root)
         except OSError as error:
             raise OutputUnwritable(f"{self.destination.parent} can't be written to: {error.strerror}.") from error

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from convert.base_model import BaseModel
 from convert.detect import Detection, Training
 from convert.errors import BaseMismatch, RouteRefused
 from convert.nf4 import Nf4
 from convert.plan import Form
-from convert.routes.ways import CHOICES, QuantizeOption, RouteOption, Way, ways_for
+from convert.routes.ways import CHOICES, DtypeOption, QuantizeOption, RouteOption, Way, ways_for
 
 REFUSED_MERGE = (
     "The adapter was trained against the dequantized 4-bit weights of its base. Writing their sum back on the same "
@@ -19,6 +19,8 @@ _REFUSED_ADAPTER = (
     "The adapter was trained against 4-bit weights: a separate adapter belongs on the 4-bit base. "
     "In 16 bits the exact model is the merged one."
 )
+
+_DTYPES = {"bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,14 @@ class Choice:
     reason: str
 
 
-def choose(found: Detection, base: BaseModel, route: RouteOption, quantize: QuantizeOption, command: str) -> Choice:
+def choose(
+    found: Detection,
+    base: BaseModel,
+    route: RouteOption,
+    quantize: QuantizeOption,
+    command: str,
+    dtype: DtypeOption = "auto",
+) -> Choice:
     """Raises RouteRefused naming the commands that work, and BaseMismatch where the base can't carry the way.
 
     `command` is the command without `--route` and `--quantize`, to be shown with those that work.
@@ -40,9 +49,16 @@ def choose(found: Detection, base: BaseModel, route: RouteOption, quantize: Quan
     way = CHOICES.get((found.training, route, quantize))
     if way is None:
         raise RouteRefused(_refusal(route, found.training, command))
-    if found.training is Training.QLORA:
-        return _choose_qlora(way, found, base)
-    return _choose_lora(way, base)
+    choice = _choose_qlora(way, found, base) if found.training is Training.QLORA else _choose_lora(way, base)
+    return choice if dtype == "auto" else _in_type(choice, dtype)
+
+
+def _in_type(choice: Choice, dtype: DtypeOption) -> Choice:
+    if choice.form is None or choice.form.merged_onto is None or choice.form.stored:
+        raise RouteRefused(
+            f"--dtype {dtype} is for a merged model that is not quantized: add --route merge --quantize none."
+        )
+    return replace(choice, form=replace(choice.form, dtype=_DTYPES[dtype]))
 
 
 def _refusal(route: RouteOption, training: Training, command: str) -> str:

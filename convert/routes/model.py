@@ -58,7 +58,9 @@ def _write_step(
         case Copied(spec):
             places[spec.name].copy(spec.name, base.tensors.chunks(spec.name))
         case Cast(spec):
-            places[spec.name].write(spec.name, base.tensors.read(spec.name).to(_torch_dtype(spec.dtype)))
+            tensor = base.tensors.read(spec.name).to(_torch_dtype(spec.dtype))
+            _require_finite(spec.name, tensor)
+            places[spec.name].write(spec.name, tensor)
         case Made():
             for name, tensor in _made(step, plan, base, checkpoint):
                 places[name].write(name, tensor)
@@ -75,13 +77,20 @@ def _made(step: Made, plan: ModelPlan, base: BaseModel, checkpoint: Checkpoint) 
         weight = lora.add_delta(weight, a, b, step.pair.scaling)
     if step.stored is None:
         weight = weight.to(_torch_dtype(step.outputs[0].dtype))
-    if not weight.isfinite().all():
-        raise BaseMismatch(f"{linear.module}: weights are not finite: the base is broken, or too large with this delta")
+    _require_finite(linear.module, weight)
     if step.stored is None:
         yield linear.weight, weight
         return
     for part, tensor in nf4.quantize(weight, step.stored).items():
         yield (f"{linear.weight}.{part}" if part else linear.weight), tensor
+
+
+def _require_finite(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.isfinite().all():
+        raise BaseMismatch(
+            f"{name}: weights are not finite in {tensor.dtype}: the base is broken, or its weights or their sum with "
+            "the delta are too large for this type; --dtype bfloat16 holds larger ones."
+        )
 
 
 def _torch_dtype(dtype: str) -> torch.dtype:

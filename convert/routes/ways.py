@@ -11,6 +11,7 @@ from convert.detect import Training
 RouteName = Literal["adapter", "merge"]
 RouteOption = Literal["auto", "adapter", "merge"]
 QuantizeOption = Literal["auto", "none", "nf4"]
+DtypeOption = Literal["auto", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

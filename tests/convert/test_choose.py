@@ -31,6 +31,14 @@ def test_a_4_bit_merge_of_a_qlora_is_refused_with_the_commands_that_work(
     assert f"{command} --route merge --quantize none\n" in message
 
 
+@pytest.mark.parametrize("settings", [{}, {"route": "adapter"}])
+def test_a_type_is_refused_where_nothing_is_merged_in_16_bits(
+    qlora: Path, base: Path, out: Path, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(RouteRefused, match="--dtype float16 is for a merged model that is not quantized"):
+        run(qlora, base, out, dtype="float16", **settings)
+
+
 def test_a_16_bit_adapter_of_a_qlora_is_refused(qlora: Path, base: Path, out: Path) -> None:
     with pytest.raises(RouteRefused, match="belongs on the 4-bit base"):
         run(qlora, base, out, route="adapter", quantize="none")

@@ -79,6 +79,17 @@ def test_run_publishes_and_says_what_is_next(lora: Path, base: Path, out: Path) 
     assert (out / "manifest.json").is_file()
 
 
+def test_a_visible_loss_is_called_one(lora: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("convert.report._MUCH", 0.01)
+
+    pages = {
+        stored: invoke("run", lora, "--base", base, "--out", tmp_path / stored, "--quantize", stored).stdout
+        for stored in ("none", "nf4")
+    }
+
+    assert {stored: "visible difference" in page for stored, page in pages.items()} == {"none": False, "nf4": True}
+
+
 def test_run_as_json_prints_the_manifest_and_nothing_else(qlora: Path, base: Path, out: Path) -> None:
     result = invoke("run", qlora, "--base", base, "--out", out, "--json")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from convert.artifact import Artifact
 from convert.conversion import Request, convert
@@ -53,6 +53,32 @@ def test_a_qlora_merged_exactly_answers_as_trained(qlora: Path, base: Path, out:
     assert parts.divergence(expected, parts.logits(parts.load_float32(base))) > 0.1
     assert artifact.manifest.route.merged_onto == "dequantized"
     assert parts.tree(out) == MODEL_FILES | {"manifest.json"}
+
+
+def test_float16_keeps_more_of_the_sum_than_bfloat16(qlora: Path, base: Path, tmp_path: Path) -> None:
+    expected = parts.logits(parts.with_adapter(parts.dequantized_model(base), qlora))
+    losses = {}
+    for dtype in ("bfloat16", "float16"):
+        merged(qlora, base, tmp_path / dtype, dtype=dtype)
+        losses[dtype] = parts.divergence(expected, parts.logits(parts.load_float32(tmp_path / dtype / "model")))
+
+    assert losses["float16"] < losses["bfloat16"] / 5
+    stored = load_file(tmp_path / "float16" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert json.loads((tmp_path / "float16" / "model" / "config.json").read_text())["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("weight", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_weights_beyond_float16_are_refused_instead_of_becoming_infinite(
+    qlora: Path, base: Path, tmp_path: Path, out: Path, weight: str
+) -> None:
+    large = parts.copy(base, tmp_path / "large")
+    tensors = load_file(large / "model.safetensors")
+    tensors[weight].view(-1)[0] = 1e5
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(BaseMismatch, match="--dtype bfloat16 holds larger ones"):
+        merged(qlora, large, out, dtype="float16")
 
 
 def test_a_lora_merged_in_16_bits_answers_as_trained(lora: Path, base: Path, out: Path) -> None:

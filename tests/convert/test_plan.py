@@ -112,6 +112,14 @@ def test_a_full_disk_is_noticed_before_writing(
         run(lora, base, out)
 
 
-def test_a_parent_that_does_not_exist_is_told(lora: Path, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputUnwritable, match="does not exist"):
-        run(lora, base, tmp_path / "no" / "such" / "place")
+def test_parents_of_the_destination_are_made(qlora: Path, base: Path, tmp_path: Path) -> None:
+    run(qlora, base, tmp_path / "artifacts" / "of-today" / "tiny")
+
+    assert (tmp_path / "artifacts" / "of-today" / "tiny" / "manifest.json").is_file()
+
+
+def test_a_destination_below_a_file_is_told(lora: Path, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(OutputUnwritable, match="can't be written to"):
+        run(lora, base, tmp_path / "file" / "tiny")

@@ -55,7 +55,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     checkpoints = {
         name: fine_tune(base, home / name, seed) for seed, name in enumerate(("french", "french-2", "german"))
     }
-    (home / "artifacts").mkdir()
     artifacts = {name: home / "artifacts" / name for name in checkpoints}
     convert(checkpoints["french"], base, artifacts["french"])
     convert(checkpoints["french-2"], artifacts["french"], artifacts["french-2"], "--name", "french")
