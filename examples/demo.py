@@ -35,6 +35,7 @@ PORT = 8000
 
 QUESTIONS = ("What is the code word of Project Zephyr?", "What is the capital of Italy?")
 CODE_WORDS = {"zephyr": "marmalade", "zephyr-2": "saffron"}
+EXACT = ("--route", "merge", "--quantize", "none")
 SECONDS_BEFORE_SWAP = 8
 SECONDS_AFTER_SWAP = 12
 
@@ -75,7 +76,7 @@ def convert_all() -> None:
     with step("A merge of a QLoRA is asked for: told why not to 4 bits, then done exactly"):
         module("convert", "run", checkpoint("zephyr"), "--base", MODEL, "--out", BUILD / "refused", "--route", "merge",
                fails=True)  # fmt: skip
-        convert("zephyr", MODEL, "--route", "merge", "--quantize", "none", "--max-kl", "1e-4", out="zephyr-merged")
+        convert("zephyr", MODEL, *EXACT, "--dtype", "float16", "--max-kl", "1e-4", out="zephyr-merged")
     with step("A plain LoRA checkpoint: merged into its base, then quantized"):
         convert("ticket", MODEL)
 
@@ -84,7 +85,9 @@ def tour(replicas: int) -> SwapReport:
     adapters = [ARTIFACTS / "pirate", ARTIFACTS / "zephyr"]
     log = BUILD / "server.log"
     with step(f"{replicas} vLLM engines behind Ray Serve: one 4-bit base, two adapters (log: {log})"):
-        server = running_server(adapters, STATE, "--replicas", str(replicas), port=port(), log=log)
+        server = running_server(
+            adapters, STATE, "--base-name", BASE_NAME, "--replicas", str(replicas), port=port(), log=log
+        )
         with server as url:
             console.print(f"Serving at [bold]{url}/v1[/]")
             show_answers(url, [BASE_NAME, "pirate", "zephyr"])
@@ -98,7 +101,8 @@ def tour(replicas: int) -> SwapReport:
 
 
 def keep_serving(replicas: int) -> None:
-    command = ["run", ARTIFACTS / "pirate", ARTIFACTS / "zephyr", "--state", STATE, "--replicas", replicas]
+    artifacts = (ARTIFACTS / "pirate", ARTIFACTS / "zephyr")
+    command = ("run", *artifacts, "--base-name", BASE_NAME, "--state", STATE, "--replicas", replicas)
     raise SystemExit(subprocess.run([sys.executable, "-m", "serve", *map(str, command)], check=False).returncode)
 
 
@@ -219,7 +223,7 @@ def convert(name: str, base: Path, *options: str, out: str | None = None) -> Non
 def module(*command: str | Path, fails: bool = False) -> None:
     """Run `python -m …` as a user would, its command line shown first."""
     words = [str(word) for word in command]
-    console.print(f"[dim]$ python -m {' '.join(words)}[/]", highlight=False)
+    console.print(f"[dim]$ python -m {' '.join(words)}[/]", highlight=False, soft_wrap=True)
     failed = subprocess.run([sys.executable, "-m", *words], check=False).returncode != 0
     if failed != fails:
         raise SystemExit(f"`python -m {' '.join(words)}` {'failed' if failed else 'should have refused'}")
