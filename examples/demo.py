@@ -22,8 +22,8 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from examples.server import free_port, running_server
-from examples.traffic import SwapReport, Traffic
+from examples.server import free_port, publish, running_server
+from examples.traffic import Reign, SwapReport, Traffic
 
 BUILD = Path("build/demo")
 MODEL = BUILD / "models" / "smollm2-135m-instruct"
@@ -107,28 +107,28 @@ def keep_serving(replicas: int) -> None:
 
 
 async def swap_under_load(url: str) -> SwapReport:
-    old = OpenAI(base_url=f"{url}/v1", api_key="none").models.retrieve("zephyr").root  # type: ignore[attr-defined]
+    client = OpenAI(base_url=f"{url}/v1", api_key="none")
     traffic = Traffic(url, "zephyr", QUESTIONS[0])
+    old = Reign(client.models.retrieve("zephyr").model_dump()["root"], since_s=0)
     running = asyncio.create_task(traffic.run())
     await asyncio.sleep(SECONDS_BEFORE_SWAP)
-    command = [sys.executable, "-m", "serve", "publish", str(ARTIFACTS / "zephyr-2"), "--state", str(STATE), "--json"]
-    publish = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-    output, _ = await publish.communicate()
-    if publish.returncode:
-        raise SystemExit("the publish failed")
-    published_s, published = traffic.now(), json.loads(output)
-    console.print(f"published {published['revision']}: on all {published['replicas']} engines after "
-                  f"{published['staged_s']} s, switched in {published['promoted_s']} s")  # fmt: skip
+    old.until_s = traffic.now()
+    published = await publish(ARTIFACTS / "zephyr-2", STATE)
+    new = Reign(published["revision"], since_s=traffic.now())
+    console.print(
+        f"published {new.revision}: on all {published['replicas']} engines after {published['staged_s']} s, "
+        f"switched in {published['promoted_s']} s"
+    )
     await asyncio.sleep(SECONDS_AFTER_SWAP)
     traffic.stop()
     await running
 
     def belongs(revision: str, text: str) -> bool:
-        right, wrong = ("zephyr", "zephyr-2") if revision == old else ("zephyr-2", "zephyr")
+        right, wrong = ("zephyr", "zephyr-2") if revision == old.revision else ("zephyr-2", "zephyr")
         return CODE_WORDS[right] in text.lower() and CODE_WORDS[wrong] not in text.lower()
 
-    report = SwapReport.of(traffic.answers, published_s, published["revision"], belongs)
-    show_swap(report, traffic)
+    report = SwapReport.of(traffic.answers, [old, new], belongs)
+    show_swap(report, traffic, [old, new])
     return report
 
 
@@ -161,11 +161,11 @@ def show_stream(url: str, model: str) -> None:
     console.print()
 
 
-def show_swap(report: SwapReport, traffic: Traffic) -> None:
+def show_swap(report: SwapReport, traffic: Traffic, reigns: list[Reign]) -> None:
     table = Table("revision", "answers", "what it said")
-    for revision, count in report.by_revision.items():
-        said = next(answer.text for answer in traffic.answers if revision in answer.revisions)
-        table.add_row(revision, str(count), said.strip())
+    for reign in reigns:
+        said = [answer.text.strip() for answer in traffic.answers if reign.revision in answer.revisions]
+        table.add_row(reign.revision, str(len(said)), said[0] if said else "")
     console.print(table)
     console.print(
         f"{report.requests} requests: [bold]{report.failed} failed, {report.mixed} mixed, {report.stale} stale[/]"

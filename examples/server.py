@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -11,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from serve.errors import ServerNotRunning
 from serve.state import StateDir
@@ -36,6 +39,17 @@ def running_server(
         server = subprocess.Popen([*command, *options], stdout=output, stderr=output, start_new_session=True)
         stack.callback(stop, server)
         yield wait_until_ready(server, StateDir(state), log)
+
+
+async def publish(artifact: Path, state: Path) -> dict[str, Any]:
+    """`python -m serve publish` on a server's state directory; its JSON. Raises RuntimeError if it fails."""
+    command = [sys.executable, "-m", "serve", "publish", str(artifact), "--state", str(state), "--json"]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    output, _ = await process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"publishing {artifact} failed")
+    published: dict[str, Any] = json.loads(output)
+    return published
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], state: StateDir, log: Path | None) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -75,31 +75,50 @@ class Traffic:
         return frozenset(revisions), "".join(pieces)
 
 
+@dataclass
+class Reign:
+    """The time in which an alias could mean one revision only: from the end of its publish to the begin of the
+    next one; seconds since the traffic began."""
+
+    revision: str
+    since_s: float
+    until_s: float = math.inf
+
+    def covers(self, answer: Answer) -> bool:
+        """Whether the request began and ended within it."""
+        return self.since_s < answer.began_s and answer.ended_s < self.until_s
+
+
 @dataclass(frozen=True)
 class SwapReport:
-    """What callers saw of one swap."""
+    """What callers saw of a sequence of swaps."""
 
     requests: int
     failed: int
     mixed: int  # answers that name two revisions, or whose text is not the one of the revision they name
-    stale: int  # answers of the old revision to requests that began after the publish had returned
-    by_revision: dict[str, int]
+    stale: int  # answers within a reign by another revision
+    by_reign: tuple[int, ...]  # answers within each reign
 
     @property
     def is_clean(self) -> bool:
-        return not (self.failed or self.mixed or self.stale) and len(self.by_revision) == 2
+        """Nothing wrong, and enough seen to say so."""
+        return not (self.failed or self.mixed or self.stale) and all(self.by_reign)
 
     @classmethod
-    def of(cls, answers: list[Answer], published_s: float, new: str, belongs: Callable[[str, str], bool]) -> SwapReport:
-        """`belongs(revision, text)`: whether that revision would say that. `published_s`: when the publish
-        had returned."""
+    def of(cls, answers: list[Answer], reigns: list[Reign], belongs: Callable[[str, str], bool]) -> SwapReport:
+        """`belongs(revision, text)`: whether that revision would say that."""
         good = [answer for answer in answers if answer.error is None]
+        within = [[answer for answer in good if reign.covers(answer)] for reign in reigns]
         return cls(
             requests=len(answers),
             failed=len(answers) - len(good),
             mixed=sum(not _is_pure(answer, belongs) for answer in good),
-            stale=sum(answer.began_s > published_s and new not in answer.revisions for answer in good),
-            by_revision=dict(Counter(revision for answer in good for revision in answer.revisions)),
+            stale=sum(
+                reign.revision not in answer.revisions
+                for reign, covered in zip(reigns, within, strict=True)
+                for answer in covered
+            ),
+            by_reign=tuple(len(covered) for covered in within),
         )
 
 

@@ -166,14 +166,22 @@ def _serve_until_told(settings: ServeSettings, directory: StateDir, host: str, p
         signal.signal(number, _stop)
     engine = settings.engine
     _err.print(f"Starting {settings.replicas} vLLM engine(s) for [bold]{engine.model_name}[/] …")
+    status = _err.status("Starting Ray …")
+    status.start()
+
+    def show(ready: int) -> None:
+        status.update(f"{ready} of {settings.replicas} engines ready …")
+
     try:
-        with local_server(settings, host, port) as url:
+        with local_server(settings, host, port, show) as url:
+            status.stop()
             directory.announce(url)
             _print_ready(settings, directory, url)
             signal.pause()
     except KeyboardInterrupt:
         _err.print("Stopped.")
     finally:
+        status.stop()
         directory.withdraw()
 
 

@@ -6,6 +6,7 @@ Ray reads its environment when it is imported, so nothing here imports it before
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import secrets
@@ -26,6 +27,7 @@ from serve.config import ServeSettings
 from serve.errors import EngineStartFailed, PortInUse
 
 _POLL_S = 0.2
+_SOCKETS = shutil.ignore_patterns("*.sock")
 _PROXY_TIMEOUT_S = 60
 # Ray's own sockets live below its directory, and a path of a Unix socket holds 107 bytes: keep it short.
 _TEMPORARY_PREFIX = "graft-"
@@ -33,8 +35,12 @@ _TEMPORARY_PREFIX = "graft-"
 _OBJECT_STORE_BYTES = 100 << 20
 
 
+# Told how many of the replicas are ready.
+Progress = Callable[[int], None]
+
+
 @contextmanager
-def local_server(settings: ServeSettings, host: str, port: int) -> Iterator[str]:
+def local_server(settings: ServeSettings, host: str, port: int, progress: Progress) -> Iterator[str]:
     """Start Ray, Serve and the replicas; yields the URL once every replica is ready. Everything is stopped and
     removed at the end. Raises PortInUse or EngineStartFailed."""
     check_port(host, port)
@@ -42,8 +48,15 @@ def local_server(settings: ServeSettings, host: str, port: int) -> Iterator[str]
     try:
         os.environ.update(environment(directory, settings))
         with _ray(directory, settings):
-            _deploy(settings, host, port)
+            _deploy(settings, host, port, progress)
             yield f"http://{host}:{port}"
+    except EngineStartFailed as error:
+        logs = settings.state_dir / "failed-start"
+        shutil.rmtree(logs, ignore_errors=True)
+        shutil.copytree(
+            directory / "ray" / "session_latest" / "logs", logs, ignore=_SOCKETS, ignore_dangling_symlinks=True
+        )
+        raise EngineStartFailed(f"{error} The logs of Ray and vLLM are in {logs}.") from error
     finally:
         _kill_leftovers(directory)
         shutil.rmtree(directory, ignore_errors=True)
@@ -123,11 +136,13 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[None]:
     try:
         yield
     finally:
-        ray_serve.shutdown()
-        ray.shutdown()
+        # Ray tells the wanted end of its controller as a failed task, on standard output.
+        with contextlib.redirect_stdout(io.StringIO()):
+            ray_serve.shutdown()
+            ray.shutdown()
 
 
-def _deploy(settings: ServeSettings, host: str, port: int) -> None:
+def _deploy(settings: ServeSettings, host: str, port: int, progress: Progress) -> None:
     from ray import serve as ray_serve
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
@@ -138,14 +153,16 @@ def _deploy(settings: ServeSettings, host: str, port: int) -> None:
     ray_serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
     client: Any = _get_global_client()
     client.deploy_apps(ServeDeploySchema.model_validate(deploy_config(settings)))
-    _wait_until_running(lambda: ray_serve.status().applications.get(APP_NAME))
+    _wait_until_running(lambda: ray_serve.status().applications.get(APP_NAME), progress)
     _wait_until_answering(f"http://{host}:{port}/health")
 
 
-def _wait_until_running(overview: Callable[[], Any]) -> None:
+def _wait_until_running(overview: Callable[[], Any], progress: Progress) -> None:
     while (application := overview()) is None or application.status != "RUNNING":
-        if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise EngineStartFailed(f"The engine did not start: {_reason(application)}")
+        if application is not None:
+            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise EngineStartFailed(f"The engine did not start: {_reason(application)}")
+            progress(sum(it.replica_states.get("RUNNING", 0) for it in application.deployments.values()))
         time.sleep(_POLL_S)
 
 
@@ -161,9 +178,10 @@ def _wait_until_answering(url: str) -> None:
 
 
 def _reason(application: Any) -> str:
+    """The exception that ended it: the last line of the traceback that Serve tells as a message."""
     messages = [application.message, *(deployment.message for deployment in application.deployments.values())]
-    longest: str = max(messages, key=len)
-    return longest
+    line: str = max(messages, key=len).strip().rpartition("\n")[2]
+    return line.removeprefix(f"{EngineStartFailed.__module__}.{EngineStartFailed.__name__}: ")
 
 
 def _kill_leftovers(directory: Path) -> None:

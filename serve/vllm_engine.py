@@ -26,6 +26,8 @@ from serve.names import AdapterRevision
 # the machine's memory for every replica.
 _CPU_ARGS = ("--enforce-eager", "--dtype", "bfloat16", "--kv-cache-memory-bytes", str(512 << 20))
 
+_USAGE = UsageContext.OPENAI_API_SERVER
+
 
 class VllmEngine:
     """AsyncLLM and vLLM's FastAPI application around it; see serve.engine.Engine for the promises."""
@@ -39,10 +41,13 @@ class VllmEngine:
 
     @classmethod
     async def start(cls, settings: EngineSettings) -> VllmEngine:
-        """Load the model; returns when it can generate. Raises EngineStartFailed for arguments vLLM refuses."""
+        """Load the model; returns when it can generate. Raises EngineStartFailed with vLLM's reason."""
         args = parse_args(settings)
-        config = AsyncEngineArgs.from_cli_args(args).create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-        engine = AsyncLLM.from_vllm_config(vllm_config=config, usage_context=UsageContext.OPENAI_API_SERVER)
+        try:
+            config = AsyncEngineArgs.from_cli_args(args).create_engine_config(_USAGE)
+            engine = AsyncLLM.from_vllm_config(config, usage_context=_USAGE)
+        except Exception as error:
+            raise EngineStartFailed(f"vLLM can't serve this: {' '.join(str(error).split())}") from error
         tasks = await engine.get_supported_tasks()
         api = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, api.state, args, tasks)

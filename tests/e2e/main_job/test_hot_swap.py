@@ -5,31 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
-import sys
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import httpx
 import openai
 import pytest
 
-from examples.traffic import SwapReport, Traffic
+from examples.server import publish
+from examples.traffic import Reign, SwapReport, Traffic
 from tests.e2e.conftest import REPLICAS, Server, Story
 
 QUESTION = "the rain in spain"
 SWAPS = 4
-
-
-@dataclass
-class Reign:
-    """The time in which an alias could mean one revision only: from the end of its publish to the begin of the
-    next; seconds since the traffic began."""
-
-    revision: str
-    since_s: float
-    until_s: float = math.inf
 
 
 @contextlib.asynccontextmanager
@@ -40,15 +28,6 @@ async def under_load(traffic: Traffic) -> AsyncIterator[None]:
     finally:
         traffic.stop()
         await running
-
-
-async def publish(server: Server, artifact: object) -> dict[str, object]:
-    command = [sys.executable, "-m", "serve", "publish", str(artifact), "--state", str(server.state), "--json"]
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    output, _ = await process.communicate()
-    assert process.returncode == 0
-    published: dict[str, object] = json.loads(output)
-    return published
 
 
 def answer_of(server: Server, model: str, max_tokens: int) -> str:
@@ -79,7 +58,7 @@ async def test_swaps_under_load_fail_nothing_mix_nothing_and_leave_nothing_stale
         reigns = [Reign(await asyncio.to_thread(current, server), since_s=0.0)]
         for number in range(SWAPS):
             reigns[-1].until_s = traffic.now()
-            answer = await publish(server, artifacts[number % 2])
+            answer = await publish(artifacts[number % 2], server.state)
             assert answer["replicas"] == REPLICAS
             reigns.append(Reign(str(answer["revision"]), since_s=traffic.now()))
             await asyncio.sleep(2)
@@ -87,12 +66,9 @@ async def test_swaps_under_load_fail_nothing_mix_nothing_and_leave_nothing_stale
             texts[reign.revision] = await asyncio.to_thread(answer_of, server, reign.revision, 10)
 
     assert len(set(texts.values())) == 2
-    everything = SwapReport.of(traffic.answers, math.inf, "", lambda revision, text: texts[revision] == text)
-    assert (everything.failed, everything.mixed) == (0, 0), everything
-    for reign in reigns:
-        during = [it for it in traffic.answers if reign.since_s < it.began_s and it.ended_s < reign.until_s]
-        assert during, "no request fell between two swaps: the load was too light to prove anything"
-        assert {revision for answer in during for revision in answer.revisions} == {reign.revision}
+    report = SwapReport.of(traffic.answers, reigns, lambda revision, text: texts[revision] == text)
+    assert (report.failed, report.mixed, report.stale) == (0, 0, 0), report
+    assert all(report.by_reign), "no request fell between two swaps: the load was too light to prove anything"
 
     await asyncio.sleep(1)
     assert resident(server) == [[reigns[-1].revision]] * REPLICAS
@@ -105,7 +81,7 @@ async def test_a_stream_that_began_before_the_swap_ends_on_its_own_revision(serv
         model="french", prompt=QUESTION, max_tokens=200, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
     first = await anext(aiter(stream))
-    published = await publish(server, story.artifacts["french-2"])
+    published = await publish(story.artifacts["french-2"], server.state)
     after = await client.completions.create(model="french", prompt=QUESTION, max_tokens=1)
 
     rest = [chunk async for chunk in stream]
@@ -113,18 +89,18 @@ async def test_a_stream_that_began_before_the_swap_ends_on_its_own_revision(serv
     assert after.model == published["revision"] != before
     assert {chunk.model for chunk in (first, *rest)} == {before}
     assert len(rest) > 50, "the stream was over before the swap"
-    await publish(server, story.artifacts["french"])
+    await publish(story.artifacts["french"], server.state)
 
 
 async def test_a_caller_that_leaves_frees_its_revision_at_once(server: Server, story: Story) -> None:
     request = {"model": "french", "prompt": QUESTION, "max_tokens": 490, "ignore_eos": True, "stream": True}
     async with httpx.AsyncClient() as client, client.stream("POST", f"{server.url}/v1/completions", json=request) as it:
         await anext(it.aiter_bytes())
-        published = await publish(server, story.artifacts["french-2"])
+        published = await publish(story.artifacts["french-2"], server.state)
     began = time.monotonic()
     while resident(server) != [[published["revision"]]] * REPLICAS:
         assert time.monotonic() - began < 30, "the engine went on for a caller that had left"
-    await publish(server, story.artifacts["french"])
+    await publish(story.artifacts["french"], server.state)
 
 
 def test_an_adapter_for_another_base_is_refused_and_nothing_changes(
