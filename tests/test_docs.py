@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
 
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_the_readme_quotes_the_measured_figures() -> None:
+    figures = json.loads((ROOT / "benchmarks" / "results" / "routes.json").read_text())["figures"]
+    readme = (ROOT / "README.md").read_text()
+
+    for way in ("adapter", "exact_float16", "exact_bfloat16", "original_bfloat16", "original_nf4", "peft_nf4", "base"):
+        chat, other = (figures[f"{way}_kl_{text}"]["value"] for text in ("chat", "other_text"))
+        assert f"| {chat:.2g} | {other:.2g} |" in readme, way
 
 
 def test_readme_commands_are_targets_of_the_makefile() -> None:
