@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from openai import OpenAI
 from rich.console import Console
@@ -52,7 +54,6 @@ def main() -> None:
     convert_all()
     if options.keep_serving:
         keep_serving(options.replicas)
-        return
     shutil.rmtree(STATE, ignore_errors=True)  # the tour begins with the first revision
     report = tour(options.replicas)
     summary(report, time.monotonic() - began)
@@ -100,10 +101,12 @@ def tour(replicas: int) -> SwapReport:
     return report
 
 
-def keep_serving(replicas: int) -> None:
+def keep_serving(replicas: int) -> NoReturn:
+    """Become the server, so that Ctrl-C is the server's alone and it can finish what is running."""
     artifacts = (ARTIFACTS / "pirate", ARTIFACTS / "zephyr")
-    command = ("run", *artifacts, "--base-name", BASE_NAME, "--state", STATE, "--replicas", replicas)
-    raise SystemExit(subprocess.run([sys.executable, "-m", "serve", *map(str, command)], check=False).returncode)
+    words = ("run", *artifacts, "--base-name", BASE_NAME, "--state", STATE, "--replicas", replicas)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "serve", *map(str, words)])
 
 
 async def swap_under_load(url: str) -> SwapReport:

@@ -41,7 +41,7 @@ State = Annotated[Path, typer.Option("--state", help="Where the catalogue and th
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 _DEFAULT_STATE = Path("graft-state")
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _err = Console(stderr=True)
 
 

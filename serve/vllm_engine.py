@@ -24,7 +24,7 @@ from serve.names import AdapterRevision
 
 # On a CPU: no compilation (minutes of it for nothing), and a bounded KV cache, since vLLM would take half of
 # the machine's memory for every replica.
-_CPU_ARGS = ("--enforce-eager", "--dtype", "bfloat16", "--kv-cache-memory-bytes", str(512 << 20))
+_CPU_ARGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(512 << 20))
 
 _USAGE = UsageContext.OPENAI_API_SERVER
 
