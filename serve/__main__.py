@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,7 +23,7 @@ from serve.bundle import Bundle
 from serve.candidate import Candidate
 from serve.catalogue import CatalogueLog
 from serve.config import EngineSettings, GatewaySettings, ServeSettings, supported_rank
-from serve.errors import ArtifactRefused, PublishFailed, ServeError, ServerNotRunning, StateInvalid
+from serve.errors import AdminRefused, ArtifactRefused, ServeError, ServerNotRunning, StateInvalid
 from serve.state import StateDir, sha256
 from serve.store import AdapterStore
 
@@ -55,7 +57,8 @@ def run(
     gpus_per_replica: Annotated[float, typer.Option(min=0, help="GPUs for each engine; 0 runs on the CPU.")] = 0,
     base_name: Annotated[str | None, typer.Option(help="`model` name of the base; default: from its source.")] = None,
     max_lora_rank: Annotated[
-        int | None, typer.Option(min=0, help="Largest adapter rank to leave room for; default: what is given needs.")
+        int | None,
+        typer.Option(min=0, max=512, help="Largest adapter rank to leave room for; default: what is given needs."),
     ] = None,
     vllm_arg: Annotated[
         list[str] | None, typer.Option(help="An argument for vLLM, as --vllm-arg=--max-model-len=4096. Repeatable.")
@@ -71,12 +74,13 @@ def run(
         bundle = Bundle.of(artifacts, base_name)
         directory = StateDir(state)
         directory.prepare()
+        directory.require_unused()
         settings = ServeSettings(
             engine=EngineSettings(
                 model_path=bundle.model_path,
                 model_name=bundle.model_name,
                 fingerprint=bundle.fingerprint,
-                max_lora_rank=max_lora_rank if max_lora_rank is not None else _rank_needed(bundle, directory),
+                max_lora_rank=_max_lora_rank(max_lora_rank, bundle, directory),
                 vllm_args=tuple(vllm_arg or ()),
             ),
             gateway=GatewaySettings(admin_token_sha256=sha256(directory.admin_token())),
@@ -148,13 +152,16 @@ def _register(bundle: Bundle, settings: ServeSettings, directory: StateDir) -> N
         if found := objections(candidate, settings.engine):
             raise ArtifactRefused(f"{artifact.root}: {'; '.join(found)}.")
         store.put(artifact)
-        # A revision the catalogue knows was published before: what it decided since then stands.
-        if candidate.adapter not in catalogue.candidates:
+        # What was published before stays where the catalogue says it is, and that may be elsewhere by now.
+        if not catalogue.was_promoted(candidate.adapter):
             log.stage(candidate)
             log.promote(candidate)
 
 
-def _rank_needed(bundle: Bundle, directory: StateDir) -> int:
+def _max_lora_rank(asked: int | None, bundle: Bundle, directory: StateDir) -> int:
+    """What was asked for, rounded up to what vLLM has; else what the artifacts and the catalogue need."""
+    if asked is not None:
+        return supported_rank(asked) if asked else 0
     wanted = CatalogueLog(directory.catalogue).read().wanted
     return max((bundle.max_lora_rank, *(supported_rank(candidate.rank) for candidate in wanted)))
 
@@ -222,24 +229,21 @@ def _admin(directory: StateDir, url: str, method: str, path: str, body: dict[str
     except (httpx.HTTPError, ValueError) as error:
         raise ServerNotRunning(f"The server at {url} gave no usable answer: {error!r}") from error
     if response.is_error:
-        told = PublishFailed(answer["error"]["message"])
-        told.code = answer["error"]["code"]
-        raise told
+        raise AdminRefused(answer["error"]["code"], answer["error"]["message"])
     return answer
 
 
-class _told_errors:  # noqa: N801  (used as `with _told_errors()`)
+@contextmanager
+def _told_errors() -> Iterator[None]:
     """Prints `error[code]: message` and exits with 1: a user's mistake never shows a traceback."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, ServeError | ConvertError):
-            _fail(error.code, str(error))
-        if isinstance(error, ValidationError):
-            _fail("invalid_settings", "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
-        if isinstance(error, PermissionError):
-            _fail(StateInvalid.code, str(error))
+    try:
+        yield
+    except (ServeError, ConvertError) as error:
+        _fail(error.code, str(error))
+    except ValidationError as error:
+        _fail("invalid_settings", "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
+    except PermissionError as error:
+        _fail(StateInvalid.code, str(error))
 
 
 def _fail(code: str, message: str) -> NoReturn:

@@ -10,7 +10,7 @@ from pathlib import Path
 from convert.artifact import Artifact
 from convert.errors import ArtifactInvalid
 from serve.candidate import Candidate
-from serve.config import supported_rank
+from serve.config import LORA_RANKS, supported_rank
 from serve.errors import ArtifactRefused
 
 
@@ -85,6 +85,11 @@ def _adapters(artifacts: Sequence[Artifact], base_name: str) -> tuple[tuple[Cand
         if candidate.name == base_name or candidate.name in found:
             raise ArtifactRefused(
                 f"{artifact.root}: the name {candidate.name!r} is taken already; convert it with another --name."
+            )
+        if candidate.rank > LORA_RANKS[-1]:
+            raise ArtifactRefused(
+                f"{artifact.root}: its rank {candidate.rank} is above {LORA_RANKS[-1]}, the largest that vLLM serves; "
+                "merge it instead: python -m convert run … --route merge"
             )
         found[candidate.name] = (candidate, artifact)
     return tuple(found.values())

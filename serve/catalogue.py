@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve.candidate import Candidate
-from serve.errors import PublishFailed, StateInvalid, UnknownModel
+from serve.errors import PublishFailed, StateInvalid
 from serve.names import SHORT_REVISION, AdapterRevision, RequestedModel
 
 Verb = Literal["stage", "promote", "abandon", "retire"]
@@ -43,11 +43,11 @@ class Entry(BaseModel):
 
 @dataclass(frozen=True)
 class AdapterState:
-    """One name: where its alias points, what is staged, and every revision it ever had."""
+    """One name: where its alias points, what is staged, and every revision that was ever promoted."""
 
     current: AdapterRevision | None = None
     staged: frozenset[AdapterRevision] = frozenset()
-    known: tuple[AdapterRevision, ...] = ()
+    promoted: tuple[AdapterRevision, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,11 @@ class Catalogue:
             return state.current if state else None
         if len(requested.revision) < SHORT_REVISION:
             return None
-        return next((known for known in state.known if known.revision.startswith(requested.revision)), None)
+        reachable = (*state.promoted, *state.staged)
+        return next((it for it in reachable if it.revision.startswith(requested.revision)), None)
+
+    def was_promoted(self, adapter: AdapterRevision) -> bool:
+        return adapter in self.adapters.get(adapter.name, AdapterState()).promoted
 
     def after(self, entry: Entry) -> Catalogue:
         """The state when `entry` follows."""
@@ -92,12 +96,12 @@ class Catalogue:
 
 
 def _stage(state: AdapterState, adapter: AdapterRevision) -> AdapterState:
-    known = state.known if adapter in state.known else (*state.known, adapter)
-    return replace(state, staged=state.staged | {adapter}, known=known)
+    return replace(state, staged=state.staged | {adapter})
 
 
 def _promote(state: AdapterState, adapter: AdapterRevision) -> AdapterState:
-    return replace(state, current=adapter, staged=state.staged - {adapter})
+    promoted = state.promoted if adapter in state.promoted else (*state.promoted, adapter)
+    return replace(state, current=adapter, staged=state.staged - {adapter}, promoted=promoted)
 
 
 def _abandon(state: AdapterState, adapter: AdapterRevision) -> AdapterState:
@@ -145,17 +149,13 @@ class CatalogueLog:
         return self.append(lambda _: _entry("stage", candidate))
 
     def promote(self, candidate: Candidate) -> Catalogue:
-        """Point the alias to a staged or earlier revision. Raises UnknownModel if it was never staged,
-        PublishFailed if its staging was given up meanwhile."""
+        """Point the alias to a staged revision. Raises PublishFailed if it is not, or no longer, staged."""
 
         adapter = candidate.adapter
 
         def decide(catalogue: Catalogue) -> Entry:
-            state = catalogue.adapters.get(adapter.name)
-            if state is None or adapter not in state.known:
-                raise UnknownModel(str(adapter), catalogue.adapters)
-            if adapter not in state.staged:
-                raise PublishFailed(f"{adapter} is no longer staged: another publish or a retire was faster.")
+            if adapter not in catalogue.staged:
+                raise PublishFailed(f"{adapter} is not staged any more: another publish or a retire was faster.")
             return _entry("promote", candidate)
 
         return self.append(decide)

@@ -19,7 +19,8 @@ ServeError                    500 server_error
     ├── ArtifactRefused       artifact_refused            invalid, or it doesn't fit the others
     ├── StateInvalid          state_invalid               the state directory is not usable
     ├── ServerNotRunning      server_not_running          `publish` found nobody to talk to
-    └── EngineStartFailed     engine_start_failed
+    ├── EngineStartFailed     engine_start_failed
+    └── AdminRefused                                      what the admin API answered, with its code
 
 `code` is stable. Messages say what was wrong, what was expected and what to do.
 """
@@ -145,3 +146,11 @@ class ServerNotRunning(StartError):
 
 class EngineStartFailed(StartError):
     code = "engine_start_failed"
+
+
+class AdminRefused(StartError):
+    """What the admin API of a running server answered, told to its caller under the code it gave."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

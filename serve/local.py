@@ -47,7 +47,8 @@ def local_server(settings: ServeSettings, host: str, port: int, progress: Progre
     directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX))
     try:
         os.environ.update(environment(directory, settings))
-        with _ray(directory, settings):
+        with _ray(directory, settings) as resources:
+            _require_gpus(resources, settings)
             _deploy(settings, host, port, progress)
             yield f"http://{host}:{port}"
     except EngineStartFailed as error:
@@ -118,7 +119,8 @@ def _cpu_environment(replica_cpus: int) -> dict[str, str]:
 
 
 @contextmanager
-def _ray(directory: Path, settings: ServeSettings) -> Iterator[None]:
+def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]:
+    """Ray's resources, for as long as it runs."""
     import ray
     from ray import serve as ray_serve
 
@@ -134,12 +136,22 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[None]:
     # Ray's native side took SIGTERM over and would abort on it: put the handler of this program back.
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
     try:
-        yield
+        yield ray.cluster_resources()
     finally:
         # Ray tells the wanted end of its controller as a failed task, on standard output.
         with contextlib.redirect_stdout(io.StringIO()):
             ray_serve.shutdown()
             ray.shutdown()
+
+
+def _require_gpus(resources: dict[str, float], settings: ServeSettings) -> None:
+    """Serve would wait for them for ever."""
+    needed, found = settings.replicas * settings.gpus_per_replica, resources.get("GPU", 0)
+    if needed > found:
+        raise EngineStartFailed(
+            f"{settings.replicas} replicas with {settings.gpus_per_replica:g} GPUs each need {needed:g}, "
+            f"this machine has {found:g}."
+        )
 
 
 def _deploy(settings: ServeSettings, host: str, port: int, progress: Progress) -> None:

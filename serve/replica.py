@@ -12,7 +12,7 @@ from ray import serve as ray_serve
 from serve.admin import Admin
 from serve.catalogue import CatalogueLog
 from serve.config import ServeSettings
-from serve.errors import ReplicaUnreachable, StateInvalid
+from serve.errors import ReplicaUnreachable
 from serve.gateway import Gateway
 from serve.reconcile import Reconciler, ReplicaReport
 from serve.residency import AdapterPool
@@ -69,8 +69,8 @@ class EngineReplica:
             await asyncio.sleep(self._settings.catalogue_poll_s)
             try:
                 await self._reconciler.follow()
-            except StateInvalid as error:
-                logger.error("catalogue unreadable", extra={"reason": str(error)})
+            except Exception:  # whatever it is, it may be over the next time
+                logger.exception("could not follow the catalogue")
 
 
 class RayReplicas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -51,6 +52,15 @@ class StateDir:
             with os.fdopen(descriptor, "w") as stream:
                 stream.write(secrets.token_urlsafe(32))
         return path.read_text().strip()
+
+    def require_unused(self) -> None:
+        """Raises StateInvalid if a server runs on this directory: two would write one catalogue for two bases."""
+        with contextlib.suppress(ServerNotRunning):
+            server = self.running_server()
+            raise StateInvalid(
+                f"{self.root} is in use by the server at {server.url} (process {server.pid}). Stop it, choose another "
+                f"--state, or remove {self.root / _SERVER} if that process is something else."
+            )
 
     def announce(self, url: str) -> None:
         (self.root / _SERVER).write_text(RunningServer(url=url, pid=os.getpid()).model_dump_json())

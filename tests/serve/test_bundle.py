@@ -43,6 +43,11 @@ def test_two_adapters_of_one_name_are_refused(make_artifact: MakeArtifact) -> No
         Bundle.of([make_artifact("a").root, make_artifact("b", weights="other").root])
 
 
+def test_a_rank_that_vllm_cannot_serve_is_refused(make_artifact: MakeArtifact) -> None:
+    with pytest.raises(ArtifactRefused, match="rank 513 is above 512"):
+        Bundle.of([make_artifact("a", rank=513).root])
+
+
 def test_changed_bytes_are_refused(make_artifact: MakeArtifact) -> None:
     artifact = make_artifact("a")
     (artifact.root / "adapter" / "weights").write_text("tampered")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from serve.catalogue import Catalogue, CatalogueLog
-from serve.errors import PublishFailed, StateInvalid, UnknownModel
+from serve.errors import PublishFailed, StateInvalid
 from serve.names import RequestedModel
 from tests.serve.conftest import candidate
 
@@ -54,12 +54,23 @@ def test_an_abandoned_revision_cannot_be_promoted(log: CatalogueLog) -> None:
     log.stage(OLD)
     log.abandon(OLD, "replica 1 could not load it")
 
-    with pytest.raises(PublishFailed, match="no longer staged"):
+    with pytest.raises(PublishFailed, match="not staged any more"):
         log.promote(OLD)
 
 
+def test_an_abandoned_revision_is_neither_reachable_nor_counted_as_published(log: CatalogueLog) -> None:
+    log.stage(OLD)
+    pin = RequestedModel("pirate", OLD.revision[:12])
+    assert log.read().resolve(pin) == OLD.adapter
+
+    log.abandon(OLD, "replica 1 could not load it")
+
+    assert log.read().resolve(pin) is None
+    assert not log.read().was_promoted(OLD.adapter)
+
+
 def test_a_revision_that_was_never_staged_cannot_be_promoted(log: CatalogueLog) -> None:
-    with pytest.raises(UnknownModel):
+    with pytest.raises(PublishFailed):
         log.promote(OLD)
 
 

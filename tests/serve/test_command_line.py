@@ -70,6 +70,14 @@ def test_a_state_path_that_is_a_file_is_refused(make_artifact: MakeArtifact, tmp
     assert_refused(result, "state_invalid", "as state directory")
 
 
+def test_a_state_directory_that_another_server_uses_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    (tmp_path / "server.json").write_text(json.dumps({"url": "http://127.0.0.1:9", "pid": os.getpid()}))
+
+    result = serve("run", make_artifact("a").root, "--state", tmp_path)
+
+    assert_refused(result, "state_invalid", f"in use by the server at http://127.0.0.1:9 (process {os.getpid()})")
+
+
 def test_publishing_without_a_server_is_told(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     result = serve("publish", make_artifact("a").root, "--state", tmp_path / "state")
 
