@@ -161,7 +161,8 @@ def _require_adapter(root: Path) -> None:
         return
     if not root.is_dir():
         raise CheckpointUnreadable(f"{root} is not a directory. Give the directory that holds {ADAPTER_CONFIG}.")
-    steps = [path for path in root.glob("*/") if (path / ADAPTER_CONFIG).is_file()]
+    # ms-swift puts a directory per run in between: vN-DATE/checkpoint-K.
+    steps = [path.parent for depth in ("*", "*/*") for path in root.glob(f"{depth}/{ADAPTER_CONFIG}")]
     if steps:
         names = ", ".join(str(path) for path in sorted(steps, key=_step))
         raise CheckpointUnreadable(f"{root} is a trainer's output directory. Give one checkpoint of it: {names}")

@@ -165,7 +165,7 @@ def _nothing_there(directory: Path, expected: str) -> str:
     pickled = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     pickled = [name for name in pickled if name.startswith(("adapter_model", "pytorch_model", "model", "consolidated"))]
     if not pickled:
-        return f"{directory} has no {expected}"
+        return f"{directory} has no {expected}: give a directory that is whole, or copy it again."
     save = f"save_file(torch.load('{pickled[0]}', weights_only=True), '{expected}')"
     return (
         f"{directory} holds its weights as {pickled[0]}: a pickle, which runs code when it is loaded and is never "

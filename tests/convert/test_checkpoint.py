@@ -180,6 +180,13 @@ def test_a_trainers_output_directory_is_answered_with_its_checkpoints(lora: Path
         Checkpoint.open(tmp_path)
 
 
+def test_a_run_directory_of_ms_swift_is_told_to_hold_checkpoints(lora: Path, tmp_path: Path) -> None:
+    parts.copy(lora, tmp_path / "v0-20260101-000000" / "checkpoint-20")
+
+    with pytest.raises(CheckpointUnreadable, match=r"Give one checkpoint of it: .*v0-20260101-000000/checkpoint-20"):
+        Checkpoint.open(tmp_path)
+
+
 def test_a_whole_model_is_not_an_adapter(base: Path) -> None:
     with pytest.raises(CheckpointUnreadable, match="looks like a whole model"):
         Checkpoint.open(base)
