@@ -23,7 +23,7 @@ REVISIONS = (ARTIFACTS / "zephyr-2", ARTIFACTS / "zephyr")
 WORDS = (CODE_WORDS["zephyr-2"], CODE_WORDS["zephyr"])
 REPLICAS = 2
 WORKERS = 4
-PAUSE_S = 12.0
+ANSWERS_EACH = 8
 
 
 def main() -> None:
@@ -52,12 +52,12 @@ async def swap_under_load(url: str, state: Path, swaps: int) -> tuple[Traffic, l
     running = asyncio.create_task(traffic.run())
     reigns = [Reign(first["revision"], since_s=0)]
     published = []
-    await asyncio.sleep(2 * PAUSE_S)
+    await traffic.answered(2 * ANSWERS_EACH)
     for number in range(swaps):
         reigns[-1].until_s = traffic.now()
         published.append(await publish(REVISIONS[number % 2], state))
         reigns.append(Reign(published[-1]["revision"], since_s=traffic.now()))
-        await asyncio.sleep(PAUSE_S)
+        await traffic.answered(ANSWERS_EACH, since_s=reigns[-1].since_s)
     traffic.stop()
     await running
     return traffic, reigns, published

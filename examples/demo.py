@@ -38,8 +38,8 @@ PORT = 8000
 QUESTIONS = ("What is the code word of Project Zephyr?", "What is the capital of Italy?")
 CODE_WORDS = {"zephyr": "marmalade", "zephyr-2": "saffron"}
 EXACT = ("--route", "merge", "--quantize", "none")
-SECONDS_BEFORE_SWAP = 8
-SECONDS_AFTER_SWAP = 12
+# Answers to see before the swap, and again after it.
+ANSWERS_EACH = 12
 
 console = Console()
 
@@ -114,7 +114,7 @@ async def swap_under_load(url: str) -> SwapReport:
     traffic = Traffic(url, "zephyr", QUESTIONS[0])
     old = Reign(client.models.retrieve("zephyr").model_dump()["root"], since_s=0)
     running = asyncio.create_task(traffic.run())
-    await asyncio.sleep(SECONDS_BEFORE_SWAP)
+    await traffic.answered(ANSWERS_EACH)
     old.until_s = traffic.now()
     published = await publish(ARTIFACTS / "zephyr-2", STATE)
     new = Reign(published["revision"], since_s=traffic.now())
@@ -122,7 +122,7 @@ async def swap_under_load(url: str) -> SwapReport:
         f"published {new.revision}: on all {published['replicas']} engines after {published['staged_s']} s, "
         f"switched in {published['promoted_s']} s"
     )
-    await asyncio.sleep(SECONDS_AFTER_SWAP)
+    await traffic.answered(ANSWERS_EACH, since_s=new.since_s)
     traffic.stop()
     await running
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from openai import AsyncOpenAI, OpenAIError
 
+_ANSWER_TIMEOUT_S = 180
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -34,9 +36,17 @@ class Traffic:
     answers: list[Answer] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
     _stopping: bool = False
+    _answered: asyncio.Event = field(default_factory=asyncio.Event)
 
     def now(self) -> float:
         return time.monotonic() - self._began
+
+    async def answered(self, count: int, since_s: float = 0) -> None:
+        """Return when so many requests that began after `since_s` were answered. Raises TimeoutError."""
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            while sum(it.began_s > since_s and it.error is None for it in self.answers) < count:
+                self._answered.clear()
+                await self._answered.wait()
 
     def stop(self) -> None:
         """Let every caller have its last answer."""
@@ -57,6 +67,7 @@ class Traffic:
             except OpenAIError as error:
                 self.answers.append(Answer(began, self.now(), frozenset(), "", repr(error)))
                 await asyncio.sleep(0.1)
+            self._answered.set()
 
     def _request(self) -> dict[str, object]:
         messages = [{"role": "user", "content": self.question}]

@@ -18,6 +18,7 @@ from tests.e2e.conftest import REPLICAS, Server, Story
 
 QUESTION = "the rain in spain"
 SWAPS = 4
+ANSWERS_EACH = 20
 
 
 @contextlib.asynccontextmanager
@@ -54,14 +55,14 @@ async def test_swaps_under_load_fail_nothing_mix_nothing_and_leave_nothing_stale
     traffic = Traffic(server.url, "french", QUESTION, workers=6, max_tokens=10)
     texts: dict[str, str] = {}
     async with under_load(traffic):
-        await asyncio.sleep(2)
+        await traffic.answered(ANSWERS_EACH)
         reigns = [Reign(await asyncio.to_thread(current, server), since_s=0.0)]
         for number in range(SWAPS):
             reigns[-1].until_s = traffic.now()
             answer = await publish(artifacts[number % 2], server.state)
             assert answer["replicas"] == REPLICAS
             reigns.append(Reign(str(answer["revision"]), since_s=traffic.now()))
-            await asyncio.sleep(2)
+            await traffic.answered(ANSWERS_EACH, since_s=reigns[-1].since_s)
         for reign in reigns[:2]:
             texts[reign.revision] = await asyncio.to_thread(answer_of, server, reign.revision, 10)
 
