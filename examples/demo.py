@@ -248,4 +248,7 @@ def step(title: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; what was made is kept in build/demo")

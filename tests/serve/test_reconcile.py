@@ -6,7 +6,7 @@ import pytest
 
 from serve.candidate import Candidate
 from serve.catalogue import Catalogue, CatalogueLog
-from serve.names import RequestedModel
+from serve.names import AdapterRevision, RequestedModel
 from serve.reconcile import Plan, Reconciler, diff
 from serve.residency import AdapterPool
 from serve.store import AdapterStore
@@ -68,9 +68,9 @@ async def test_requests_see_the_new_revision_only_after_it_was_loaded(
     seen_during_load = []
     load = engine.load_adapter
 
-    async def watch(adapter: object, path: Path) -> None:
+    async def watch(adapter: AdapterRevision, path: Path) -> None:
         seen_during_load.append(reconciler.catalogue.resolve(RequestedModel("pirate")))
-        await load(adapter, path)  # type: ignore[arg-type]
+        await load(adapter, path)
 
     engine.load_adapter = watch  # type: ignore[method-assign]
     catalogue(log, NEW)
@@ -79,6 +79,25 @@ async def test_requests_see_the_new_revision_only_after_it_was_loaded(
     assert seen_during_load == [OLD.adapter]
     assert reconciler.catalogue.resolve(RequestedModel("pirate")) == NEW.adapter
     assert engine.resident == {NEW.adapter}
+
+
+async def test_the_old_revision_is_unloaded_only_after_requests_mean_the_new_one(
+    reconciler: Reconciler, log: CatalogueLog, engine: FakeEngine
+) -> None:
+    catalogue(log, OLD)
+    await reconciler.sync()
+    meant_at_unload = []
+    unload = engine.unload_adapter
+
+    async def watch(adapter: AdapterRevision) -> None:
+        meant_at_unload.append(reconciler.catalogue.resolve(RequestedModel("pirate")))
+        await unload(adapter)
+
+    engine.unload_adapter = watch  # type: ignore[method-assign]
+    catalogue(log, NEW)
+    await reconciler.sync()
+
+    assert meant_at_unload == [NEW.adapter]
 
 
 async def test_one_bad_adapter_is_reported_and_blocks_no_other(

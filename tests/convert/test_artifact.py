@@ -1,0 +1,88 @@
+"""The contract between the two packages: what a manifest may say, and what verification finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert.artifact import MANIFEST, Artifact, digest, file_digests
+from convert.conversion import Request, convert
+from convert.errors import ArtifactInvalid
+
+
+@pytest.fixture
+def artifact(qlora: Path, base: Path, tmp_path: Path) -> Artifact:
+    return convert(Request(checkpoint=qlora, base=base, destination=tmp_path / "tiny", name="tiny"))
+
+
+def edit(artifact: Artifact, change: Callable[[dict[str, Any]], None]) -> None:
+    path = artifact.root / MANIFEST
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_the_digest_of_a_directory_is_what_sha256sum_says(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "two").write_text("2")
+    (tmp_path / "one").write_text("1")
+
+    # printf '1' | sha256sum and printf '2' | sha256sum; then sha256sum of the two lines `<sha256>  <path>`.
+    files = file_digests(tmp_path)
+    assert files == {
+        "b/two": "d4735e3a265e16eee03f59718b9b5d03019c07d8b6c51f90da3a666eec13ab35",
+        "one": "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b",
+    }
+    assert digest(files) == "dc93cc2ccb6896ee0e01b93b52b687ecd83b8e0563f644dcd1a0195f14cf26f5"
+
+
+@pytest.mark.parametrize(
+    ("part", "identity", "told"),
+    [
+        ("model", "fingerprint", "the model's fingerprint is not the digest of its files"),
+        ("adapter", "revision", "the adapter's revision is not the digest of its files"),
+    ],
+)
+def test_an_identity_that_is_not_the_digest_of_the_files_is_found(
+    artifact: Artifact, part: str, identity: str, told: str
+) -> None:
+    edit(artifact, lambda manifest: manifest[part].update({identity: "0" * 64}))
+
+    with pytest.raises(ArtifactInvalid, match=told):
+        Artifact.open(artifact.root).verify()
+
+
+def test_files_that_were_added_or_removed_are_all_told(artifact: Artifact) -> None:
+    (artifact.root / "model" / "extra.json").write_text("{}")
+    (artifact.root / "adapter" / "adapter_config.json").unlink()
+
+    with pytest.raises(ArtifactInvalid, match=r"extra\.json is not in the manifest.*adapter_config\.json is missing"):
+        artifact.verify()
+
+
+@pytest.mark.parametrize("path", ["../outside", "/etc/passwd", ".hidden", "a/../../b", "a\\b", ""])
+def test_a_manifest_cannot_name_a_file_outside_its_directory(artifact: Artifact, path: str) -> None:
+    edit(artifact, lambda manifest: manifest["model"]["files"].update({path: "0" * 64}))
+
+    with pytest.raises(ArtifactInvalid, match="does not follow"):
+        Artifact.open(artifact.root)
+
+
+@pytest.mark.parametrize("name", ["", "UPPER", "a@b", "a/b", "-a", "a" * 65, "ü"])
+def test_a_manifest_cannot_carry_a_name_that_is_none(artifact: Artifact, name: str) -> None:
+    edit(artifact, lambda manifest: manifest.update(name=name))
+
+    with pytest.raises(ArtifactInvalid, match="name: "):
+        Artifact.open(artifact.root)
+
+
+@pytest.mark.parametrize("change", [{"schema": "graft.artifact/2"}, {"surprise": 1}, {"route": None}])
+def test_another_form_of_manifest_is_refused(artifact: Artifact, change: dict[str, Any]) -> None:
+    edit(artifact, lambda manifest: manifest.update(change))
+
+    with pytest.raises(ArtifactInvalid, match=next(iter(change))):
+        Artifact.open(artifact.root)
