@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
+from urllib.parse import quote
 
 import typer
 from pydantic import ValidationError
@@ -119,6 +120,26 @@ def publish(
         f"[bold]{answer['model']}[/] now answers as [bold]{answer['revision']}[/] on {answer['replicas']} replicas "
         f"(staged in {answer['staged_s']} s, switched in {answer['promoted_s']} s)."
     )
+
+
+@app.command()
+def retire(
+    name: Annotated[str, typer.Argument(help="The adapter's name, as clients write it.")],
+    state: State = _DEFAULT_STATE,
+    as_json: AsJson = False,
+) -> None:
+    """Take an adapter away from the running server.
+
+    New requests for it get a 404, running ones finish. Publishing it, or giving it to `run`, brings it back.
+    """
+    with _told_errors():
+        directory = StateDir(state)
+        server = directory.running_server()
+        answer = _admin(directory, server.url, "DELETE", f"/admin/v1/adapters/{quote(name, safe='')}")
+    if as_json:
+        _print_json(answer)
+        return
+    _err.print(f"[bold]{answer['model']}[/] is retired on {answer['replicas']} replicas.")
 
 
 @app.command()

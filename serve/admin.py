@@ -1,4 +1,4 @@
-"""The admin API: publish a revision, see what every replica holds. Behind a bearer token, always."""
+"""The admin API: publish a revision, retire an adapter, see what every replica holds. Behind a bearer token, always."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from serve.candidate import Candidate
 from serve.catalogue import CatalogueLog
 from serve.config import EngineSettings
 from serve.errors import AdapterRejected, InvalidBody, Unauthorized
-from serve.publish import Replicas, publish
+from serve.publish import Replicas, publish, retire
 from serve.store import AdapterStore
 
 
@@ -38,6 +38,13 @@ class Admin:
         self.store.path(candidate.adapter)
         published = await publish(self.log, self.replicas, candidate)
         return JSONResponse(published.model_dump())
+
+    async def retire(self, request: Request) -> Response:
+        """DELETE /admin/v1/adapters/NAME."""
+        self._authorize(request)
+        name = request.path_params["name"]
+        reports = await retire(self.log, self.replicas, name)
+        return JSONResponse({"model": name, "replicas": len(reports)})
 
     async def list_replicas(self, request: Request) -> Response:
         """GET /admin/v1/replicas: every replica follows the catalogue and says what its engine holds."""

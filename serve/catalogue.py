@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serve.candidate import Candidate
-from serve.errors import PublishFailed, StateInvalid
+from serve.errors import PublishFailed, StateInvalid, UnknownModel
 from serve.names import SHORT_REVISION, AdapterRevision, RequestedModel
 
 Verb = Literal["stage", "promote", "abandon", "retire"]
@@ -43,7 +43,7 @@ class Entry(BaseModel):
 
 @dataclass(frozen=True)
 class AdapterState:
-    """One name: where its alias points, what is staged, and every revision that was ever promoted."""
+    """One name: where its alias points, what is staged, and every revision promoted since it was last retired."""
 
     current: AdapterRevision | None = None
     staged: frozenset[AdapterRevision] = frozenset()
@@ -108,8 +108,8 @@ def _abandon(state: AdapterState, adapter: AdapterRevision) -> AdapterState:
     return replace(state, staged=state.staged - {adapter})
 
 
-def _retire(state: AdapterState, _: AdapterRevision) -> AdapterState:
-    return replace(state, current=None, staged=frozenset())
+def _retire(_: AdapterState, __: AdapterRevision) -> AdapterState:
+    return AdapterState()  # pinned requests end as well
 
 
 _FOLD: dict[str, Callable[[AdapterState, AdapterRevision], AdapterState]] = {
@@ -162,6 +162,17 @@ class CatalogueLog:
 
     def abandon(self, candidate: Candidate, reason: str) -> Catalogue:
         return self.append(lambda _: _entry("abandon", candidate, reason))
+
+    def retire(self, name: str) -> Catalogue:
+        """Take the alias away. Raises UnknownModel if there is none."""
+
+        def decide(catalogue: Catalogue) -> Entry:
+            current = catalogue.resolve(RequestedModel(name))
+            if current is None:
+                raise UnknownModel(name, {adapter.name for adapter in catalogue.current})
+            return _entry("retire", catalogue.candidates[current])
+
+        return self.append(decide)
 
     def _path(self, number: int) -> Path:
         return self._directory / f"{number:010}.json"

@@ -59,6 +59,7 @@ class Gateway:
             Route("/v1/models", self._list_models),
             Route("/v1/models/{name}", self._get_model),
             Route("/admin/v1/adapters", admin.publish, methods=["POST"]),
+            Route("/admin/v1/adapters/{name}", admin.retire, methods=["DELETE"]),
             Route("/admin/v1/replicas", admin.list_replicas),
         ]
 

@@ -53,7 +53,7 @@ async def publish(log: CatalogueLog, replicas: Replicas, candidate: Candidate) -
         raise PublishFailed(f"{adapter} was not published, the alias still points where it did. {error}") from error
     staged = time.monotonic()
     catalogue = await asyncio.to_thread(log.promote, candidate)
-    reports = await _confirm(replicas, adapter, catalogue.epoch)
+    reports = await _confirm(replicas, f"{adapter} is published", catalogue.epoch)
     return Published(
         model=adapter.name,
         revision=adapter.engine_name,
@@ -62,6 +62,15 @@ async def publish(log: CatalogueLog, replicas: Replicas, candidate: Candidate) -
         staged_s=round(staged - started, 3),
         promoted_s=round(time.monotonic() - staged, 3),
     )
+
+
+async def retire(log: CatalogueLog, replicas: Replicas, name: str) -> Sequence[ReplicaReport]:
+    """Take an alias away everywhere; running requests finish. Its files and its history stay.
+
+    Raises UnknownModel, or PublishUnconfirmed if not every replica could be asked whether it follows.
+    """
+    catalogue = await asyncio.to_thread(log.retire, name)
+    return await _confirm(replicas, f"{name} is retired", catalogue.epoch)
 
 
 def _check_holding(reports: Sequence[ReplicaReport], adapter: AdapterRevision) -> None:
@@ -75,12 +84,12 @@ def _check_holding(reports: Sequence[ReplicaReport], adapter: AdapterRevision) -
         )
 
 
-async def _confirm(replicas: Replicas, adapter: AdapterRevision, epoch: int) -> Sequence[ReplicaReport]:
+async def _confirm(replicas: Replicas, done: str, epoch: int) -> Sequence[ReplicaReport]:
     try:
         reports = await replicas.sync()
     except ReplicaUnreachable as error:
-        raise PublishUnconfirmed(f"{adapter} is published, but not every replica confirmed it: {error}") from error
+        raise PublishUnconfirmed(f"{done}, but not every replica confirmed it: {error}") from error
     behind = sorted(report.replica for report in reports if report.epoch < epoch)
     if behind:
-        raise PublishUnconfirmed(f"{adapter} is published, but these replicas do not follow yet: {', '.join(behind)}.")
+        raise PublishUnconfirmed(f"{done}, but these replicas do not follow yet: {', '.join(behind)}.")
     return reports

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from serve.catalogue import Catalogue, CatalogueLog
-from serve.errors import PublishFailed, StateInvalid
+from serve.errors import PublishFailed, StateInvalid, UnknownModel
 from serve.names import RequestedModel
 from tests.serve.conftest import candidate
 
@@ -67,6 +67,21 @@ def test_an_abandoned_revision_is_neither_reachable_nor_counted_as_published(log
 
     assert log.read().resolve(pin) is None
     assert not log.read().was_promoted(OLD.adapter)
+
+
+def test_a_retired_name_means_nothing_until_it_is_published_again(log: CatalogueLog) -> None:
+    log.stage(OLD)
+    log.promote(OLD)
+
+    retired = log.retire("pirate")
+    assert retired.resolve(RequestedModel("pirate")) is None
+    assert retired.resolve(RequestedModel("pirate", OLD.revision)) is None
+    assert log.read().wanted == ()
+    with pytest.raises(UnknownModel):
+        log.retire("pirate")
+
+    log.stage(OLD)
+    assert log.promote(OLD).resolve(RequestedModel("pirate")) == OLD.adapter
 
 
 def test_a_revision_that_was_never_staged_cannot_be_promoted(log: CatalogueLog) -> None:

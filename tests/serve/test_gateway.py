@@ -278,7 +278,10 @@ def body(**changes: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}])
-@pytest.mark.parametrize(("method", "path"), [("POST", "/admin/v1/adapters"), ("GET", "/admin/v1/replicas")])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/admin/v1/adapters"), ("DELETE", "/admin/v1/adapters/pirate"), ("GET", "/admin/v1/replicas")],
+)
 async def test_the_admin_api_needs_its_token(
     client: httpx.AsyncClient, method: str, path: str, headers: dict[str, str]
 ) -> None:
@@ -309,6 +312,23 @@ async def test_a_candidate_that_cannot_be_served_is_refused_before_anything_is_r
     assert (response.status_code, response.json()["error"]["code"]) == (status, code)
     assert message in response.json()["error"]["message"]
     assert log.read().epoch == epoch
+
+
+async def test_a_retired_adapter_is_gone_for_new_requests_and_from_the_engine(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    retired = await client.delete("/admin/v1/adapters/pirate", headers=ADMIN)
+
+    assert retired.json() == {"model": "pirate", "replicas": 1}
+    assert (await client.post("/v1/completions", json={"model": "pirate"})).status_code == 404
+    assert [it["id"] for it in (await client.get("/v1/models")).json()["data"]] == ["small-llama"]
+    assert engine.resident == set()
+
+
+async def test_retiring_what_is_not_there_is_told(client: httpx.AsyncClient) -> None:
+    response = await client.delete("/admin/v1/adapters/nobody", headers=ADMIN)
+
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
 
 
 async def test_replicas_are_listed_with_what_their_engines_hold(client: httpx.AsyncClient) -> None:

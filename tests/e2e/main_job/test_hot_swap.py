@@ -104,6 +104,19 @@ async def test_a_caller_that_leaves_frees_its_revision_at_once(server: Server, s
     await publish(story.artifacts["french"], server.state)
 
 
+def test_an_adapter_can_be_added_under_a_new_name_and_retired_again(server: Server, story: Story) -> None:
+    added = server.command("publish", story.artifacts["german"], "--name", "bavarian")
+    assert added.returncode == 0, added.stderr
+    request = {"model": "bavarian", "prompt": QUESTION, "max_tokens": 1}
+    assert httpx.post(f"{server.url}/v1/completions", json=request).json()["model"].startswith("bavarian@")
+
+    retired = server.command("retire", "bavarian")
+
+    assert retired.returncode == 0, retired.stderr
+    assert httpx.post(f"{server.url}/v1/completions", json=request).status_code == 404
+    assert "bavarian" not in server.command("status").stdout
+
+
 def test_an_adapter_for_another_base_is_refused_and_nothing_changes(
     server: Server, story: Story, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
