@@ -20,7 +20,7 @@ from examples.server import running_server
 from tests.convert import parts
 
 REPLICAS = 2
-ENGINE_OPTIONS = ("--vllm-arg=--max-model-len=512", f"--vllm-arg=--kv-cache-memory-bytes={64 << 20}")
+ENGINE_OPTIONS = ("--vllm-arg=--max-model-len=2048", f"--vllm-arg=--kv-cache-memory-bytes={64 << 20}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

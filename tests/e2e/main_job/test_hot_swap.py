@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import openai
@@ -52,8 +53,7 @@ def resident(server: Server) -> list[list[str]]:
 
 
 def assert_nothing_else_stays(server: Server, revision: str) -> None:
-    """Every engine comes to hold only this revision of `french`. A retired one leaves with its last request, which
-    takes moments; a request that went on for a caller that had left would hold it for much longer."""
+    """Every engine comes to hold only this revision of `french`: a retired one leaves with its last request."""
     deadline = time.monotonic() + UNLOAD_TIMEOUT_S
     while (held := resident(server)) != [[revision]] * REPLICAS:
         assert time.monotonic() < deadline, held
@@ -102,12 +102,23 @@ async def test_a_stream_that_began_before_the_swap_ends_on_its_own_revision(serv
 
 
 async def test_a_caller_that_leaves_frees_its_revision_at_once(server: Server, story: Story) -> None:
-    request = {"model": "french", "prompt": QUESTION, "max_tokens": 490, "ignore_eos": True, "stream": True}
-    async with httpx.AsyncClient() as client, client.stream("POST", f"{server.url}/v1/completions", json=request) as it:
-        await anext(it.aiter_bytes())
-        published = await publish(story.artifacts["french-2"], server.state)
-    assert_nothing_else_stays(server, published["revision"])
+    """Someone else's stream, begun before and half as long, is the clock: had the engine gone on for the caller that
+    left, its revision would have stayed in use until long after that stream was over."""
+    async with httpx.AsyncClient(timeout=300) as client:
+        clock = asyncio.create_task(client.post(f"{server.url}/v1/completions", json=endless("german", 1000)))
+        request = endless("french", 2000) | {"stream": True}
+        async with client.stream("POST", f"{server.url}/v1/completions", json=request) as it:
+            await anext(it.aiter_bytes())
+            published = await publish(story.artifacts["french-2"], server.state)
+            assert not clock.done(), "the clock ran down before the caller left"
+        while await asyncio.to_thread(resident, server) != [[published["revision"]]] * REPLICAS:
+            assert not clock.done(), "the engine went on for a caller that had left"
+        assert (await clock).json()["usage"]["completion_tokens"] == 1000
     await publish(story.artifacts["french"], server.state)
+
+
+def endless(model: str, max_tokens: int) -> dict[str, Any]:
+    return {"model": model, "prompt": QUESTION, "max_tokens": max_tokens, "ignore_eos": True}
 
 
 def test_an_adapter_can_be_added_under_a_new_name_and_retired_again(server: Server, story: Story) -> None:
