@@ -152,10 +152,11 @@ def status(state: State = _DEFAULT_STATE, as_json: AsJson = False) -> None:
     if as_json:
         _print_json(answer | {"url": server.url})
         return
-    table = Table("replica", "epoch", "adapters in the engine", "failures", title=server.url)
+    table = Table("replica", "epoch", "adapters in the engine", "running requests", "failures", title=server.url)
     for replica in answer["replicas"]:
         failures = "; ".join(f"{model}: {why}" for model, why in replica["failures"].items())
-        table.add_row(replica["replica"], str(replica["epoch"]), "\n".join(replica["resident"]), failures)
+        held = "\n".join(replica["resident"])
+        table.add_row(replica["replica"], str(replica["epoch"]), held, str(replica["running_requests"]), failures)
     Console().print(table)
 
 

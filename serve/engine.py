@@ -24,6 +24,11 @@ class Engine(Protocol):
         """True once the engine can answer nothing any more."""
         ...
 
+    @property
+    def running_requests(self) -> int:
+        """Requests it is working on or has queued."""
+        ...
+
     async def load_adapter(self, adapter: AdapterRevision, path: Path) -> None:
         """Make it answer under its engine name. Raises AdapterUnavailable with the engine's reason."""
         ...

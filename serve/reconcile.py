@@ -40,6 +40,7 @@ class ReplicaReport(BaseModel):
     replica: str
     epoch: int
     resident: tuple[str, ...]  # engine names, as the engine itself lists them
+    running_requests: int  # as the engine itself counts them
     failures: dict[str, str]  # engine name → reason, of loads that did not work
 
 
@@ -77,6 +78,7 @@ class Reconciler:
             replica=self.replica,
             epoch=self.catalogue.epoch,
             resident=tuple(sorted(adapter.engine_name for adapter in resident)),
+            running_requests=self.engine.running_requests,
             failures=self._failures,
         )
 

@@ -64,6 +64,10 @@ class VllmEngine:
     def is_dead(self) -> bool:
         return bool(self._engine.errored)
 
+    @property
+    def running_requests(self) -> int:
+        return int(self._engine.output_processor.get_num_unfinished_requests())
+
     async def load_adapter(self, adapter: AdapterRevision, path: Path) -> None:
         request = LoRARequest(lora_name=adapter.engine_name, lora_int_id=self._next_id, lora_path=str(path))
         self._next_id += 1

@@ -20,6 +20,7 @@ class FakeEngine:
 
     def __init__(self, refuses: frozenset[AdapterRevision] = frozenset()) -> None:
         self.is_dead = False
+        self.running_requests = 0
         self.refuses = set(refuses)
         self.resident: set[AdapterRevision] = set()
         self.loads: list[AdapterRevision] = []

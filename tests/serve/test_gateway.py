@@ -335,5 +335,13 @@ async def test_replicas_are_listed_with_what_their_engines_hold(client: httpx.As
     response = await client.get("/admin/v1/replicas", headers=ADMIN)
 
     assert response.json() == {
-        "replicas": [{"replica": "replica-1", "epoch": 2, "resident": [OLD.adapter.engine_name], "failures": {}}]
+        "replicas": [
+            {
+                "replica": "replica-1",
+                "epoch": 2,
+                "resident": [OLD.adapter.engine_name],
+                "running_requests": 0,
+                "failures": {},
+            }
+        ]
     }
