@@ -126,8 +126,7 @@ class Artifact:
         try:
             manifest = Manifest.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ArtifactInvalid(f"{path} does not follow {SCHEMA}: {problems}") from error
+            raise ArtifactInvalid(f"{path} does not follow {SCHEMA}: {problems_of(error)}") from error
         return cls(root, manifest)
 
     @property
@@ -160,6 +159,11 @@ class Artifact:
         if manifest.adapter and digest(manifest.adapter.files) != manifest.adapter.revision:
             problems.append("the adapter's revision is not the digest of its files")
         return problems
+
+
+def problems_of(error: ValidationError) -> str:
+    """Every field that was wrong and why, on one line."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
 def digest(files: Mapping[str, str]) -> str:

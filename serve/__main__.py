@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from convert.artifact import Artifact
+from convert.artifact import Artifact, problems_of
 from convert.errors import ConvertError
 from serve.admission import objections
 from serve.bundle import Bundle
@@ -263,7 +263,7 @@ def _told_errors() -> Iterator[None]:
     except (ServeError, ConvertError) as error:
         _fail(error.code, str(error))
     except ValidationError as error:
-        _fail("invalid_settings", "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
+        _fail("invalid_settings", problems_of(error))
     except PermissionError as error:
         _fail(StateInvalid.code, str(error))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from dataclasses import dataclass
 
@@ -10,12 +9,14 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from convert.artifact import problems_of
 from serve.admission import objections
 from serve.candidate import Candidate
 from serve.catalogue import CatalogueLog
 from serve.config import EngineSettings
 from serve.errors import AdapterRejected, InvalidBody, Unauthorized
 from serve.publish import Replicas, publish, retire
+from serve.state import sha256
 from serve.store import AdapterStore
 
 
@@ -54,8 +55,7 @@ class Admin:
 
     def _authorize(self, request: Request) -> None:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(token.encode()).hexdigest()
-        if not (hmac.compare_digest(given, self.token_sha256) and scheme.lower() == "bearer"):
+        if not (hmac.compare_digest(sha256(token), self.token_sha256) and scheme.lower() == "bearer"):
             raise Unauthorized
 
 
@@ -63,5 +63,4 @@ def _parse(body: bytes) -> Candidate:
     try:
         return Candidate.model_validate_json(body)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise InvalidBody(f"The body must be an adapter candidate: {problems}.") from error
+        raise InvalidBody(f"The body must be an adapter candidate: {problems_of(error)}.") from error
