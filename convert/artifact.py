@@ -2,6 +2,7 @@
 
     DIR/manifest.json      this contract
     DIR/model/             a complete model directory: the merged model, or the 4-bit base of the adapter
+    DIR/golden.json        prompts with the answers that a server of this artifact must give
     DIR/adapter/           adapter_config.json and adapter_model.safetensors (PEFT's layout); only where
                            the adapter stays separate
 
@@ -25,6 +26,7 @@ SCHEMA = "graft.artifact/1"
 MANIFEST = "manifest.json"
 MODEL_DIR = "model"
 ADAPTER_DIR = "adapter"
+GOLDEN = "golden.json"
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A name becomes a directory, a metric label and the `model` of a request: `@` and `:` are left out on purpose.
@@ -42,6 +44,10 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+QuantizationName = Literal["none", "nf4", "nf4-double", "w8a8-int8", "fp8-dynamic", "w4a16"]
+RouteName = Literal["adapter", "merge", "rebase", "recover"]
+
+
 class Model(_Part):
     """A complete model directory, or a reference to one by its fingerprint."""
 
@@ -49,7 +55,10 @@ class Model(_Part):
     fingerprint: Sha256 = Field(description="digest() of the model's files: the identity of a base model.")
     files: FileDigests = Field(description="Every file of the model with its SHA-256.")
     source: str = Field(description="The base model it was made from, as the checkpoint or the user names it.")
-    quantization: Literal["none", "nf4", "nf4-double"] = Field(description="How the linear layers are stored.")
+    quantization: QuantizationName = Field(description="How the linear layers are stored.")
+    quantizer: str | None = Field(
+        default=None, description="What quantized it: library, version, method, and what it was calibrated on."
+    )
     size_bytes: int = Field(ge=0, description="Bytes of all its files.")
 
 
@@ -75,12 +84,35 @@ class Origin(_Part):
 class Route(_Part):
     """The way that was taken."""
 
-    name: Literal["adapter", "merge"]
-    requested: Literal["auto", "adapter", "merge"]
+    name: RouteName
+    requested: Literal["auto"] | RouteName
     merged_onto: Literal["original", "dequantized"] | None = Field(
         description="Which weights the adapter's delta was added to; null where nothing was merged."
     )
     reason: str = Field(description="Why this way, in a sentence.")
+
+
+class Base(_Part):
+    """The base model that went in."""
+
+    source: str = Field(description="As the checkpoint or the user names it; never a local path.")
+    revision: str | None = Field(description="The revision the checkpoint names, where it names one.")
+    files: FileDigests = Field(description="Its weights and configuration with their SHA-256.")
+
+
+class Retention(_Part):
+    """Share of the delta that survives in the written weights: the change, projected on the delta."""
+
+    mean: float
+    least: float
+    least_module: str
+
+
+class Canaries(_Part):
+    """Questions whose answers must hold what the fine-tune taught."""
+
+    asked: int = Field(ge=1)
+    passed: int = Field(ge=0)
 
 
 class Quality(_Part):
@@ -92,6 +124,36 @@ class Quality(_Part):
     kl_mean: float = Field(ge=0, description="Mean KL(reference || result) in nats per token.")
     kl_p99: float = Field(ge=0)
     top1_agreement: float = Field(ge=0, le=1, description="Share of positions with the same best token.")
+    perplexity: float | None = Field(default=None, description="Of the result on the text.")
+    perplexity_reference: float | None = Field(default=None, description="Of the function as trained.")
+    perplexity_base: float | None = Field(default=None, description="Of the base without the adapter.")
+    gain_kept: float | None = Field(
+        default=None,
+        description="Share of the fine-tune's gain in mean log-probability that the result keeps; null where the "
+        "fine-tune gains nothing on this text.",
+    )
+    retention: Retention | None = None
+    canaries: Canaries | None = None
+
+
+class Trial(_Part):
+    """One form that was made and measured while choosing."""
+
+    route: RouteName
+    quantization: QuantizationName
+    size_bytes: int = Field(ge=0)
+    quality: Quality | None
+    verdict: str = Field(description="Taken, or why not, in a sentence.")
+
+
+class Recovery(_Part):
+    """What distilling a QLoRA adapter back onto the full-precision weights reached, in mean KL on held-out text."""
+
+    rank: int = Field(ge=1)
+    steps: int = Field(ge=0)
+    kl_naive: float = Field(ge=0, description="The adapter on the full-precision weights as it is.")
+    kl_start: float = Field(ge=0, description="With the low-rank fit of the quantization error.")
+    kl_recovered: float = Field(ge=0, description="After the last step.")
 
 
 class Manifest(_Part):
@@ -101,10 +163,50 @@ class Manifest(_Part):
     name: Name
     route: Route
     origin: Origin
+    base: Base | None = None
     model: Model
     adapter: Adapter | None
     quality: Quality | None
+    trials: tuple[Trial, ...] = ()
+    recovery: Recovery | None = None
+    golden: Sha256 | None = Field(default=None, description="SHA-256 of golden.json, where there is one.")
     versions: dict[str, str] = Field(description="Versions of the libraries that made it.")
+
+
+class GoldenPrompt(_Part):
+    """Tokens and what the model says of each one given those before it."""
+
+    token_ids: tuple[int, ...] = Field(min_length=2)
+    reference: tuple[float, ...] = Field(
+        description="Log-probability of every token but the first under the function as trained."
+    )
+    result: tuple[float, ...] = Field(description="The same under the written files, in float32.")
+    base: tuple[float, ...] | None = Field(
+        default=None, description="The same under the base alone; only where the adapter stays separate."
+    )
+
+
+class GoldenChat(_Part):
+    """A conversation and the text its chat template makes of it."""
+
+    messages: tuple[dict[str, str], ...]
+    rendered: str
+
+
+class GoldenCanary(_Part):
+    """A question, and what the answer must hold, in any case."""
+
+    messages: tuple[dict[str, str], ...]
+    expect: str
+
+
+class Golden(_Part):
+    """golden.json: what a server of the artifact is compared with."""
+
+    prompts: tuple[GoldenPrompt, ...]
+    chats: tuple[GoldenChat, ...]
+    canaries: tuple[GoldenCanary, ...]
+    stop_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from convert.formats import (
     TOKENIZER_FILES,
 )
 from convert.nf4 import Nf4
+from convert.scheme import Scheme
 from convert.tensors import DTYPES, FLOATS, Tensors, TensorSpec, read_json
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ _MAX_STATE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer. `weight` is its spec when stored as floats; `settings` is set when stored as NF4."""
+    """A linear layer. `weight` is its spec when stored as floats; `settings` is set when it is stored quantized."""
 
     module: str
     out_features: int
     in_features: int
-    settings: Nf4 | None
+    settings: Scheme | None
 
     @property
     def weight(self) -> str:
@@ -70,7 +71,7 @@ class BaseModel:
     config: Mapping[str, Any]
     tensors: Tensors
     linears: Mapping[str, Linear]
-    settings: Nf4 | None
+    settings: Scheme | None
     artifact: Artifact | None
 
     @classmethod
@@ -146,7 +147,7 @@ class BaseModel:
         if linear.settings is None:
             return self.tensors.read(linear.weight)
         parts = {spec.name: self.tensors.read(spec.name) for spec in self.stored(linear)}
-        return nf4.dequantize({name[len(linear.weight) :].removeprefix("."): part for name, part in parts.items()})
+        return linear.settings.dequantize(linear.module, parts)
 
     def read_for_quantizing(self, linear: Linear) -> torch.Tensor:
         """The weight in the 16-bit type that a model has when it is quantized while loading."""
@@ -154,14 +155,15 @@ class BaseModel:
 
         return self.read(linear).to(getattr(torch, DTYPES[self.dtype][1]))
 
-    def read_as_trained(self, linear: Linear, quantizer: Nf4 | None) -> torch.Tensor:
+    def read_as_trained(self, linear: Linear, quantizer: Scheme | None) -> torch.Tensor:
         """The float32 weight an adapter was trained against: after NF4 and back, where `quantizer` is given.
 
         The head is never quantized, and a weight stored as NF4 has been already.
         """
         if quantizer is None or linear.settings or linear.is_head:
             return self.read(linear).float()
-        return nf4.dequantize(nf4.quantize(self.read_for_quantizing(linear), quantizer))
+        parts = quantizer.quantize(linear.module, self.read_for_quantizing(linear))
+        return quantizer.dequantize(linear.module, parts)
 
     def source(self, named_by_checkpoint: str | None) -> str:
         """A name for this base that leaks no local path."""
@@ -250,7 +252,7 @@ def _quantized(root: Path, tensors: Tensors, module: str) -> Linear:
     name = f"{module}.weight"
     shape, dtype = _state(root, tensors, name)
     settings = Nf4(double=f"{name}.nested_absmax" in tensors, dtype=dtype)
-    for expected in nf4.stored_specs(name, shape, settings):
+    for expected in settings.specs(module, shape):
         if not expected.name.endswith(nf4.STATE) and tensors.specs.get(expected.name) != expected:
             raise BaseUnreadable(
                 f"{root}: {expected.name!r} should be {expected.dtype} {list(expected.shape)} in NF4 "

@@ -37,62 +37,71 @@ _LONGEST_FLOAT = -1.2345678901234567e-100
 
 @dataclass(frozen=True)
 class Nf4:
-    """Settings of the quantizer."""
+    """The `Scheme` of bitsandbytes' 4-bit normal floats. `dtype`: of the weights that were quantized."""
 
     double: bool = True
     dtype: str = "BF16"
 
     @property
     def name(self) -> str:
-        """As manifests call it."""
         return "nf4-double" if self.double else "nf4"
 
     @property
     def torch_dtype(self) -> str:
         return DTYPES[self.dtype][1]
 
+    def specs(self, module: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
+        name = f"{module}.weight"
+        count = math.prod(shape)
+        blocks = math.ceil(count / _BLOCK)
+        specs = [
+            TensorSpec(name, "U8", (math.ceil(count / 2), 1)),
+            TensorSpec(f"{name}.absmax", "U8" if self.double else "F32", (blocks,)),
+            TensorSpec(f"{name}.quant_map", "F32", (16,)),
+            TensorSpec(f"{name}.{STATE}", "U8", (_state_bytes(shape, self),)),
+        ]
+        if self.double:
+            specs.append(TensorSpec(f"{name}.nested_absmax", "F32", (math.ceil(blocks / _NESTED_BLOCK),)))
+            specs.append(TensorSpec(f"{name}.nested_quant_map", "F32", (256,)))
+        return tuple(specs)
 
-def quantize(weight: torch.Tensor, settings: Nf4) -> dict[str, torch.Tensor]:
-    """The parts of a weight (out, in) as stored: `""` for the codes and the names in PARTS.
+    def quantize(self, module: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Float32 input is quantized as it is, without a rounding to 16 bits before."""
+        import torch
+        from bitsandbytes.functional import quantize_4bit
 
-    Float32 input is quantized as it is, without a rounding to 16 bits before.
-    """
-    import torch
-    from bitsandbytes.functional import quantize_4bit
+        codes, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=self.double)
+        state.dtype = getattr(torch, self.torch_dtype)
+        parts: dict[str, torch.Tensor] = state.as_dict(packed=True)
+        text = bytes(parts[STATE].tolist()).ljust(_state_bytes(tuple(weight.shape), self))
+        parts[STATE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        name = f"{module}.weight"
+        return {name: codes, **{f"{name}.{part}": tensor for part, tensor in parts.items()}}
 
-    codes, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=settings.double)
-    state.dtype = getattr(torch, settings.torch_dtype)
-    parts: dict[str, torch.Tensor] = state.as_dict(packed=True)
-    text = bytes(parts[STATE].tolist()).ljust(_state_bytes(tuple(weight.shape), settings))
-    parts[STATE] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return {"": codes, **parts}
+    def dequantize(self, module: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        import torch
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
+        name = f"{module}.weight"
+        state = QuantState.from_dict(
+            {part.removeprefix(f"{name}."): tensor for part, tensor in parts.items() if part != name},
+            device=torch.device("cpu"),
+        )
+        state.dtype = torch.float32
+        weight: torch.Tensor = dequantize_4bit(parts[name], state)
+        return weight
 
-def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The weight (out, in) that stored parts stand for, in float32."""
-    import torch
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    def config(self) -> dict[str, Any]:
+        """As transformers writes it."""
+        from transformers import BitsAndBytesConfig
 
-    state = QuantState.from_dict({name: part for name, part in parts.items() if name}, device=torch.device("cpu"))
-    state.dtype = torch.float32
-    weight: torch.Tensor = dequantize_4bit(parts[""], state)
-    return weight
-
-
-def stored_specs(name: str, shape: tuple[int, ...], settings: Nf4) -> tuple[TensorSpec, ...]:
-    """What `quantize` will give for the tensor `name` (`X.weight`): exact, before anything is computed."""
-    count = math.prod(shape)
-    blocks = math.ceil(count / _BLOCK)
-    specs = [
-        TensorSpec(name, "U8", (math.ceil(count / 2), 1)),
-        TensorSpec(f"{name}.absmax", "U8" if settings.double else "F32", (blocks,)),
-        TensorSpec(f"{name}.quant_map", "F32", (16,)),
-        TensorSpec(f"{name}.{STATE}", "U8", (_state_bytes(shape, settings),)),
-    ]
-    if settings.double:
-        specs.append(TensorSpec(f"{name}.nested_absmax", "F32", (math.ceil(blocks / _NESTED_BLOCK),)))
-        specs.append(TensorSpec(f"{name}.nested_quant_map", "F32", (256,)))
-    return tuple(specs)
+        config: dict[str, Any] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=self.double,
+            bnb_4bit_compute_dtype=self.torch_dtype,
+        ).to_dict()
+        return config
 
 
 def _state_bytes(shape: tuple[int, ...], settings: Nf4) -> int:
@@ -109,16 +118,3 @@ def _state_bytes(shape: tuple[int, ...], settings: Nf4) -> int:
             "nested_offset": _LONGEST_FLOAT,
         }
     return len(json.dumps(state))
-
-
-def quantization_config(settings: Nf4) -> dict[str, Any]:
-    """The `quantization_config` of config.json, as transformers writes it."""
-    from transformers import BitsAndBytesConfig
-
-    config: dict[str, Any] = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=settings.double,
-        bnb_4bit_compute_dtype=settings.torch_dtype,
-    ).to_dict()
-    return config

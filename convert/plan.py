@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from convert import nf4
 from convert.base_model import BaseModel, Linear
 from convert.checkpoint import Checkpoint, LoraPair
 from convert.errors import BaseMismatch, BaseUnreadable, CheckpointUnreadable, OutputUnwritable
 from convert.formats import EMBEDDING, HEAD, LAYER_LINEAR, TOKENIZERS
 from convert.nf4 import Nf4
+from convert.scheme import Scheme
 from convert.tensors import DTYPES, TensorSpec, read_json
 
 MergedOnto = Literal["original", "dequantized"]
@@ -34,7 +34,7 @@ class Form:
     """What the written model is: which weights the delta is added to, and how its linear layers are stored."""
 
     merged_onto: MergedOnto | None
-    stored: Nf4 | None
+    stored: Scheme | None
     # The quantizer of training: what a full-precision base is taken through before the delta is added.
     quantizer: Nf4 | None = None
     # The 16-bit type of everything that is not quantized; None: the base's own.
@@ -63,7 +63,7 @@ class Cast:
 class Made:
     linear: Linear
     pair: LoraPair | None
-    stored: Nf4 | None
+    stored: Scheme | None
     outputs: tuple[TensorSpec, ...]
 
 
@@ -155,7 +155,7 @@ def _linear_step(base: BaseModel, linear: Linear, form: Form, pair: LoraPair | N
     if not (pair or stored or simulated or linear.settings):
         return _plain_step(base, base.tensors.specs[linear.weight], form)
     if stored:
-        outputs = nf4.stored_specs(linear.weight, linear.shape, stored)
+        outputs = stored.specs(linear.module, linear.shape)
     else:
         outputs = (TensorSpec(linear.weight, _dtype(base, form), linear.shape),)
     return Made(linear, pair, stored, outputs)
@@ -171,7 +171,7 @@ def model_config(base: BaseModel, form: Form) -> dict[str, Any]:
     config.pop("torch_dtype", None)
     config["dtype"] = DTYPES[_dtype(base, form)][1]
     if form.stored:
-        config["quantization_config"] = nf4.quantization_config(form.stored)
+        config["quantization_config"] = form.stored.config()
     return config
 
 

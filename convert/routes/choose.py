@@ -78,7 +78,7 @@ def _choose_qlora(way: Way, found: Detection, base: BaseModel) -> Choice:
 def _quantizer(found: Detection, base: BaseModel) -> tuple[Nf4, str]:
     """The quantizer of training and, where a part of it is only assumed, a sentence that says so."""
     double = found.quantizer.double if found.quantizer else None
-    if base.settings:
+    if isinstance(base.settings, Nf4):
         if double is not None and double != base.settings.double:
             words = {True: "with double quantization", False: "without double quantization"}
             raise BaseMismatch(

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert import lora, nf4
+from convert import lora
 from convert.base_model import CONFIG, BaseModel
 from convert.checkpoint import Checkpoint
 from convert.errors import BaseMismatch
@@ -81,8 +81,7 @@ def _made(step: Made, plan: ModelPlan, base: BaseModel, checkpoint: Checkpoint) 
     if step.stored is None:
         yield linear.weight, weight
         return
-    for part, tensor in nf4.quantize(weight, step.stored).items():
-        yield (f"{linear.weight}.{part}" if part else linear.weight), tensor
+    yield from step.stored.quantize(linear.module, weight).items()
 
 
 def _require_finite(name: str, tensor: torch.Tensor) -> None:

@@ -5,7 +5,6 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import BitsAndBytesConfig
 
-from convert import nf4
 from convert.nf4 import Nf4
 from convert.tensors import DTYPES, TensorSpec
 
@@ -15,15 +14,15 @@ SHAPES = [(32, 64), (64, 128), (7, 10), (272, 64)]
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_stored_parts_are_exactly_those_planned(shape: tuple[int, int], double: bool) -> None:
-    parts = nf4.quantize(torch.randn(shape), Nf4(double))
+    parts = Nf4(double).quantize("w", torch.randn(shape))
     names = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
 
     found = {
-        TensorSpec(f"w.{part}" if part else "w", names[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
-        for part, tensor in parts.items()
+        TensorSpec(name, names[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for name, tensor in parts.items()
     }
 
-    assert found == set(nf4.stored_specs("w", shape, Nf4(double)))
+    assert found == set(Nf4(double).specs("w", shape))
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -33,13 +32,13 @@ def test_dequantized_is_bit_equal_to_bitsandbytes(shape: tuple[int, int], double
     codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
     state.dtype = torch.float32
 
-    assert torch.equal(nf4.dequantize(nf4.quantize(weight, Nf4(double))), dequantize_4bit(codes, state))
+    assert torch.equal(Nf4(double).dequantize("w", Nf4(double).quantize("w", weight)), dequantize_4bit(codes, state))
 
 
 def test_quantizing_in_float32_gives_the_codes_of_the_same_values_in_bfloat16() -> None:
     weight = torch.randn(64, 256).to(torch.bfloat16)
 
-    half, full = nf4.quantize(weight, Nf4()), nf4.quantize(weight.float(), Nf4())
+    half, full = Nf4().quantize("w", weight), Nf4().quantize("w", weight.float())
 
     assert half.keys() == full.keys()
     assert all(torch.equal(half[name], full[name]) for name in half)
@@ -54,4 +53,4 @@ def test_the_configuration_is_that_of_transformers(double: bool) -> None:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
 
-    assert nf4.quantization_config(Nf4(double)) == expected.to_dict()
+    assert Nf4(double).config() == expected.to_dict()
