@@ -13,8 +13,9 @@ from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
 from convert.conversion import Request, convert
 from convert.errors import BaseMismatch, BaseUnreadable, OutputUnwritable
+from convert.match import require_match
 from convert.nf4 import Nf4
-from convert.plan import Form, plan_model, require_match
+from convert.plan import Form, plan_model
 from tests.convert import parts
 
 
@@ -80,7 +81,7 @@ def test_a_tokenizer_with_tokens_beyond_the_base_is_refused(lora: Path, base: Pa
     (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
 
     with pytest.raises(BaseMismatch, match=r"'<\|new\|>'.*resized vocabulary of 301, the base has 272"):
-        require_match(Checkpoint.open(copied), BaseModel.open(base), merging=False)
+        require_match(Checkpoint.open(copied), BaseModel.open(base))
 
 
 def test_a_tokenizer_that_numbers_tokens_otherwise_is_refused(lora: Path, base: Path, tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_a_tokenizer_that_numbers_tokens_otherwise_is_refused(lora: Path, base: 
     (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
 
     with pytest.raises(BaseMismatch, match="numbers 2 tokens otherwise"):
-        require_match(Checkpoint.open(copied), BaseModel.open(base), merging=False)
+        require_match(Checkpoint.open(copied), BaseModel.open(base))
 
 
 def test_a_base_without_a_tokenizer_is_refused(lora: Path, base: Path, tmp_path: Path, out: Path) -> None:
