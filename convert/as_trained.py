@@ -72,7 +72,10 @@ def _state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     for pair in (*contents.pairs.values(), *contents.embeddings.values()):
         if pair.magnitude:
             state[f"{pair.module}.lora_magnitude_vector"] = read(pair.magnitude.name)
+    shared = isinstance(checkpoint.config.get("trainable_token_indices"), list)
     for name, rows in contents.rows.items():
+        if shared and name != EMBEDDING:
+            continue  # the head's, which PEFT takes from the embedding
         state[f"{name.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"] = read(rows.values.name)
     for name, whole in contents.saved.items():
         state[_place(name, checkpoint, beside=whole.beside)] = read(whole.spec.name)

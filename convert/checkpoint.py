@@ -74,15 +74,26 @@ class Checkpoint:
         return self.contents.pairs
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is nothing but LoRA on linear layers."""
-        others = self.contents.embeddings or self.contents.saved or self.contents.rows
-        return not others and not any(pair.magnitude for pair in self.pairs.values())
-
-    @property
     def notes(self) -> tuple[str, ...]:
         """What was repaired or is odd, and stops nothing. Reads the weights once."""
         return self.contents.notes + self._weights[1]
+
+    @property
+    def all_problems(self) -> tuple[str, ...]:
+        """`problems`, or where there are none those that only the weights tell. Reads the weights once."""
+        return self.problems or self._weights[0]
+
+    @property
+    def beside(self) -> str:
+        """What was trained beside LoRA on linear layers, in words; empty where nothing was."""
+        contents = self.contents
+        counts = (
+            (sum(pair.magnitude is not None for pair in self.pairs.values()), "DoRA magnitudes"),
+            (len(contents.saved), "whole weights"),
+            (sum(len(rows.indices) for rows in contents.rows.values()), "token rows"),
+            (len(contents.embeddings), "embedding deltas"),
+        )
+        return ", ".join(f"{count} {what}" for count, what in counts if count)
 
     def problems_for(self, route: RouteName) -> tuple[str, ...]:
         """What this route can't treat and another one can, beyond `problems`."""
@@ -96,7 +107,9 @@ class Checkpoint:
             )
         if route != "adapter":
             if self.contents.embeddings or self.contents.saved or self.contents.rows:
-                found.append("more was trained than LoRA on linear layers: take --route merge or --route adapter")
+                found.append(
+                    f"more was trained than LoRA on linear layers ({self.beside}): take --route merge or adapter"
+                )
             return tuple(found)
         if large := [pair for pair in self.pairs.values() if pair.rank > SERVED_RANKS[-1]]:
             allowed = ", ".join(map(str, SERVED_RANKS))
@@ -165,7 +178,7 @@ class Checkpoint:
 
     def require_supported(self) -> None:
         """Raises CheckpointUnsupported with every problem: of settings, keys, shapes, then of the weights."""
-        self._require(self.problems or self._weights[0])
+        self._require(self.all_problems)
 
     def require_route(self, route: RouteName) -> None:
         """Raises CheckpointUnsupported with everything this route can't treat."""

@@ -161,10 +161,10 @@ def _rows(found: _Found, config: Mapping[str, Any]) -> tuple[dict[str, Rows], li
 
 
 def _indices(setting: object, module: str) -> tuple[int, ...] | None:
-    """The numbers of a module's rows. A bare list is about the embedding."""
+    """The numbers of a module's rows. A bare list is about the embedding, and a head that is tied to it."""
     if isinstance(setting, dict):
         setting = next((ids for name, ids in setting.items() if module == name or module.endswith(f".{name}")), None)
-    elif module != EMBEDDING_MODULE:
+    elif module not in (EMBEDDING_MODULE, HEAD):
         return None
     if not isinstance(setting, list) or not all(type(index) is int and index >= 0 for index in setting):
         return None

@@ -159,13 +159,19 @@ def _tied(embedding: Edit, head: Edit, saved: Mapping[str, Whole]) -> tuple[Edit
 
 def _are_equal(embedding: Edit, head: Edit, checkpoint: Checkpoint) -> bool:
     """Whether a tied embedding and head still have the same values."""
-    if embedding.rows != head.rows:
+    if not _are_equal_rows(embedding.rows, head.rows, checkpoint):
         return False
     if bool(embedding.saved) != bool(head.saved) or bool(embedding.pair) != bool(head.pair):
         return False
     if embedding.saved and head.saved and not _have_equal_bytes(embedding.saved, head.saved, checkpoint):
         return False
     return not embedding.pair or not head.pair or _are_equal_pairs(embedding.pair, head.pair, checkpoint)
+
+
+def _are_equal_rows(one: Rows | None, other: Rows | None, checkpoint: Checkpoint) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.indices == other.indices and _have_equal_bytes(one.values, other.values, checkpoint)
 
 
 def _are_equal_pairs(one: LoraPair, other: LoraPair, checkpoint: Checkpoint) -> bool:

@@ -1,4 +1,4 @@
-"""What can be said of a checkpoint without reading a weight: what it is, and the ways to serve it."""
+"""What can be said of a checkpoint without loading a model: what it is, and the ways to serve it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def inspect(root: Path, base_root: Path | None) -> Inspection:
     checkpoint = Checkpoint.open(root)
     found = detect(checkpoint)
     base = BaseModel.open(base_root) if base_root else None
-    problems = checkpoint.problems + _unsupported_quantizer(root, found)
+    problems = checkpoint.all_problems + _unsupported_quantizer(root, found)
     offers = tuple(_offer(way, checkpoint, found, base, base_root) for way in ways_for(found.training))
     return Inspection(checkpoint, found, problems, () if problems else offers)
 

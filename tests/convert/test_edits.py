@@ -132,7 +132,7 @@ def test_a_linear_layer_trained_as_a_whole_is_merged_and_never_separate(base: Pa
 def test_dora_does_not_stay_separate(base: Path, tmp_path: Path, kind: str) -> None:
     made = marked(save_trained(base, tmp_path / "made", **KINDS[kind]), "lora")
 
-    with pytest.raises(CheckpointUnsupported, match="14 modules are DoRA.* --route merge"):
+    with pytest.raises(CheckpointUnsupported, match=r"14 modules are DoRA.* --route merge"):
         run(made, base, tmp_path / "separate", route="adapter")
 
 
