@@ -28,7 +28,7 @@ def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
         try:
             adapted = get_peft_model(model, _config(checkpoint))
             result = set_peft_model_state_dict(adapted, _state(checkpoint))
-        except (ValueError, KeyError, TypeError, RuntimeError, re.error) as cause:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error) as cause:
             raise CheckpointUnsupported(
                 f"{checkpoint.root}: PEFT can't apply its adapter_config.json: {cause}. Save it with save_pretrained."
             ) from cause

@@ -82,6 +82,9 @@ def pair_of(
 
 def _scale(module: str, stored_rank: int, config: Mapping[str, Any]) -> tuple[float, float] | str:
     """Alpha and the factor of B·A, or what is wrong with them."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name), dict | None):
+            return f"{module}: {name} is {config[name]!r}, not an object of patterns: write the one of the training run"
     try:
         rank = _of_module(config.get("rank_pattern"), module, config.get("r"))
         alpha = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha"))
