@@ -98,7 +98,7 @@ HARMLESS_SETTINGS = frozenset(
 
 # These start from W alone. The others (pissa, olora, corda, loftq, lora_ga) change the base weights first,
 # and the adapter is wrong on the base that everybody else has.
-PLAIN_INITS: tuple[object, ...] = (None, True, False, "gaussian", "eva", "orthogonal")
+PLAIN_INITS: tuple[object, ...] = (None, True, False, "gaussian", "eva", "mica", "orthogonal")
 
 # What vLLM can be told of an adapter's rank; a smaller one is filled up with zeros.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -41,6 +41,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "all patterns": {"use_rslora": True, "rank_pattern": {"layers.0.mlp.up_proj": 4}, "alpha_pattern": {"k_proj": 1}},
     "gaussian start": {"init_lora_weights": "gaussian"},
     "orthogonal start": {"init_lora_weights": "orthogonal"},
+    "mica start": {"init_lora_weights": "mica"},
     "dropout": {"lora_dropout": 0.1},
     **{name: settings for name, settings in KINDS.items() if "tokens of" not in name},
     "linear as a whole": LINEAR,
