@@ -92,11 +92,11 @@ class Edits:
         """Why a base is written for one adapter alone. Empty where it is not."""
         if self.is_empty:
             return ""
-        names = list(self.of_weights)
+        names = [name for name, edit in self.of_weights.items() if not edit.is_empty]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return (
-            f"{', '.join(names[:3])}{more} were trained beside LoRA, which no adapter can hold, and are written into "
-            "the base: it belongs to this adapter alone."
+            f"What was trained beside LoRA ({', '.join(names[:3])}{more}) is written into the base, since no adapter "
+            "can hold it: that base belongs to this adapter alone."
         )
 
 

@@ -59,7 +59,7 @@ def with_baked(choice: Choice, base: BaseModel, edits: Edits) -> Choice:
     if choice.way.route != "adapter" or edits.is_empty:
         return choice
     form = choice.form or Form(None, base.settings)
-    return replace(choice, form=form, reason=f"{choice.reason} {edits.sentence[0].upper()}{edits.sentence[1:]}")
+    return replace(choice, form=form, reason=f"{choice.reason} {edits.sentence}")
 
 
 def _in_type(choice: Choice, dtype: DtypeOption) -> Choice:

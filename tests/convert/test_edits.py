@@ -100,6 +100,17 @@ def test_a_resized_vocabulary_is_taken_over(
     assert parts.divergence(expected, separate) < 1e-4
 
 
+def test_the_shared_weight_of_a_resized_vocabulary_may_be_saved_once(base: Path, tmp_path: Path, out: Path) -> None:
+    made = marked(save_trained(base, tmp_path / "made", rows=280), "lora")
+    parts.edit_weights(made, lambda tensors: {name: t for name, t in tensors.items() if "lm_head" not in name})
+
+    run(made, base, out, route="merge", quantize="none", dtype="float16")
+
+    expected = as_trained(made, base, "lora", rows=280)
+    assert parts.divergence(expected, parts.logits(parts.load_float32(out / "model"))) < 1e-5
+    assert json.loads((out / "model" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
 def test_tokens_trained_in_a_resized_vocabulary(base: Path, tmp_path: Path, out: Path) -> None:
     made = marked(save_trained(base, tmp_path / "made", rows=280, trainable_token_indices=[274, 279]), "lora")
 
@@ -169,12 +180,14 @@ def test_the_rows_of_a_weight_may_be_edited_in_pieces(base: Path, tmp_path: Path
             torch.testing.assert_close(torch.cat(pieces), edited(weight.clone(), edit, checkpoint), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_embeddings_that_peft_saved_and_nobody_trained_leave_the_base_shared(
-    base: Path, tmp_path: Path, out: Path
+    base: Path, tmp_path: Path, out: Path, dtype: torch.dtype
 ) -> None:
     first = run(marked(parts.save_adapter(base, tmp_path / "first"), "qlora"), base, tmp_path / "artifact")
     made = marked(save_trained(base, tmp_path / "made", **KINDS["head delta"]), "qlora")
     assert "base_model.model.lm_head.base_layer.weight" in load_file(made / "adapter_model.safetensors")
+    parts.edit_weights(made, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
 
     artifact = run(made, first.root, out)
 
@@ -190,9 +203,7 @@ def test_a_base_that_is_baked_into_is_not_the_shared_one(base: Path, tmp_path: P
 
     assert artifact.manifest.model.path == "model"
     assert artifact.manifest.model.fingerprint != first.manifest.model.fingerprint
-    assert "model.embed_tokens.weight were trained beside LoRA" in artifact.manifest.route.reason.replace(
-        "Model.embed", "model.embed"
-    )
+    assert "What was trained beside LoRA (model.embed_tokens.weight)" in artifact.manifest.route.reason
     before, after = (load_file(root / "model" / "model.safetensors") for root in (first.root, out))
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["model.embed_tokens.weight"]

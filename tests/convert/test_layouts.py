@@ -46,6 +46,14 @@ def test_every_trainers_notes_say_what_they_can_and_no_more(
         found.require_known(checkpoint.root)
 
 
+def test_a_saved_config_that_is_not_quantized_proves_nothing(unmarked: Path, tmp_path: Path) -> None:
+    root = parts.copy(unmarked, tmp_path / "copy")
+    quantization = {**trainers.BNB, "load_in_4bit": False}
+    (root / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": quantization}))
+
+    assert detect(Checkpoint.open(root)).training is Training.UNKNOWN
+
+
 def test_torchao_is_another_nf4_and_refused(unmarked: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(made(unmarked, tmp_path, "torchtune", "qlora"))
 
