@@ -47,7 +47,7 @@ def inspect(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a checkpoint is and which ways there are to serve it. Reads no weights, writes nothing."""
+    """Say what a checkpoint is and which ways there are to serve it. Writes nothing."""
     from convert import inspection, report
 
     with _told_errors():

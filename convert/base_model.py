@@ -158,9 +158,9 @@ class BaseModel:
     def read_as_trained(self, linear: Linear, quantizer: Scheme | None) -> torch.Tensor:
         """The float32 weight an adapter was trained against: after NF4 and back, where `quantizer` is given.
 
-        The head is never quantized, and a weight stored as NF4 has been already.
+        The head is never quantized, and a base stored as NF4 has been already: what it holds in floats was left so.
         """
-        if quantizer is None or linear.settings or linear.is_head:
+        if quantizer is None or self.settings or linear.is_head:
             return self.read(linear).float()
         parts = quantizer.quantize(linear.module, self.read_for_quantizing(linear))
         return quantizer.dequantize(linear.module, parts)

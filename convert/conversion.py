@@ -23,12 +23,14 @@ from convert.artifact import (
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
 from convert.detect import Detection, Training, detect, told
+from convert.edits import Edits
 from convert.errors import QualityGateFailed
-from convert.plan import ModelPlan, differing_files, plan_model, require_match, require_room
+from convert.match import require_match
+from convert.plan import ModelPlan, differing_files, plan_model, require_room
 from convert.progress import Progress, silent
 from convert.quality import Text, measure, reference, require_below
 from convert.routes.adapter import NormalAdapter, write_adapter
-from convert.routes.choose import Choice, choose
+from convert.routes.choose import Choice, choose, with_baked
 from convert.routes.model import write_model
 from convert.routes.ways import DtypeOption, QuantizeOption, RouteOption
 from convert.writer import ArtifactWriter, require_absent
@@ -69,9 +71,12 @@ def convert(request: Request, progress: Progress = silent) -> Artifact:
     found = _training(request, checkpoint)
     base = BaseModel.open(request.base)
     choice = choose(found, base, request.route, request.quantize, request.command, request.dtype)
+    checkpoint.require_route(choice.way.route)
     _require_measurable(request, choice)
-    require_match(checkpoint, base, merging=choice.way.route == "merge")
-    plan = plan_model(base, choice.form, checkpoint) if choice.form else None
+    require_match(checkpoint, base)
+    edits = Edits.of(checkpoint, base, separate=choice.way.route == "adapter")
+    choice = with_baked(choice, base, edits)
+    plan = plan_model(base, choice.form, checkpoint, edits) if choice.form else None
     require_room((plan.weight_bytes if plan else 0) + 2 * checkpoint.weight_bytes, request.destination)
     with ArtifactWriter(request.destination) as writer:
         _write(writer, choice, plan, base, checkpoint, progress)

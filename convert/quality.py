@@ -10,18 +10,17 @@ from __future__ import annotations
 import gc
 import json
 import math
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.artifact import Quality
+from convert.as_trained import with_adapter
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
-from convert.errors import BaseUnreadable, CheckpointUnsupported, QualityGateFailed, TextUnreadable
-from convert.formats import HEAD, LoraKey
+from convert.errors import BaseUnreadable, QualityGateFailed, TextUnreadable
+from convert.formats import HEAD
 from convert.nf4 import Nf4
 from convert.progress import Progress
 
@@ -83,7 +82,7 @@ def reference(
     """Run the function as trained over the text. `quantizer`: of training, None for LoRA."""
     rows = _tokenize(text, tokenizer)
     model = _load(base, quantizer)
-    model = _with_adapter(model, checkpoint)
+    model = with_adapter(model, checkpoint)
     log_probs = tuple(_all_log_probs(model, rows, "reference", progress))
     del model
     gc.collect()
@@ -198,34 +197,6 @@ def _fill(expected: Mapping[str, torch.Tensor], name: str, weight: torch.Tensor)
         raise BaseUnreadable(f"{name} is {list(weight.shape)}, its config says {list(expected[name].shape)}")
     expected[name].copy_(weight)
     return True
-
-
-def _with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
-    """PEFT's own reading of the checkpoint's configuration; the keys may come from any layout."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-
-    with warnings.catch_warnings():
-        # Of names and settings that have been looked at already.
-        warnings.simplefilter("ignore")
-        try:
-            config = LoraConfig.from_pretrained(str(checkpoint.root))
-            config.inference_mode = True
-            adapted = get_peft_model(model, config)
-        except (ValueError, KeyError, TypeError, re.error) as cause:
-            raise CheckpointUnsupported(
-                f"{checkpoint.root}: PEFT can't apply its adapter_config.json: {cause}"
-            ) from cause
-    state: dict[str, torch.Tensor] = {}
-    for pair in checkpoint.pairs.values():
-        a, b = checkpoint.read(pair)
-        state |= {str(LoraKey(pair.module, "A")): a, str(LoraKey(pair.module, "B")): b}
-    result = set_peft_model_state_dict(adapted, state)
-    if result.unexpected_keys:
-        raise CheckpointUnsupported(
-            f"{checkpoint.root}: PEFT finds no place for {', '.join(sorted(result.unexpected_keys)[:3])}: "
-            "target_modules of adapter_config.json doesn't fit the weights"
-        )
-    return adapted.eval()
 
 
 def _all_log_probs(model: Any, rows: Sequence[torch.Tensor], what: str, progress: Progress) -> Iterator[torch.Tensor]:

@@ -61,6 +61,8 @@ def inspection_document(inspection: Inspection) -> dict[str, Any]:
         "targets": list(checkpoint.targets),
         "modules": len(checkpoint.pairs),
         "adapter_bytes": checkpoint.weight_bytes,
+        "beside": checkpoint.beside,
+        "notes": list(checkpoint.notes),
         "problems": list(inspection.problems),
         "ways": [_offer_document(offer) for offer in inspection.offers],
     }
@@ -119,7 +121,11 @@ def _facts(inspection: Inspection) -> RenderableType:
     table.add_row("base", escape(inspection.base_name))
     table.add_row("rank, alpha", f"{_numbers(checkpoint.ranks)}, {_numbers(checkpoint.alphas)}")
     table.add_row("targets", escape(f"{', '.join(checkpoint.targets)} ({len(checkpoint.pairs)} modules)"))
+    if checkpoint.beside:
+        table.add_row("beside LoRA", checkpoint.beside)
     table.add_row("size", readable_bytes(checkpoint.weight_bytes))
+    for note in checkpoint.notes:
+        table.add_row("note", escape(note))
     return table
 
 
@@ -140,7 +146,7 @@ def _ways(offers: tuple[Offer, ...]) -> RenderableType:
 
 def _offer_size(offer: Offer) -> str:
     if offer.obstacle:
-        return "not on this base"
+        return "not possible"
     return "needs --base" if offer.output_bytes is None else readable_bytes(offer.output_bytes)
 
 

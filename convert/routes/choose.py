@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from convert.base_model import BaseModel
 from convert.detect import Detection, Training
+from convert.edits import Edits
 from convert.errors import BaseMismatch, RouteRefused
 from convert.nf4 import Nf4
 from convert.plan import Form
@@ -97,6 +98,14 @@ def _refusal(route: str, storage: Storage, training: Training, command: str) -> 
     return f"{why} What works:{commands}"
 
 
+def with_baked(choice: Choice, base: BaseModel, edits: Edits) -> Choice:
+    """The same choice, where a separate adapter needs a base of its own: it is written, and the reason says so."""
+    if choice.way.route != "adapter" or edits.is_empty:
+        return choice
+    form = choice.form or Form(None, base.settings)
+    return replace(choice, form=form, reason=f"{choice.reason} {edits.sentence}")
+
+
 def _in_type(choice: Choice, dtype: DtypeOption) -> Choice:
     if choice.form is None or choice.form.merged_onto is None or choice.form.stored:
         raise RouteRefused(
@@ -133,6 +142,11 @@ def _quantizer(found: Detection, base: BaseModel) -> tuple[Nf4, str]:
                 "Give the full-precision base: it is then quantized as in training."
             )
         return base.settings, ""
+    if found.quantizer and found.quantizer.partial:
+        raise BaseMismatch(
+            f"The adapter was trained on a 4-bit base that leaves some layers in 16 bits, and only that base says "
+            f"which ({'; '.join(found.lines)}). Give that base with --base instead of {base.root}."
+        )
     if double is None:
         return Nf4(True, base.dtype), "double quantization is assumed, nothing says whether training used it"
     return Nf4(double, base.dtype), ""

@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert import lora
 from convert.base_model import CONFIG, BaseModel
 from convert.checkpoint import Checkpoint
+from convert.edits import edited
 from convert.errors import BaseMismatch
 from convert.formats import MODEL_STEM
-from convert.plan import Cast, Copied, Made, ModelPlan, Step, model_config
+from convert.plan import Cast, Copied, Edited, Made, ModelPlan, Step, model_config
 from convert.progress import Progress
 from convert.shards import SHARD_BYTES, Shard, ShardWriter, index, split
 from convert.tensors import DTYPES
@@ -42,7 +42,7 @@ def write_model(
     progress("writing weights", len(plan.steps), len(plan.steps))
     if len(shards) > 1:
         write_json(directory / f"{MODEL_STEM}.safetensors.index.json", index(shards))
-    write_json(directory / CONFIG, model_config(base, plan.form))
+    write_json(directory / CONFIG, model_config(base, plan))
     for file in plan.files:
         copy_file(file, directory)
 
@@ -61,6 +61,10 @@ def _write_step(
             tensor = base.tensors.read(spec.name).to(_torch_dtype(spec.dtype))
             _require_finite(spec.name, tensor)
             places[spec.name].write(spec.name, tensor)
+        case Edited(source, edit, spec):
+            tensor = edited(base.tensors.read(source.name).float(), edit, checkpoint).to(_torch_dtype(spec.dtype))
+            _require_finite(spec.name, tensor)
+            places[spec.name].write(spec.name, tensor)
         case Made():
             for name, tensor in _made(step, plan, base, checkpoint):
                 places[name].write(name, tensor)
@@ -72,9 +76,8 @@ def _made(step: Made, plan: ModelPlan, base: BaseModel, checkpoint: Checkpoint) 
         weight = base.read_for_quantizing(linear)
     else:
         weight = base.read_as_trained(linear, form.quantizer)
-    if step.pair:
-        a, b = checkpoint.read(step.pair)
-        weight = lora.add_delta(weight, a, b, step.pair.scaling)
+    if not step.edit.is_empty:
+        weight = edited(weight.float(), step.edit, checkpoint)
     if step.stored is None:
         weight = weight.to(_torch_dtype(step.outputs[0].dtype))
     _require_finite(linear.module, weight)

@@ -61,12 +61,12 @@ def test_inspect_shows_which_ways_a_base_cannot_carry(lora: Path, nf4_base: Path
 
 def test_inspect_of_what_cannot_be_converted_lists_the_problems_and_fails(lora: Path, tmp_path: Path) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
-    parts.edit_json(copied / "adapter_config.json", use_dora=True)
+    parts.edit_json(copied / "adapter_config.json", fan_in_fan_out=True)
 
     result = invoke("inspect", copied)
 
     assert result.exit_code == 1
-    assert "use_dora=True" in result.stdout
+    assert "fan_in_fan_out=True" in result.stdout
     assert result.stderr.startswith("error[checkpoint_unsupported]: ")
 
 
