@@ -28,7 +28,7 @@ from convert.errors import QualityGateFailed
 from convert.match import require_match
 from convert.plan import ModelPlan, differing_files, plan_model, require_room
 from convert.progress import Progress, silent
-from convert.quality import Text, measure, reference, require_below
+from convert.quality import Gate, Text, measure, reference
 from convert.routes.adapter import NormalAdapter, write_adapter
 from convert.routes.choose import Choice, choose, with_baked
 from convert.routes.model import write_model
@@ -83,7 +83,7 @@ def convert(request: Request, progress: Progress = silent) -> Artifact:
         quality = None
         if choice.measured and request.measure:
             quality = _measure(writer, choice, base, checkpoint, text, progress)
-            require_below(quality, request.max_kl)
+            Gate(max_kl=request.max_kl).require(quality)
         return writer.publish(_manifest(writer, request, choice, found, base, checkpoint, quality))
 
 

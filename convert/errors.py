@@ -7,8 +7,8 @@ ConvertError
 ├── BaseUnreadable           base_unreadable         no model there, or half a model
 ├── BaseMismatch             base_mismatch           the adapter was not trained on this base
 ├── RouteRefused             route_refused           the route would lose what was learnt; names those that don't
-├── QualityGateFailed        quality_gate_failed     measured loss above the limit; nothing was published
-├── TextUnreadable           text_unreadable         the held-out text is missing or in another form
+├── QualityGateFailed        quality_gate_failed     a limit on what may be lost is not kept; nothing was published
+├── TextUnreadable           text_unreadable         held-out text or canaries are missing or in another form
 ├── OutputExists             output_exists           the destination is already there
 ├── OutputUnwritable         output_unwritable       no room or no permission at the destination
 └── ArtifactInvalid          artifact_invalid        not an artifact, or its bytes changed
