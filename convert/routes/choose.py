@@ -86,6 +86,11 @@ def _quantizer(found: Detection, base: BaseModel) -> tuple[Nf4, str]:
                 "Give the full-precision base: it is then quantized as in training."
             )
         return base.settings, ""
+    if base.is_quantized:
+        raise BaseMismatch(
+            f"{base.root} is stored as {base.quantization}, the adapter was trained on NF4. Give the full-precision "
+            "base: it is then quantized as in training."
+        )
     if double is None:
         return Nf4(True, base.dtype), "double quantization is assumed, nothing says whether training used it"
     return Nf4(double, base.dtype), ""
