@@ -14,7 +14,7 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
 environment: ## Create or update .venv from the lock (seconds when nothing changed)
-	@$(PYTHON) deploy/environment/create.py --venv $(VENV)
+	@$(PYTHON) deploy/environment/create.py --venv $(VENV) --with quantizers
 
 demo: environment ## The whole tour: fine-tune, convert, serve, ask, hot-swap under load
 	@$(RUN) -m examples.demo

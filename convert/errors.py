@@ -7,6 +7,10 @@ ConvertError
 ├── BaseUnreadable           base_unreadable         no model there, or half a model
 ├── BaseMismatch             base_mismatch           the adapter was not trained on this base
 ├── RouteRefused             route_refused           the route would lose what was learnt; names those that don't
+├── FormatRefused            format_refused          the storage format can't hold these weights; names those that can
+├── TargetUnknown            target_unknown          no such target, or a GPU that vLLM does not run on
+├── QuantizerMissing         quantizer_missing       the packages of the calibrated quantizers are not installed
+├── QuantizerFailed          quantizer_failed        the calibrated quantizer stopped; its own words are in the message
 ├── QualityGateFailed        quality_gate_failed     a limit on what may be lost is not kept; nothing was published
 ├── TextUnreadable           text_unreadable         held-out text or canaries are missing or in another form
 ├── OutputExists             output_exists           the destination is already there
@@ -47,6 +51,22 @@ class BaseMismatch(ConvertError):
 
 class RouteRefused(ConvertError):
     code = "route_refused"
+
+
+class FormatRefused(ConvertError):
+    code = "format_refused"
+
+
+class TargetUnknown(ConvertError):
+    code = "target_unknown"
+
+
+class QuantizerMissing(ConvertError):
+    code = "quantizer_missing"
+
+
+class QuantizerFailed(ConvertError):
+    code = "quantizer_failed"
 
 
 class QualityGateFailed(ConvertError):

@@ -18,21 +18,23 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.tensors import DTYPES, TensorSpec
+from convert.errors import BaseUnreadable
+from convert.tensors import DTYPES, FLOATS, Tensors, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
 STATE = "quant_state.bitsandbytes__nf4"
-PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 
 _BLOCK = 64
 _NESTED_BLOCK = 256
 # The longest text of a float: sign, 17 digits, point, exponent. The nested offset is known only after
 # quantizing, and the size of everything before: its JSON is filled up to this length with spaces.
 _LONGEST_FLOAT = -1.2345678901234567e-100
+_MAX_STATE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -118,3 +120,49 @@ def _state_bytes(shape: tuple[int, ...], settings: Nf4) -> int:
             "nested_offset": _LONGEST_FLOAT,
         }
     return len(json.dumps(state))
+
+
+def require_nf4(root: Path, quantization: Mapping[str, Any]) -> None:
+    """Raises BaseUnreadable for a configuration of bitsandbytes that is not NF4."""
+    if quantization.get("bnb_4bit_quant_type") != "nf4" or not quantization.get("load_in_4bit"):
+        kind = quantization.get("bnb_4bit_quant_type") if quantization.get("load_in_4bit") else "8-bit"
+        raise BaseUnreadable(
+            f"{root} is stored as {kind} by bitsandbytes. Give the original model, or one stored as NF4."
+        )
+
+
+def stored_layer(root: Path, tensors: Tensors, module: str) -> tuple[Nf4, tuple[int, int]]:
+    """Settings and shape of a layer whose parts all have the sizes its state says: the dequantizer is native code."""
+    name = f"{module}.weight"
+    shape, dtype = _state(root, tensors, name)
+    settings = Nf4(double=f"{name}.nested_absmax" in tensors, dtype=dtype)
+    for expected in settings.specs(module, shape):
+        if not expected.name.endswith(STATE) and tensors.specs.get(expected.name) != expected:
+            raise BaseUnreadable(
+                f"{root}: {expected.name!r} should be {expected.dtype} {list(expected.shape)} in NF4 "
+                f"of shape {list(shape)}. Copy or save the model again."
+            )
+    return settings, shape
+
+
+def _state(root: Path, tensors: Tensors, name: str) -> tuple[tuple[int, int], str]:
+    """Shape and type of the weight before it was quantized."""
+    key = f"{name}.{STATE}"
+    try:
+        if tensors.specs[key].nbytes > _MAX_STATE_BYTES:
+            raise ValueError("too long")
+        state = json.loads(b"".join(tensors.chunks(key)))
+        rows, columns = state["shape"]
+        if type(rows) is not int or type(columns) is not int or rows < 1 or columns < 1:
+            raise ValueError(f"shape {state['shape']!r}")
+        if state["quant_type"] != "nf4" or state["blocksize"] != 64 or state.get("nested_blocksize", 256) != 256:
+            raise ValueError("not NF4 in blocks of 64")
+        dtype = next(dtype for dtype in FLOATS if DTYPES[dtype][1] == state["dtype"])
+        nested = ("nested_offset" in state, f"{name}.nested_absmax" in tensors)
+        if nested[0] != nested[1] or (nested[0] and type(state["nested_offset"]) is not float):
+            raise ValueError("nested_offset and nested_absmax must come together")
+    except (ValueError, KeyError, TypeError, StopIteration, RecursionError) as cause:
+        raise BaseUnreadable(
+            f"{root}: {key!r} is not what bitsandbytes writes ({cause!r}). Save the model again."
+        ) from None
+    return (rows, columns), dtype

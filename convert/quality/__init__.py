@@ -14,7 +14,7 @@ from convert.quality.canaries import Answer, Canary, open_canaries
 from convert.quality.examine import Examination, examine, measure
 from convert.quality.gate import Gate
 from convert.quality.golden import golden, golden_bytes, write_golden
-from convert.quality.model import load, with_adapter
+from convert.quality.model import load
 from convert.quality.reference import Reference, reference
 from convert.quality.retention import Retained, TensorRetention, retention, tensor_retention
 from convert.quality.text import DEFAULT_TEXT, Text
@@ -38,6 +38,5 @@ __all__ = [
     "reference",
     "retention",
     "tensor_retention",
-    "with_adapter",
     "write_golden",
 ]

@@ -18,7 +18,8 @@ from convert.progress import Progress
 from convert.quality.canaries import Answer, Canary, ask
 from convert.quality.forward import log_probs, merged_head, picked, run
 from convert.quality.kept import Kept
-from convert.quality.model import load, with_adapter
+from convert.as_trained import with_adapter
+from convert.quality.model import load
 from convert.quality.rows import Rows, tokenize
 from convert.quality.text import Text
 from convert.quality.tokenizer import Tokenizer

@@ -142,6 +142,11 @@ def _quantizer(found: Detection, base: BaseModel) -> tuple[Nf4, str]:
                 "Give the full-precision base: it is then quantized as in training."
             )
         return base.settings, ""
+    if base.is_quantized:
+        raise BaseMismatch(
+            f"{base.root} is stored as {base.quantization}, the adapter was trained on NF4. Give the full-precision "
+            "base: it is then quantized as in training."
+        )
     if found.quantizer and found.quantizer.partial:
         raise BaseMismatch(
             f"The adapter was trained on a 4-bit base that leaves some layers in 16 bits, and only that base says "
