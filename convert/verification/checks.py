@@ -29,16 +29,19 @@ class Limits:
     p99: float
 
 
-# What arithmetic alone makes of the same function, times three or so (docs/verification.md has the measurements).
-# Golden answers are float32; the engine computes in the model's 16-bit type, and where activations are quantized
-# too it rounds each layer's input to 8 bits.
-_SIXTEEN_BIT = Limits(mean=0.1, p99=0.6)
-_EIGHT_BIT_ACTIVATIONS = Limits(mean=0.4, p99=2.5)
+# Golden answers are float32 on the weights that the files stand for. What the engine's arithmetic makes of the same
+# function differs by format; docs/verification.md has what was measured, these are two to eight times that.
+# Weights as they are stored, everything in the model's 16-bit type.
+_SIXTEEN_BIT = Limits(mean=0.05, p99=0.4)
+# Weights that are unpacked in 16 bits, so that they are rounded once more.
+_UNPACKED = Limits(mean=0.15, p99=1.5)
+# The input of each layer is rounded to 8 bits, too.
+_EIGHT_BIT_ACTIVATIONS = Limits(mean=0.4, p99=3.0)
 LIMITS: Mapping[QuantizationName, Limits] = {
     "none": _SIXTEEN_BIT,
-    "nf4": _SIXTEEN_BIT,
-    "nf4-double": _SIXTEEN_BIT,
-    "w4a16": _SIXTEEN_BIT,
+    "nf4": _UNPACKED,
+    "nf4-double": _UNPACKED,
+    "w4a16": _UNPACKED,
     "w8a8-int8": _EIGHT_BIT_ACTIVATIONS,
     "fp8-dynamic": _EIGHT_BIT_ACTIVATIONS,
 }
