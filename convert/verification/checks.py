@@ -98,11 +98,11 @@ class Difference:
 def examine(subject: Subject, progress: Progress = silent) -> tuple[Check, ...]:
     """Every check that the golden answers allow. Raises EngineLost when the engine breaks down."""
     golden = subject.golden
-    checks = [*_log_prob_checks(subject, progress)]
+    checks = _log_prob_checks(subject, progress)
     rest: list[tuple[str, Callable[[Subject], Check]]] = [("stop tokens", stop_tokens)]
     if golden.chats:
         rest += [("chat template", chat_template), ("ends of answers", ends_of_answers)]
-    if golden.canaries:
+    if golden.chats and golden.canaries:  # without a chat template vLLM answers no chats
         rest += [("canaries", canaries)]
     for done, (name, check) in enumerate(rest):
         progress("asking vLLM", done, len(rest))
@@ -113,16 +113,14 @@ def examine(subject: Subject, progress: Progress = silent) -> tuple[Check, ...]:
 
 def golden_answers(served: Sequence[float], subject: Subject) -> Check:
     """The log-probabilities of the golden prompts' tokens are those of the written files in float32."""
-    golden = subject.golden
-    found = Difference.between(served, [*chain.from_iterable(prompt.result for prompt in golden.prompts)])
-    name = f"golden answers ({len(golden.prompts)} prompts, {len(served)} tokens)"
-    return _within(name, found, subject.limits)
+    found = Difference.between(served, [*chain.from_iterable(prompt.result for prompt in subject.golden.prompts)])
+    return _within("golden answers", found, subject)
 
 
 def base_answers(served: Sequence[float], subject: Subject) -> Check:
     """The same of the base alone: tells whether a failure is the base's or the adapter's."""
     found = Difference.between(served, _base(subject.golden))
-    return _within("golden answers of the base", found, subject.limits)
+    return _within("golden answers of the base", found, subject)
 
 
 def distance_to_training(served: Sequence[float], subject: Subject) -> Check:
@@ -236,10 +234,13 @@ def _base(golden: Golden) -> list[float]:
     return [*chain.from_iterable(prompt.base or () for prompt in golden.prompts)]
 
 
-def _within(name: str, found: Difference, limits: Limits) -> Check:
+def _within(name: str, found: Difference, subject: Subject) -> Check:
+    limits, prompts = subject.limits, subject.golden.prompts
     passed = found.mean <= limits.mean and found.p99 <= limits.p99
-    expected = f"at most {limits.mean:g} and {limits.p99:g}"
-    return Check(name, passed, str(found), expected, {"mean": found.mean, "p99": found.p99})
+    tokens = sum(len(prompt.result) for prompt in prompts)
+    expected = f"at most {limits.mean:g} and {limits.p99:g}, on {len(prompts)} prompts, {tokens} tokens"
+    figures = {"mean": found.mean, "p99": found.p99, "prompts": len(prompts), "tokens": tokens}
+    return Check(name, passed, str(found), expected, figures)
 
 
 def _asked(name: str, check: Callable[[], Check]) -> Check:

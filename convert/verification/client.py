@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convert.artifact import GOLDEN_CHAT_ARGUMENTS
+
 
 class RequestRefused(Exception):
     """vLLM answered that it won't do this; its own words."""
@@ -63,13 +65,13 @@ class EngineClient:
 
     def chat(self, model: str, messages: Sequence[Mapping[str, str]], tokens: int) -> Answer:
         """The greedy answer to a conversation."""
-        document = {"model": model, "messages": list(messages), "max_tokens": tokens, "temperature": 0}
+        document = self._chat(model, messages) | {"max_tokens": tokens, "temperature": 0}
         choice = self._ask("POST", "/v1/chat/completions", document)["choices"][0]
         return Answer(choice["message"]["content"] or "", choice["finish_reason"])
 
     def chat_tokens(self, model: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation as vLLM renders it, ready for an answer."""
-        return self._tokens({"model": model, "messages": list(messages), "add_generation_prompt": True})
+        return self._tokens(self._chat(model, messages) | {"add_generation_prompt": True})
 
     def text_tokens(self, model: str, text: str) -> list[int]:
         """Token ids of text that already holds its special tokens."""
@@ -77,6 +79,9 @@ class EngineClient:
 
     def text(self, model: str, tokens: Sequence[int]) -> str:
         return str(self._ask("POST", "/detokenize", {"model": model, "tokens": list(tokens)})["prompt"])
+
+    def _chat(self, model: str, messages: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+        return {"model": model, "messages": list(messages), "chat_template_kwargs": dict(GOLDEN_CHAT_ARGUMENTS)}
 
     def _tokens(self, document: Mapping[str, Any]) -> list[int]:
         return [int(token) for token in self._ask("POST", "/tokenize", document)["tokens"]]
