@@ -37,8 +37,10 @@ _START = "starting vLLM"
 _START_STEPS = 3
 _POLL_S = 0.2
 _LAST_LINES = 12
-# The last line of a traceback, as it is or behind vLLM's "(EngineCore pid=1) ERROR 11-24 06:08:30 [core.py:1512] ".
-_CAUSE = re.compile(r"^(?:(?:\([^)]*\) )?ERROR \S+ \S+ \[[^]]*\] )?([A-Za-z_][\w.]*(?:Error|Exception): .+)$")
+# What vLLM puts in front: "(EngineCore pid=1) ERROR 11-24 06:08:30 [core.py:1512] ".
+_PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:ERROR \S+ \S+ \[[^]]*\] )?")
+# The last line of a traceback, and the indented ones that pydantic adds to it.
+_CAUSE = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception): .+(?:\n .+){0,2})$", re.MULTILINE)
 # Points at another line of the log, or repeats that the process which told the cause has ended.
 _CONSEQUENCES = ("See root cause above", "EngineCore encountered an issue")
 # sockaddr_un.sun_path, with its final zero.
@@ -155,10 +157,11 @@ def context_tokens(served: Served) -> int:
 def last_words(log: Path) -> str:
     """The first cause that the log names, and its last lines."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    causes = [found.group(1) for line in lines if (found := _CAUSE.search(line))]
+    causes = _CAUSE.findall("\n".join(_PREFIX.sub("", line) for line in lines))
     cause = next((it for it in causes if not any(other in it for other in _CONSEQUENCES)), None)
     last = "\n".join(f"  {line}" for line in lines[-_LAST_LINES:])
-    return f"Its reason: {cause}\nThe end of its log:\n{last}" if cause else f"The end of its log:\n{last}"
+    reason = f"Its reason: {' '.join(cause.split())}\n" if cause else ""
+    return f"{reason}The end of its log:\n{last}"
 
 
 def _lora_args(served: Served) -> list[str]:

@@ -258,10 +258,13 @@ def test_the_cause_is_found_in_a_log_that_buries_it(tmp_path: Path) -> None:
         "(APIServer pid=1) WARNING 11-24 06:08:30 [u.py:3] This could fail with error like `OSError: [Errno 24]`\n"
         "(EngineCore pid=2) ERROR 11-24 06:08:30 [core.py:1512] Traceback (most recent call last):\n"
         "(EngineCore pid=2) ERROR 11-24 06:08:30 [core.py:1512] torch.Oops.ShapeError: no size 7\n"
+        "(EngineCore pid=2) ERROR 11-24 06:08:30 [core.py:1512]   of 47\n"
         "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.\n" + "noise\n" * 20
     )
 
-    assert last_words(log).startswith("Its reason: torch.Oops.ShapeError: no size 7\nThe end of its log:\n  noise\n")
+    assert last_words(log).startswith(
+        "Its reason: torch.Oops.ShapeError: no size 7 of 47\nThe end of its log:\n  noise\n"
+    )
     assert last_words(log).count("noise") == 12
 
 
