@@ -27,6 +27,9 @@ MANIFEST = "manifest.json"
 MODEL_DIR = "model"
 ADAPTER_DIR = "adapter"
 GOLDEN = "golden.json"
+# Some chat templates, Llama 3.2's among them, write today's date into every chat. Golden answers must not depend on
+# the day: these are the arguments that their templates were given, and that a server which is compared must give.
+GOLDEN_CHAT_ARGUMENTS: Mapping[str, str] = {"date_string": "26 Jul 2024"}
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A name becomes a directory, a metric label and the `model` of a request: `@` and `:` are left out on purpose.

@@ -15,7 +15,9 @@ ConvertError
 ├── TextUnreadable           text_unreadable         held-out text or canaries are missing or in another form
 ├── OutputExists             output_exists           the destination is already there
 ├── OutputUnwritable         output_unwritable       no room or no permission at the destination
-└── ArtifactInvalid          artifact_invalid        not an artifact, or its bytes changed
+├── ArtifactInvalid          artifact_invalid        not an artifact, or its bytes changed
+├── VerificationFailed       verification_failed     the engine doesn't say what the artifact's golden answers say
+└── VerificationImpossible   verification_impossible no engine here, or nothing to compare it with
 
 `code` is stable: scripts may match on it. A message says what was wrong, what was expected and what to do.
 """
@@ -87,3 +89,11 @@ class OutputUnwritable(ConvertError):
 
 class ArtifactInvalid(ConvertError):
     code = "artifact_invalid"
+
+
+class VerificationFailed(ConvertError):
+    code = "verification_failed"
+
+
+class VerificationImpossible(ConvertError):
+    code = "verification_impossible"
