@@ -2,6 +2,7 @@
 
     DIR/manifest.json      this contract
     DIR/model/             a complete model directory: the merged model, or the 4-bit base of the adapter
+    DIR/checkpoint/        a recovered LoRA checkpoint; only where one was made
     DIR/golden.json        prompts with the answers that a server of this artifact must give
     DIR/adapter/           adapter_config.json and adapter_model.safetensors (PEFT's layout); only where
                            the adapter stays separate
@@ -169,6 +170,9 @@ class Manifest(_Part):
     base: Base | None = None
     model: Model
     adapter: Adapter | None
+    checkpoint: FileDigests | None = Field(
+        default=None, description="Files of checkpoint/, a recovered LoRA that can be trained on."
+    )
     quality: Quality | None
     trials: tuple[Trial, ...] = ()
     recovery: Recovery | None = None

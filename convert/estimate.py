@@ -11,16 +11,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from convert import lora
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
 from convert.plan import Made, ModelPlan
-from convert.routes.model import make
 from convert.tensors import DTYPES
 
 # Python with torch and the libraries around it, before the first tensor.
 _LIBRARY_BYTES = 400 << 20
 # A disk that is not slow: what the last bytes wait for.
 _DISK_BYTES_PER_S = 400e6
+_COPIED_BYTES_PER_S = 2e9
 _SAMPLE_TOKENS = 128
 
 
@@ -64,9 +65,19 @@ def _making_s(plan: ModelPlan, base: BaseModel, checkpoint: Checkpoint) -> float
     """Seconds for each element of a linear layer, from reading to the stored form."""
     made = [step for step in plan.steps if isinstance(step, Made)]
     if not made:
-        return DTYPES[base.dtype][0] / 2e9
+        return DTYPES[base.dtype][0] / _COPIED_BYTES_PER_S
     sample = max(made, key=lambda step: math.prod(step.linear.shape))
-    return _seconds(lambda: list(make(sample, plan, base, checkpoint))) / math.prod(sample.linear.shape)
+    pair = sample.edit.pair
+
+    def work() -> None:
+        weight = base.read_as_trained(sample.linear, plan.form.quantizer)
+        if pair:
+            a, b = checkpoint.read(pair)
+            lora.add_delta(weight, a, b, pair.scaling)
+        if sample.stored:
+            sample.stored.quantize(sample.linear.module, weight)
+
+    return _seconds(work) / math.prod(sample.linear.shape)
 
 
 def _multiplying_s(base: BaseModel) -> float:

@@ -12,8 +12,9 @@ from convert.edits import Edits
 from convert.errors import CheckpointUnsupported, ConvertError
 from convert.match import require_match
 from convert.plan import plan_model
-from convert.routes.choose import choose, with_baked
-from convert.routes.ways import QuantizeOption, Way, default_way, ways_for
+from convert.preparation import scheme_of
+from convert.routes.choose import Wish, choose, with_baked
+from convert.routes.ways import Way, ways_for
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,18 @@ def _offer(way: Way, checkpoint: Checkpoint, found: Detection, base: BaseModel |
         known = told(way.training, found)
         trained_on = " --trained-on " + ("4bit" if way.training is Training.QLORA else "full")
     command = f"python -m convert run {checkpoint.root} --base {base_root or 'BASE'} --out DIR{trained_on}"
-    default = way is default_way(found.training)
+    default = way.is_exact and way.training is found.training is Training.QLORA
     flags = "" if default else f" {way.flags}"
     obstacle = "; ".join(checkpoint.problems_for(way.route)) or None
     size = None
     if base and not obstacle:
-        size, obstacle = _size(way, checkpoint, known, base, command)
+        size, obstacle = _size(way, checkpoint, known, base)
     return Offer(way, command + flags, default, size, obstacle)
 
 
-def _size(
-    way: Way, checkpoint: Checkpoint, found: Detection, base: BaseModel, command: str
-) -> tuple[int | None, str | None]:
-    quantize: QuantizeOption = "nf4" if way.nf4 else "none"
+def _size(way: Way, checkpoint: Checkpoint, found: Detection, base: BaseModel) -> tuple[int | None, str | None]:
     try:
-        choice = choose(found, base, way.route, quantize, command)
+        choice = choose(way, found, base, Wish(), scheme_of(way.storage, base))
         require_match(checkpoint, base)
         edits = Edits.of(checkpoint, base, separate=way.route == "adapter")
         choice = with_baked(choice, base, edits)

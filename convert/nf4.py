@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.artifact import QuantizationName
 from convert.errors import BaseUnreadable
 from convert.tensors import DTYPES, FLOATS, Tensors, TensorSpec
 
@@ -45,7 +46,7 @@ class Nf4:
     dtype: str = "BF16"
 
     @property
-    def name(self) -> str:
+    def name(self) -> QuantizationName:
         return "nf4-double" if self.double else "nf4"
 
     @property

@@ -75,9 +75,7 @@ Rank = Annotated[
         rich_help_panel=_WHAT,
     ),
 ]  # fmt: skip
-Steps = Annotated[
-    int, typer.Option(min=0, max=200, help="Recover: distillation steps at most.", rich_help_panel=_WHAT)
-]
+Steps = Annotated[int, typer.Option(min=0, max=200, help="Recover: distillation steps at most.", rich_help_panel=_WHAT)]
 Method = Annotated[
     MethodOption,
     typer.Option(

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from convert.artifact import QuantizationName
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
 from convert.compressed import Compressed
 from convert.detect import Detection, Training, detect, told
-from convert.errors import ConvertError, QualityGateFailed, RouteRefused
+from convert.edits import Edits
+from convert.errors import QualityGateFailed, RouteRefused
+from convert.match import require_match
 from convert.nf4 import Nf4
-from convert.plan import ModelPlan, plan_model, require_match
+from convert.plan import ModelPlan, plan_model
 from convert.progress import Progress
 from convert.provenance import measured
-from convert.quality import Canary, Gate, Text, open_canaries
-from convert.routes.choose import Choice, Wish, choose, ways_asked
+from convert.quality import Canary, Gate, Text, Tokenizer, open_canaries, token_rows
+from convert.routes.choose import Choice, Wish, choose, trained_quantizer, ways_asked, with_baked
 from convert.routes.ways import Storage, Way
 from convert.scheme import Scheme
-from convert.targets import Target, merged_order, require_served, target
+from convert.targets import merged_order, require_known, require_works, target_here
 
 Method = Literal["rtn", "gptq", "awq"]
 
@@ -72,13 +74,18 @@ class Job:
     """A request whose input has been read and checked."""
 
     request: Request
-    target: Target
+    target: str
     text: Text
     calibration: Text | None
     canaries: tuple[Canary, ...]
     checkpoint: Checkpoint
     found: Detection
     base: BaseModel
+
+    @property
+    def quantizer(self) -> Nf4 | None:
+        """What the base went through in training; None for LoRA."""
+        return trained_quantizer(self.found, self.base)
 
     @property
     def rank(self) -> int:
@@ -96,8 +103,8 @@ class Job:
         self.checkpoint.require_route(way.route)
         scheme = scheme_of(way.storage, self.base)
         choice = choose(way, self.found, self.base, request.wish, scheme)
-        require_match(self.checkpoint, self.base, merging=way.route in ("merge", "recover"))
-        require_served(self.target, way.storage, adapter=way.route in ("adapter", "rebase"))
+        require_match(self.checkpoint, self.base)
+        require_works(self.target, stored_as(way, choice), with_adapter=way.route in ("adapter", "rebase"))
         if request.method != "rtn":
             _require_calibrated(way, request.method, self.calibration)
         if way.route == "recover" and self.calibration is None:
@@ -105,7 +112,9 @@ class Job:
                 "Recovering distils on text like that of the fine-tune, other than what is measured on: "
                 "give it with --calibration FILE."
             )
-        plan = plan_model(self.base, choice.form, self.checkpoint) if choice.form else None
+        edits = Edits.of(self.checkpoint, self.base, separate=way.route == "adapter")
+        choice = with_baked(choice, self.base, edits)
+        plan = plan_model(self.base, choice.form, self.checkpoint, edits) if choice.form else None
         return Candidate(choice, plan)
 
 
@@ -119,7 +128,9 @@ def prepare(request: Request, progress: Progress) -> Job:
     checkpoint.require_supported()
     base = BaseModel.open(request.base)
     found = _training(request, checkpoint, base, text, progress)
-    return Job(request, target(request.target), text, calibration, canaries, checkpoint, found, base)
+    target = request.target or target_here()
+    require_known(target)
+    return Job(request, target, text, calibration, canaries, checkpoint, found, base)
 
 
 def scheme_of(storage: Storage, base: BaseModel) -> Scheme | None:
@@ -132,27 +143,31 @@ def scheme_of(storage: Storage, base: BaseModel) -> Scheme | None:
     return Compressed.fitting(storage, widths, base.dtype)
 
 
-def possible(job: Job, ways: tuple[Way, ...]) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
-    """The candidates among some ways, and for each of the others why it is none."""
-    found, obstacles = [], []
-    for way in ways:
-        try:
-            found.append(job.candidate(way))
-        except ConvertError as error:
-            obstacles.append(f"{way.flags}: {error}")
-    return tuple(found), tuple(obstacles)
-
-
-def _training(
-    request: Request, checkpoint: Checkpoint, base: BaseModel, text: Text, progress: Progress
-) -> Detection:
+def _training(request: Request, checkpoint: Checkpoint, base: BaseModel, text: Text, progress: Progress) -> Detection:
     """The user's word, else the evidence, else what the weights and the user's text tell."""
     found = detect(checkpoint)
     if request.trained_on:
         found = told(request.trained_on, found)
     elif found.training is Training.UNKNOWN and request.measure and not base.is_quantized:
-        found = measured(checkpoint, base, text if request.text else None, progress).detection(found)
+        found = _measured_training(request, checkpoint, base, text, progress)
     return found.require_known(request.checkpoint)
+
+
+def _measured_training(
+    request: Request, checkpoint: Checkpoint, base: BaseModel, text: Text, progress: Progress
+) -> Detection:
+    """Function evidence only on the user's own text: of a text that has nothing to do with it, either may be right."""
+    tokenizer = checkpoint.root if checkpoint.tokenizer_files else base.root
+    rows = token_rows(text, Tokenizer.open(tokenizer)) if request.text else None
+    outcome = measured(checkpoint, base, rows, progress)
+    return Detection(outcome.verdict, outcome.lines, None)
+
+
+def stored_as(way: Way, choice: Choice) -> QuantizationName:
+    """How the model will be stored, whose form may be that of the base that was given."""
+    if choice.form and choice.form.stored:
+        return choice.form.stored.name
+    return "nf4-double" if way.storage == "nf4" else way.storage
 
 
 def _require_apart(text: Text, calibration: Text | None) -> None:
@@ -167,4 +182,6 @@ def _require_calibrated(way: Way, method: Method, calibration: Text | None) -> N
     if way.storage not in ("w4a16", "w8a8-int8"):
         raise RouteRefused(f"--method {method} is for --quantize w4a16 and w8a8-int8, not for {way.stored}.")
     if calibration is None:
-        raise RouteRefused(f"--method {method} needs text to calibrate on, like that it will be used on: --calibration FILE.")
+        raise RouteRefused(
+            f"--method {method} needs text to calibrate on, like what it will be used on: --calibration."
+        )

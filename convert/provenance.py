@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convert import lora
+from convert.as_trained import with_adapter
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
 from convert.detect import Training
 from convert.errors import BaseMismatch
 from convert.nf4 import Nf4
 from convert.progress import Progress
-from convert.quality import _load, _log_probs, _with_adapter
+from convert.quality import load, row_log_probs
 
 if TYPE_CHECKING:
     import torch
@@ -168,10 +169,10 @@ def _losses(
 ) -> list[float]:
     """Mean loss of every row."""
     gc.collect()
-    model = _with_adapter(_load(base, quantizer), checkpoint)
+    model = with_adapter(load(base, quantizer), checkpoint)
     found = []
     for done, row in enumerate(rows, start=1):
-        log_probs = _log_probs(model, row)
+        log_probs = row_log_probs(model, row)
         found.append(-float(log_probs.gather(1, row[0, 1:, None]).double().mean()))
         progress(f"measuring on {what}", done, len(rows))
     return found

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from convert.artifact import QuantizationName
-from convert.errors import TargetUnknown
+from convert.errors import FormatRefused, TargetUnknown
 
 Evidence = Literal["seen", "vllm"]
+MergedForm = Literal["none", "nf4", "w8a8-int8", "fp8-dynamic", "w4a16"]
 QUANTIZATIONS: tuple[QuantizationName, ...] = get_args(QuantizationName)
 EXAMPLES = ("cpu", "cpu:avx512", "cuda:7.5", "cuda:8.0", "cuda:8.9", "cuda:9.0", "cuda:10.0", "cuda:12.0")
 
@@ -114,6 +115,30 @@ def works(target: str, quantization: QuantizationName, *, with_adapter: bool) ->
     """Whether vLLM answers there, with an adapter on top if asked."""
     found = support(target, quantization)
     return found.loads and found.generates and (found.with_adapter or not with_adapter)
+
+
+def merged_order(target: str) -> tuple[MergedForm, ...]:
+    """Formats of a merged model that vLLM answers with there, worth trying in this order; 16 bits at last."""
+    require_known(target)
+    first = defaults(target).merged
+    wanted: tuple[MergedForm, ...] = ("w4a16", "fp8-dynamic" if first == "fp8-dynamic" else "w8a8-int8")
+    if not target.startswith("cuda"):
+        wanted = ("nf4", "w8a8-int8")
+    order = [name for name in dict.fromkeys(wanted) if works(target, name, with_adapter=False)]
+    return (*order, "none")
+
+
+def require_works(target: str, quantization: QuantizationName, *, with_adapter: bool) -> None:
+    """Raises FormatRefused where vLLM doesn't answer with it there, naming the formats with which it does."""
+    if works(target, quantization, with_adapter=with_adapter):
+        return
+    others = ", ".join(name for name in QUANTIZATIONS if works(target, name, with_adapter=with_adapter))
+    note = support(target, quantization).note
+    raise FormatRefused(
+        f"vLLM doesn't serve {quantization}{' with an adapter' if with_adapter else ''} on {target}"
+        f"{': ' + note if note else ''}. It does serve {others}. Choose one with --quantize, or say where it will be "
+        "served with --target."
+    )
 
 
 def target_here(cpuinfo: Path = _CPUINFO) -> str:

@@ -10,7 +10,7 @@ from convert.artifact import Quality
 from convert.comparison import picture
 from convert.comparison.rows import Comparison, Row
 from convert.quality import Answer
-from convert.report import readable_bytes
+from convert.units import readable_bytes
 
 _STYLE = Path(__file__).with_name("page.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -12,12 +12,15 @@ There is one model in memory at a time, in float32. docs/quality.md tells what e
 
 from convert.quality.canaries import Answer, Canary, open_canaries
 from convert.quality.examine import Examination, examine, measure
+from convert.quality.forward import row_log_probs
 from convert.quality.gate import Gate
 from convert.quality.golden import golden, golden_bytes, write_golden
 from convert.quality.model import load
 from convert.quality.reference import Reference, reference
 from convert.quality.retention import Retained, TensorRetention, retention, tensor_retention
+from convert.quality.rows import token_rows
 from convert.quality.text import DEFAULT_TEXT, Text
+from convert.quality.tokenizer import Tokenizer
 
 __all__ = [
     "DEFAULT_TEXT",
@@ -29,6 +32,7 @@ __all__ = [
     "Retained",
     "TensorRetention",
     "Text",
+    "Tokenizer",
     "examine",
     "golden",
     "golden_bytes",
@@ -37,6 +41,8 @@ __all__ = [
     "open_canaries",
     "reference",
     "retention",
+    "row_log_probs",
     "tensor_retention",
+    "token_rows",
     "write_golden",
 ]

@@ -18,6 +18,11 @@ class Gate:
     min_gain: float | None = None
     canaries: bool = True
 
+    @property
+    def is_set(self) -> bool:
+        """Whether any number is limited."""
+        return (self.max_kl, self.min_retention, self.min_gain) != (None, None, None)
+
     def failures(self, quality: Quality) -> tuple[str, ...]:
         """A sentence for every limit that is not kept, with its figure."""
         return tuple(self._failures(quality))

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convert.as_trained import with_adapter
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
 from convert.progress import Progress
 from convert.quality.canaries import Answer, Canary, ask
 from convert.quality.forward import log_probs, merged_head, picked, run
 from convert.quality.kept import Kept
-from convert.as_trained import with_adapter
 from convert.quality.model import load
 from convert.quality.rows import Rows, tokenize
 from convert.quality.text import Text

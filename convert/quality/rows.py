@@ -79,6 +79,12 @@ def tokenize(text: Text, tokenizer: Tokenizer) -> Rows:
     )
 
 
+def token_rows(text: Text, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of every row that has two tokens or more, cut to MAX_ROW_TOKENS: to fit on, not to measure."""
+    cut = (tokenizer.ids(row)[:MAX_ROW_TOKENS] for row in text.rows)
+    return [ids for ids in cut if len(ids) > 1]
+
+
 def _written(row: Row, ids: Sequence[int], tokenizer: Tokenizer) -> list[bool]:
     """Which tokens an assistant writes: from where its answer begins in the template's text to where it is whole.
 

@@ -48,7 +48,7 @@ class Choice:
 
     way: Way
     form: Form | None
-    quantizer: Scheme | None
+    quantizer: Nf4 | None
     measured: bool
     reason: str
 
@@ -70,7 +70,9 @@ def ways_asked(training: Training, wish: Wish, order: tuple[Storage, ...], comma
 
 def choose(way: Way, found: Detection, base: BaseModel, wish: Wish, scheme: Scheme | None) -> Choice:
     """How a way is gone from this base. `scheme`: of the way's storage, None for 16 bits. Raises BaseMismatch."""
-    choice = _choose_qlora(way, found, base, scheme) if way.training is Training.QLORA else _choose_lora(way, base, scheme)
+    choice = (
+        _choose_qlora(way, found, base, scheme) if way.training is Training.QLORA else _choose_lora(way, base, scheme)
+    )
     return choice if wish.dtype == "auto" else _in_type(choice, wish.dtype)
 
 
@@ -119,7 +121,7 @@ def _choose_qlora(way: Way, found: Detection, base: BaseModel, scheme: Scheme | 
     reason = _sentence(way.why, caveat)
     if way.route == "adapter":
         form = None if base.artifact and base.is_quantized else Form(None, quantizer)
-        return Choice(way, form, quantizer, False, reason)
+        return Choice(way, form, quantizer, True, reason)
     if way.onto != "dequantized":
         _require_full_precision(base, f"{way.route.capitalize()} needs the full-precision weights")
     if way.route == "rebase":
@@ -129,6 +131,11 @@ def _choose_qlora(way: Way, found: Detection, base: BaseModel, scheme: Scheme | 
     if way.onto == "dequantized":
         return Choice(way, Form("dequantized", scheme, quantizer), quantizer, True, reason)
     return Choice(way, Form("original", scheme), quantizer, True, reason)
+
+
+def trained_quantizer(found: Detection, base: BaseModel) -> Nf4 | None:
+    """What the base went through in training; None for LoRA. Raises BaseMismatch where this base can't tell."""
+    return _quantizer(found, base)[0] if found.training is Training.QLORA else None
 
 
 def _quantizer(found: Detection, base: BaseModel) -> tuple[Nf4, str]:
@@ -166,7 +173,7 @@ def _choose_lora(way: Way, base: BaseModel, scheme: Scheme | None) -> Choice:
         return Choice(way, Form(None, scheme), None, True, _sentence(way.why))
     if scheme is None:
         _require_full_precision(base, "Without quantization the base is served in full precision")
-        return Choice(way, None if base.artifact else Form(None, None), None, False, _sentence(way.why))
+        return Choice(way, None if base.artifact else Form(None, None), None, True, _sentence(way.why))
     if base.is_quantized:
         caveat = "what that costs was not measured, since the full-precision weights were not given"
         form = None if base.artifact else Form(None, base.settings)

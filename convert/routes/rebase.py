@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert import lowrank
+from convert.as_trained import with_adapter
 from convert.base_model import BaseModel, Linear
 from convert.checkpoint import Checkpoint, LoraPair
 from convert.errors import BaseMismatch
@@ -21,7 +22,7 @@ from convert.formats import ADAPTER_CONFIG, ADAPTER_STEM, EMBEDDING, LoraKey
 from convert.lowrank import Fit, Inputs
 from convert.nf4 import Nf4
 from convert.progress import Progress
-from convert.quality import _load, _with_adapter
+from convert.quality import load
 from convert.routes.adapter import NormalAdapter
 from convert.shards import Shard, ShardWriter
 from convert.tensors import TensorSpec
@@ -88,7 +89,7 @@ def inputs_as_trained(
 
     Loads the model in float32. Rows that weigh the fit must not be those it is measured on.
     """
-    model = _with_adapter(_load(base, quantizer), checkpoint)
+    model = with_adapter(load(base, quantizer), checkpoint)
     return lowrank.record_inputs(model.get_base_model(), list(base.linears), rows, progress)
 
 

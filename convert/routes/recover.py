@@ -19,15 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 from convert import lora
 from convert.artifact import Recovery
+from convert.as_trained import with_adapter
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
 from convert.distill import Course, Halves, Lesson, distill, lora_model, set_halves
 from convert.errors import BaseMismatch, RouteRefused, TextUnreadable
+from convert.evidence import STAMP, Training, stamp
 from convert.formats import ADAPTER_CONFIG, ADAPTER_STEM
 from convert.lowrank import InputRecorder, Inputs
 from convert.nf4 import Nf4
 from convert.progress import Progress
-from convert.quality import _load, _log_probs, _with_adapter
+from convert.quality import load, row_log_probs
 from convert.routes.adapter import write_adapter
 from convert.routes.rebase import Target, adapter_config, corrected, targets
 from convert.shards import Shard, ShardWriter
@@ -36,7 +38,6 @@ from convert.writer import copy_file, write_json
 if TYPE_CHECKING:
     import torch
 
-STAMP = "graft_training.json"
 MAX_STEPS = 200
 
 _MAX_ROW_TOKENS = 256
@@ -149,16 +150,16 @@ def _require_possible(base: BaseModel, course: Course) -> None:
 def _teach(checkpoint: Checkpoint, base: BaseModel, quantizer: Nf4, parts: Rows, progress: Progress) -> _Taught:
     """One pass of the function as trained over all rows, recording what its layers read on those trained on."""
     device = _device()
-    model = _with_adapter(_load(base, quantizer), checkpoint).to(device)
+    model = with_adapter(load(base, quantizer), checkpoint).to(device)
     modules = [module for module in base.linears if not (base.linears[module].is_head and base.is_tied)]
     lessons: list[Lesson] = []
     total = sum(map(len, (parts.trained, parts.watched, parts.held)))
     with InputRecorder(model.get_base_model(), modules) as recorder:
         for row in parts.trained:
             progress("asking the teacher", len(lessons), total)
-            lessons.append(Lesson.of(row, _log_probs(model, row.to(device))))
-    watched = tuple(Lesson.of(row, _log_probs(model, row.to(device))) for row in parts.watched)
-    held = tuple(_log_probs(model, row.to(device)).cpu() for row in parts.held)
+            lessons.append(Lesson.of(row, row_log_probs(model, row.to(device))))
+    watched = tuple(Lesson.of(row, row_log_probs(model, row.to(device))) for row in parts.watched)
+    held = tuple(row_log_probs(model, row.to(device)).cpu() for row in parts.held)
     progress("asking the teacher", total, total)
     return _Taught(tuple(lessons), watched, held, recorder.inputs())
 
@@ -191,7 +192,7 @@ def _study(
     gc.collect()
     modules = [target.module for target in found]
     rank = len(next(iter(start.values()))[0])
-    model = lora_model(_load(base, None), modules, rank).to(_device()).eval()
+    model = lora_model(load(base, None), modules, rank).to(_device()).eval()
     kls = []
     for halves in (naive, start):
         set_halves(model, halves)
@@ -211,7 +212,7 @@ def _divergence(model: Any, rows: Sequence[torch.Tensor], expected: Sequence[tor
 
     found = []
     for row, want in zip(rows, expected, strict=True):
-        want64, got64 = want.double(), _log_probs(model, row.to(_device())).cpu().double()
+        want64, got64 = want.double(), row_log_probs(model, row.to(_device())).cpu().double()
         found.append((want64.exp() * (want64 - got64)).sum(-1).clamp_min(0))
     return float(torch.cat(found).mean())
 
@@ -235,7 +236,7 @@ def _write(
                 for spec, half in zip((a, b), best[target.module], strict=True):
                     file.write(spec.name, half)
         write_json(directory / ADAPTER_CONFIG, adapter_config(found, rank, source))
-    write_json(directory / STAMP, {"schema": "graft.training/1", "trained_on": "full", "quantizer": None})
+    write_json(directory / STAMP, stamp(Training.LORA))
     carried = checkpoint.tokenizer_files + checkpoint.chat_template_files
     for path in carried or base.tokenizer_files + base.chat_template_files:
         copy_file(path, directory)

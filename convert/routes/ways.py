@@ -12,6 +12,7 @@ from convert.plan import MergedOnto
 
 RouteOption = Literal["auto", "adapter", "merge", "rebase", "recover"]
 Storage = Literal["none", "nf4", "w8a8-int8", "fp8-dynamic", "w4a16"]
+"""As the command line calls it; `nf4` is with double quantization."""
 QuantizeOption = Literal["auto", "none", "nf4", "w8a8-int8", "fp8-dynamic", "w4a16"]
 OntoOption = Literal["auto", "original", "dequantized"]
 DtypeOption = Literal["auto", "bfloat16", "float16"]

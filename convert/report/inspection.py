@@ -1,34 +1,20 @@
-"""What the commands show: pages for people, one JSON document for programs."""
+"""What a checkpoint is, and a table of the ways to serve it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from convert.artifact import Artifact, Manifest
 from convert.detect import Training
 from convert.inspection import Inspection, Offer
+from convert.report.page import TRAINING, Page, facts_table
 from convert.routes.choose import REFUSED_MERGE
-
-Page = tuple[RenderableType, ...]
-
-# Mean KL in nats per token from which answers to the same question visibly differ in the models measured so far.
-_MUCH = 0.1
-_ADVICE = (
-    "that is a visible difference on this text. Measure on text like your own with --text; "
-    "--quantize none loses next to nothing, at the size of the 16-bit model"
-)
-
-_TRAINING = {
-    Training.LORA: "LoRA (trained on full-precision weights)",
-    Training.QLORA: "QLoRA (trained on 4-bit weights)",
-    Training.UNKNOWN: "unknown: LoRA or QLoRA",
-}
+from convert.units import readable_bytes
 
 
 def inspection_page(inspection: Inspection) -> Page:
@@ -68,54 +54,11 @@ def inspection_document(inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def artifact_page(artifact: Artifact) -> Page:
-    """What was made, why that way, what it lost, and what to do next."""
-    manifest = artifact.manifest
-    table = _table()
-    table.add_row("artifact", escape(f"{artifact.root}  ({manifest.name})"))
-    table.add_row("route", f"{manifest.route.name}, {_storage(artifact)}")
-    table.add_row("why", manifest.route.reason)
-    table.add_row("evidence", escape("\n".join(manifest.origin.evidence)))
-    table.add_row("quality", _quality(manifest))
-    if manifest.quality and manifest.quality.kl_mean > _MUCH:
-        table.add_row("note", _ADVICE)
-    table.add_row("size", _sizes(artifact))
-    return table, Text(f"\nNext: python -m serve run {artifact.root}")
-
-
-def artifact_document(artifact: Artifact) -> dict[str, Any]:
-    return {"artifact": str(artifact.root), **artifact.manifest.model_dump(mode="json", by_alias=True)}
-
-
-def print_page(page: Page) -> None:
-    """Lines of text are never cut or broken: there are commands in them, to be copied."""
-    console = Console(highlight=False)
-    for part in page:
-        console.print(part, soft_wrap=isinstance(part, Text))
-
-
-def readable_bytes(count: int) -> str:
-    """Decimal units, as disks are sold: 269.1 MB."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def _table() -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    return table
-
-
 def _facts(inspection: Inspection) -> RenderableType:
     checkpoint = inspection.checkpoint
-    table = _table()
+    table = facts_table()
     table.add_row("checkpoint", escape(str(checkpoint.root)))
-    table.add_row("training", _TRAINING[inspection.detection.training])
+    table.add_row("training", TRAINING[inspection.detection.training])
     table.add_row("evidence", escape("\n".join(inspection.detection.lines)))
     table.add_row("layout", checkpoint.layout)
     table.add_row("base", escape(inspection.base_name))
@@ -162,30 +105,3 @@ def _offer_document(offer: Offer) -> dict[str, Any]:
         "command": offer.command,
         "obstacle": offer.obstacle,
     }
-
-
-def _storage(artifact: Artifact) -> str:
-    model = artifact.manifest.model
-    stored = "16-bit" if model.quantization == "none" else "NF4"
-    return f"{stored} model" if model.path else f"{stored} base of another artifact ({model.fingerprint[:12]})"
-
-
-def _quality(manifest: Manifest) -> str:
-    quality = manifest.quality
-    if quality is None:
-        unquantized = manifest.model.quantization == "none"
-        as_trained = manifest.adapter and (manifest.origin.training == "qlora" or unquantized)
-        return "nothing lost: the same weights and the same adapter as in training" if as_trained else "not measured"
-    return (
-        f"KL {quality.kl_mean:.2g} nats per token (99th percentile {quality.kl_p99:.2g}), same best token at "
-        f"{quality.top1_agreement:.1%} of {quality.tokens} positions; text: {quality.text}; "
-        f"against {quality.reference}"
-    )
-
-
-def _sizes(artifact: Artifact) -> str:
-    model, adapter = artifact.manifest.model, artifact.manifest.adapter
-    parts = [f"model {readable_bytes(model.size_bytes)}" if model.path else "model shared"]
-    if adapter:
-        parts.append(f"adapter {readable_bytes(adapter.size_bytes)} (rank {adapter.rank})")
-    return ", ".join(parts)
