@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,19 +12,22 @@ from convert.artifact import (
     MODEL_DIR,
     Adapter,
     Artifact,
+    Base,
     Manifest,
     Model,
     Origin,
     Quality,
     Route,
     digest,
-    file_digests,
+    file_sha256,
     size_bytes,
 )
-from convert.base_model import BaseModel
+from convert.base_model import CONFIG, BaseModel
 from convert.checkpoint import Checkpoint
 from convert.detect import Detection, Training, detect, told
 from convert.errors import QualityGateFailed
+from convert.formats import ADAPTER_CONFIG
+from convert.journal import identity
 from convert.plan import ModelPlan, differing_files, plan_model, require_match, require_room
 from convert.progress import Progress, silent
 from convert.quality import Text, measure, reference, require_below
@@ -31,7 +35,8 @@ from convert.routes.adapter import NormalAdapter, write_adapter
 from convert.routes.choose import Choice, choose
 from convert.routes.model import write_model
 from convert.routes.ways import DtypeOption, QuantizeOption, RouteOption
-from convert.writer import ArtifactWriter, require_absent
+from convert.shards import SHARD_BYTES
+from convert.writer import ArtifactWriter, partial, require_absent
 
 _LIBRARIES = ("bitsandbytes", "graft", "peft", "safetensors", "torch", "transformers")
 
@@ -51,6 +56,7 @@ class Request:
     text: Path | None = None
     max_kl: float | None = None
     measure: bool = True
+    shard_bytes: int = SHARD_BYTES
 
     @property
     def command(self) -> str:
@@ -61,7 +67,10 @@ class Request:
 
 
 def convert(request: Request, progress: Progress = silent) -> Artifact:
-    """Check everything, write, measure, and publish by one rename. Raises ConvertError; then nothing is left."""
+    """Check everything, write, measure, and publish by one rename. Raises ConvertError; then nothing is left.
+
+    After kill -9, a crash or SIGTERM the same request goes on where that one stopped (`ArtifactWriter`).
+    """
     require_absent(request.destination)
     text = Text.open(request.text)
     checkpoint = Checkpoint.open(request.checkpoint)
@@ -72,14 +81,28 @@ def convert(request: Request, progress: Progress = silent) -> Artifact:
     _require_measurable(request, choice)
     require_match(checkpoint, base, merging=choice.way.route == "merge")
     plan = plan_model(base, choice.form, checkpoint) if choice.form else None
-    require_room((plan.weight_bytes if plan else 0) + 2 * checkpoint.weight_bytes, request.destination)
-    with ArtifactWriter(request.destination) as writer:
-        _write(writer, choice, plan, base, checkpoint, progress)
+    _require_room(request, plan, checkpoint)
+    with ArtifactWriter(request.destination, _identity(request, plan, base, checkpoint)) as writer:
+        base_files = _write(writer, request, choice, plan, base, checkpoint, progress)
         quality = None
         if choice.measured and request.measure:
             quality = _measure(writer, choice, base, checkpoint, text, progress)
             require_below(quality, request.max_kl)
-        return writer.publish(_manifest(writer, request, choice, found, base, checkpoint, quality))
+        return writer.publish(_manifest(writer, request, choice, found, base, checkpoint, base_files, quality))
+
+
+def _require_room(request: Request, plan: ModelPlan | None, checkpoint: Checkpoint) -> None:
+    """What an interrupted conversion left is used or removed: either way it needs no room of its own."""
+    left = size_bytes(partial(request.destination))
+    require_room(max((plan.weight_bytes if plan else 0) + 2 * checkpoint.weight_bytes - left, 0), request.destination)
+
+
+def _identity(request: Request, plan: ModelPlan | None, base: BaseModel, checkpoint: Checkpoint) -> str:
+    """Of everything the written weights depend on. What only the manifest tells is made anew by every run."""
+    inputs = (base.root / CONFIG, *base.tensors.files, checkpoint.root / ADAPTER_CONFIG, *checkpoint.tensors.files)
+    files = (*inputs, *plan.files) if plan else inputs
+    made = (plan.form, plan.steps) if plan else ()
+    return identity(made, checkpoint.pairs, request.shard_bytes, _versions(), files=files)
 
 
 def _training(request: Request, checkpoint: Checkpoint) -> Detection:
@@ -102,16 +125,24 @@ def _require_measurable(request: Request, choice: Choice) -> None:
 
 def _write(
     writer: ArtifactWriter,
+    request: Request,
     choice: Choice,
     plan: ModelPlan | None,
     base: BaseModel,
     checkpoint: Checkpoint,
     progress: Progress,
-) -> None:
+) -> Mapping[str, str]:
+    """Returns the SHA-256 of the base's weight files, by name."""
+    base_files: Mapping[str, str] = {}
+    if base.artifact:
+        known = base.artifact.manifest.model.files
+        base_files = {path.name: known[path.name] for path in base.tensors.files if path.name in known}
     if plan:
-        write_model(writer.directory(MODEL_DIR), plan, base, checkpoint, progress)
+        directory = writer.directory(MODEL_DIR)
+        base_files = write_model(directory, plan, base, checkpoint, progress, writer.journal, request.shard_bytes)
     if choice.way.route == "adapter":
         write_adapter(writer.directory(ADAPTER_DIR), checkpoint, base.source(checkpoint.base_name), progress)
+    return base_files
 
 
 def _measure(
@@ -134,6 +165,7 @@ def _manifest(
     found: Detection,
     base: BaseModel,
     checkpoint: Checkpoint,
+    base_files: Mapping[str, str],
     quality: Quality | None,
 ) -> Manifest:
     return Manifest(
@@ -150,6 +182,11 @@ def _manifest(
             training=found.training.value,
             evidence=found.lines,
             digest=checkpoint.digest,
+        ),
+        base=Base(
+            source=base.source(checkpoint.base_name),
+            revision=None,
+            files={**base_files, CONFIG: file_sha256(base.root / CONFIG)},
         ),
         model=_model(writer, choice, base, checkpoint),
         adapter=_adapter(writer, checkpoint) if choice.way.route == "adapter" else None,
@@ -170,7 +207,7 @@ def _model(writer: ArtifactWriter, choice: Choice, base: BaseModel, checkpoint: 
     if choice.form is None:
         assert base.artifact, "only an artifact's model is referenced"
         return base.artifact.manifest.model.model_copy(update={"path": None})
-    files = file_digests(writer.root / MODEL_DIR)
+    files = writer.digests(MODEL_DIR)
     return Model(
         path="model",
         fingerprint=digest(files),
@@ -182,7 +219,7 @@ def _model(writer: ArtifactWriter, choice: Choice, base: BaseModel, checkpoint: 
 
 
 def _adapter(writer: ArtifactWriter, checkpoint: Checkpoint) -> Adapter:
-    files = file_digests(writer.root / ADAPTER_DIR)
+    files = writer.digests(ADAPTER_DIR)
     return Adapter(
         revision=digest(files),
         files=files,

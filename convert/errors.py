@@ -10,6 +10,7 @@ ConvertError
 ├── QualityGateFailed        quality_gate_failed     measured loss above the limit; nothing was published
 ├── TextUnreadable           text_unreadable         the held-out text is missing or in another form
 ├── OutputExists             output_exists           the destination is already there
+├── OutputBusy               output_busy             another process is writing this destination
 ├── OutputUnwritable         output_unwritable       no room or no permission at the destination
 └── ArtifactInvalid          artifact_invalid        not an artifact, or its bytes changed
 
@@ -59,6 +60,10 @@ class TextUnreadable(ConvertError):
 
 class OutputExists(ConvertError):
     code = "output_exists"
+
+
+class OutputBusy(ConvertError):
+    code = "output_busy"
 
 
 class OutputUnwritable(ConvertError):
