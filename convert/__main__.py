@@ -307,7 +307,7 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
-    """As Ctrl-C does: through the clean-up of everything that is open."""
+    """Through the clean-up of everything that is open. Unlike after Ctrl-C, finished shards stay for the next run."""
     raise SystemExit(128 + signum)
 
 

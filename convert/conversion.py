@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,13 +26,16 @@ from convert.artifact import (
 from convert.base_model import CONFIG, BaseModel
 from convert.checkpoint import Checkpoint
 from convert.errors import ConvertError, QualityGateFailed
+from convert.formats import ADAPTER_CONFIG
+from convert.journal import identity
 from convert.making import CHECKPOINT_DIR
 from convert.plan import differing_files, require_room
 from convert.preparation import Candidate, Job, Request, prepare
 from convert.progress import Progress, silent
 from convert.quality import Gate
+from convert.shards import SHARD_BYTES
 from convert.trial import Bench, Outcome
-from convert.writer import ArtifactWriter, require_absent
+from convert.writer import ArtifactWriter, partial, require_absent
 
 _LIBRARIES = ("bitsandbytes", "compressed-tensors", "graft", "peft", "safetensors", "torch", "transformers")
 
@@ -50,6 +54,7 @@ class Destination:
 def convert(request: Request, destination: Destination, progress: Progress = silent) -> Artifact:
     """Check everything, write, measure, and publish by one rename. Raises ConvertError; then nothing is left.
 
+    After kill -9, a crash or SIGTERM the same request goes on where that one stopped (`ArtifactWriter`).
     Where the form is left open, forms are made and measured one after the other, smallest first, until one passes.
     """
     require_absent(destination.path)
@@ -66,16 +71,32 @@ def convert(request: Request, destination: Destination, progress: Progress = sil
                 raise
             continue  # `auto` passes over what this base or target can't carry
         _require_measurable(request, candidate)
-        planned = candidate.plan.weight_bytes if candidate.plan else 0
-        require_room(planned + 2 * job.checkpoint.weight_bytes, destination.path)
-        with ArtifactWriter(destination.path) as writer:
-            outcome = bench.run(candidate, writer.root)
+        _require_room(candidate, job, destination.path)
+        with ArtifactWriter(destination.path, _identity(candidate, job)) as writer:
+            outcome = bench.run(candidate, writer.root, writer.journal)
             if outcome.failures:
                 failed.append(outcome.trial(" ".join(outcome.failures)))
             if not outcome.failures or (is_last and not request.gate.is_set and len(ways) > 1):
                 golden = bench.write_golden(outcome, writer.root)
                 return writer.publish(_manifest(writer, job, destination.name, outcome, tuple(failed), golden))
     raise QualityGateFailed(_refusal(failed))
+
+
+def _require_room(candidate: Candidate, job: Job, destination: Path) -> None:
+    """What an interrupted conversion left is used or removed: either way it needs no room of its own."""
+    planned = candidate.plan.weight_bytes if candidate.plan else 0
+    left = size_bytes(partial(destination))
+    require_room(max(planned + 2 * job.checkpoint.weight_bytes - left, 0), destination)
+
+
+def _identity(candidate: Candidate, job: Job) -> str:
+    """Of everything the written weights depend on. What only the manifest tells is made anew by every run."""
+    base, checkpoint, plan, request = job.base, job.checkpoint, candidate.plan, job.request
+    inputs = (base.root / CONFIG, *base.tensors.files, checkpoint.root / ADAPTER_CONFIG, *checkpoint.tensors.files)
+    files = (*inputs, *plan.files) if plan else inputs
+    made = (plan.form, plan.steps) if plan else ()
+    corrected = (job.rank, request.steps, request.method, job.calibration)
+    return identity(candidate.way, made, checkpoint.pairs, corrected, SHARD_BYTES, versions(), files=files)
 
 
 def gate_of(request: Request, ways: int) -> Gate:
@@ -119,9 +140,9 @@ def _manifest(
             reason=_reason(outcome, job, failed),
         ),
         origin=origin_of(job),
-        base=base_of(checkpoint, base),
-        model=_model(writer.root, outcome, job),
-        adapter=_adapter(adapter) if adapter.is_dir() else None,
+        base=base_of(checkpoint, base, outcome.made.base_files),
+        model=_model(writer, outcome, job),
+        adapter=_adapter(writer) if adapter.is_dir() else None,
         checkpoint=file_digests(writer.root / CHECKPOINT_DIR) or None,
         quality=outcome.quality,
         trials=failed,
@@ -158,26 +179,24 @@ def origin_of(job: Job) -> Origin:
     )
 
 
-def base_of(checkpoint: Checkpoint, base: BaseModel) -> Base:
-    """The base that went in, for the manifest."""
-    files = base.artifact.manifest.model.files if base.artifact else _weights_digests(base)
+def base_of(checkpoint: Checkpoint, base: BaseModel, digests: Mapping[str, str]) -> Base:
+    """The base that went in, for the manifest. `digests`: of its weight files, where they are known already."""
+    known = base.artifact.manifest.model.files if base.artifact else digests
+    files = (base.root / CONFIG, *base.tensors.files)
     revision = checkpoint.config.get("revision")
     return Base(
-        source=base.source(checkpoint.base_name), revision=revision if isinstance(revision, str) else None, files=files
+        source=base.source(checkpoint.base_name),
+        revision=revision if isinstance(revision, str) else None,
+        files={path.name: known.get(path.name) or file_sha256(path) for path in files},
     )
 
 
-def _weights_digests(base: BaseModel) -> dict[str, str]:
-    """Of its weights and configuration."""
-    return {path.name: file_sha256(path) for path in (base.root / CONFIG, *base.tensors.files)}
-
-
-def _model(root: Path, outcome: Outcome, job: Job) -> Model:
-    written = root / MODEL_DIR
+def _model(writer: ArtifactWriter, outcome: Outcome, job: Job) -> Model:
+    written = writer.root / MODEL_DIR
     if not written.is_dir():
         assert job.base.artifact, "only an artifact's model is referenced"
         return job.base.artifact.manifest.model.model_copy(update={"path": None})
-    files = file_digests(written)
+    files = writer.digests(MODEL_DIR)
     return Model(
         path="model",
         fingerprint=digest(files),
@@ -189,8 +208,9 @@ def _model(root: Path, outcome: Outcome, job: Job) -> Model:
     )
 
 
-def _adapter(directory: Path) -> Adapter:
-    files = file_digests(directory)
+def _adapter(writer: ArtifactWriter) -> Adapter:
+    directory = writer.root / ADAPTER_DIR
+    files = writer.digests(ADAPTER_DIR)
     return Adapter(
         revision=digest(files),
         files=files,

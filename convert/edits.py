@@ -41,6 +41,11 @@ class Edit:
     def is_empty(self) -> bool:
         return not (self.saved or self.pair or self.rows)
 
+    @property
+    def is_plain(self) -> bool:
+        """At most a delta, so that rows of the weight can be treated each for itself."""
+        return not (self.saved or self.rows or (self.pair and self.pair.magnitude))
+
 
 @dataclass(frozen=True)
 class Edits:

@@ -14,6 +14,7 @@ ConvertError
 ├── QualityGateFailed        quality_gate_failed     a limit on what may be lost is not kept; nothing was published
 ├── TextUnreadable           text_unreadable         held-out text or canaries are missing or in another form
 ├── OutputExists             output_exists           the destination is already there
+├── OutputBusy               output_busy             another process is writing this destination
 ├── OutputUnwritable         output_unwritable       no room or no permission at the destination
 ├── ArtifactInvalid          artifact_invalid        not an artifact, or its bytes changed
 ├── VerificationFailed       verification_failed     the engine doesn't say what the artifact's golden answers say
@@ -81,6 +82,10 @@ class TextUnreadable(ConvertError):
 
 class OutputExists(ConvertError):
     code = "output_exists"
+
+
+class OutputBusy(ConvertError):
+    code = "output_busy"
 
 
 class OutputUnwritable(ConvertError):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from convert.artifact import ADAPTER_DIR, MODEL_DIR, Recovery
@@ -12,6 +12,7 @@ from convert.base_model import BaseModel
 from convert.calibrated import quantize_calibrated
 from convert.checkpoint import Checkpoint
 from convert.distill import Course
+from convert.journal import Journal
 from convert.plan import Form, ModelPlan, plan_model
 from convert.preparation import Candidate, Job
 from convert.progress import Progress
@@ -31,34 +32,40 @@ _UNQUANTIZED = ".unquantized"
 class Made:
     """What is known only after making it."""
 
+    base_files: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the base's weight files by name; empty where they were not read whole."""
     quantizer: str | None = None
     recovery: Recovery | None = None
 
 
-def make(job: Job, candidate: Candidate, root: Path, progress: Progress) -> Made:
-    """Write model/ and adapter/ of the candidate below `root`. Raises ConvertError."""
+def make(job: Job, candidate: Candidate, root: Path, journal: Journal | None, progress: Progress) -> Made:
+    """Write model/ and adapter/ of the candidate below `root`. Raises ConvertError.
+
+    Files that the journal holds are kept as they are.
+    """
     match candidate.way.route:
         case "adapter":
-            made = _write(job, candidate.plan, job.checkpoint, root, progress)
+            made = _write(job, candidate.plan, job.checkpoint, root, journal, progress)
             write_adapter(_directory(root, ADAPTER_DIR), job.checkpoint, _source(job), progress)
             return made
         case "rebase":
-            made = _write(job, candidate.plan, job.checkpoint, root, progress)
+            made = _write(job, candidate.plan, job.checkpoint, root, journal, progress)
             _rebase(job, candidate, root, progress)
             return made
         case "recover":
-            return _recover(job, candidate, root, progress)
+            return _recover(job, candidate, root, journal, progress)
         case "merge":
-            return _write(job, candidate.plan, job.checkpoint, root, progress)
+            return _write(job, candidate.plan, job.checkpoint, root, journal, progress)
 
 
-def _write(job: Job, plan: ModelPlan | None, checkpoint: Checkpoint, root: Path, progress: Progress) -> Made:
+def _write(
+    job: Job, plan: ModelPlan | None, checkpoint: Checkpoint, root: Path, journal: Journal | None, progress: Progress
+) -> Made:
     if plan is None:
         return Made()
     method, stored = job.request.method, plan.form.stored
     if method == "rtn" or stored is None:
-        write_model(_directory(root, MODEL_DIR), plan, job.base, checkpoint, progress)
-        return Made()
+        return Made(write_model(_directory(root, MODEL_DIR), plan, job.base, checkpoint, progress, journal))
     scratch = _directory(root, _UNQUANTIZED)
     unquantized = plan_model(job.base, replace(plan.form, stored=None, dtype="F32"), checkpoint)
     write_model(scratch, unquantized, job.base, checkpoint, progress)
@@ -70,7 +77,7 @@ def _write(job: Job, plan: ModelPlan | None, checkpoint: Checkpoint, root: Path,
     for path in plan.files:
         if not (model / path.name).exists():
             copy_file(path, model)
-    return Made(quantizer)
+    return Made(quantizer=quantizer)
 
 
 def _rebase(job: Job, candidate: Candidate, root: Path, progress: Progress) -> None:
@@ -87,7 +94,7 @@ def _rebase(job: Job, candidate: Candidate, root: Path, progress: Progress) -> N
     )  # fmt: skip
 
 
-def _recover(job: Job, candidate: Candidate, root: Path, progress: Progress) -> Made:
+def _recover(job: Job, candidate: Candidate, root: Path, journal: Journal | None, progress: Progress) -> Made:
     quantizer, form = candidate.choice.quantizer, candidate.choice.form
     assert quantizer, "only a QLoRA is recovered"
     assert form, "it is merged"
@@ -104,7 +111,9 @@ def _recover(job: Job, candidate: Candidate, root: Path, progress: Progress) -> 
         Course(steps=job.request.steps),
     )
     recovered = Checkpoint.open(directory)
-    made = _write(job, plan_model(job.base, Form("original", form.stored), recovered), recovered, root, progress)
+    made = _write(
+        job, plan_model(job.base, Form("original", form.stored), recovered), recovered, root, journal, progress
+    )
     return replace(made, recovery=recovery)
 
 
@@ -119,5 +128,5 @@ def _source(job: Job) -> str:
 
 def _directory(root: Path, name: str) -> Path:
     path = root / name
-    path.mkdir()
+    path.mkdir(exist_ok=True)
     return path

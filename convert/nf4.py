@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 STATE = "quant_state.bitsandbytes__nf4"
 
-_BLOCK = 64
+BLOCK = 64  # weights with one scale
 _NESTED_BLOCK = 256
 # The longest text of a float: sign, 17 digits, point, exponent. The nested offset is known only after
 # quantizing, and the size of everything before: its JSON is filled up to this length with spaces.
@@ -56,7 +56,7 @@ class Nf4:
     def specs(self, module: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         name = f"{module}.weight"
         count = math.prod(shape)
-        blocks = math.ceil(count / _BLOCK)
+        blocks = math.ceil(count / BLOCK)
         specs = [
             TensorSpec(name, "U8", (math.ceil(count / 2), 1)),
             TensorSpec(f"{name}.absmax", "U8" if self.double else "F32", (blocks,)),
@@ -82,16 +82,28 @@ class Nf4:
         return {name: codes, **{f"{name}.{part}": tensor for part, tensor in parts.items()}}
 
     def dequantize(self, module: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight: torch.Tensor = dequantize_4bit(parts[f"{module}.weight"], _quant_state(module, parts))
+        return weight
+
+    def scales(self, module: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The float32 factor of every 64 weights, from the parts but the codes."""
+        from bitsandbytes.functional import dequantize_blockwise
+
+        state = _quant_state(module, parts)
+        if not state.nested:
+            return state.absmax.float()
+        scales: torch.Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return scales
+
+    def dequantize_block(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """Some rows of a weight in float32, from their codes and factors; the same bits as `dequantize` gives."""
         import torch
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        name = f"{module}.weight"
-        state = QuantState.from_dict(
-            {part.removeprefix(f"{name}."): tensor for part, tensor in parts.items() if part != name},
-            device=torch.device("cpu"),
-        )
-        state.dtype = torch.float32
-        weight: torch.Tensor = dequantize_4bit(parts[name], state)
+        state = QuantState(scales, torch.Size(shape), dtype=torch.float32, blocksize=BLOCK, quant_type="nf4")
+        weight: torch.Tensor = dequantize_4bit(codes, state)
         return weight
 
     def config(self) -> dict[str, Any]:
@@ -107,10 +119,24 @@ class Nf4:
         return config
 
 
+def _quant_state(module: str, parts: Mapping[str, torch.Tensor]) -> Any:
+    """bitsandbytes' own reading of the parts, to be dequantized to float32."""
+    import torch
+    from bitsandbytes.functional import QuantState
+
+    name = f"{module}.weight"
+    state = QuantState.from_dict(
+        {part.removeprefix(f"{name}."): tensor for part, tensor in parts.items() if part != name},
+        device=torch.device("cpu"),
+    )
+    state.dtype = torch.float32
+    return state
+
+
 def _state_bytes(shape: tuple[int, ...], settings: Nf4) -> int:
     state: dict[str, Any] = {
         "quant_type": "nf4",
-        "blocksize": _BLOCK,
+        "blocksize": BLOCK,
         "dtype": settings.torch_dtype,
         "shape": shape,
     }

@@ -59,7 +59,7 @@ def survey(request: Request, names: Sequence[str] | None, *, speed: bool, progre
     comparison = Comparison(
         name=job.checkpoint.root.name,
         origin=origin_of(job),
-        base=base_of(job.checkpoint, job.base),
+        base=base_of(job.checkpoint, job.base, {}),
         rows=_chosen(rows),
         answers=bench.answers,
         versions=versions(),

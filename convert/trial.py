@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.artifact import ADAPTER_DIR, GOLDEN, MODEL_DIR, Quality, QuantizationName, Trial, size_bytes
+from convert.journal import Journal
 from convert.making import Made, make
 from convert.preparation import Candidate, Job, stored_as
 from convert.progress import Progress
@@ -63,9 +64,9 @@ class Bench:
         self._job, self._gate, self._progress = job, gate, progress
         self._reference: Reference | None = None
 
-    def run(self, candidate: Candidate, root: Path) -> Outcome:
+    def run(self, candidate: Candidate, root: Path, journal: Journal | None = None) -> Outcome:
         """Make the candidate below the empty `root` and measure it. Raises ConvertError."""
-        made = make(self._job, candidate, root, self._progress)
+        made = make(self._job, candidate, root, journal, self._progress)
         outcome = Outcome(candidate, made, size_bytes(root))
         if not (self._job.request.measure and candidate.choice.measured):
             return outcome

@@ -200,3 +200,7 @@ def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 def tree(root: Path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+
+
+def remove(root: Path) -> None:
+    shutil.rmtree(root)

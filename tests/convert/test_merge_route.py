@@ -237,14 +237,9 @@ def test_rslora_and_patterns_are_merged_with_the_scale_of_each_module(base: Path
     assert parts.divergence(expected, parts.logits(parts.load_float32(out / "model"))) < 1e-4
 
 
-def test_large_models_are_written_in_shards_that_transformers_reads(
-    lora: Path, base: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from convert.routes import model
-
+def test_large_models_are_written_in_shards_that_transformers_reads(lora: Path, base: Path, out: Path) -> None:
     whole = merged(lora, base, out.parent.parent / "whole", quantize="nf4")
-    monkeypatch.setattr(model.write_model, "__defaults__", (40_000,))
-    merged(lora, base, out, quantize="nf4")
+    merged(lora, base, out, quantize="nf4", shard_bytes=40_000)
 
     assert "model/model.safetensors.index.json" in parts.tree(out)
     assert len(list((out / "model").glob("*.safetensors"))) > 2
