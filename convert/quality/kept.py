@@ -56,7 +56,7 @@ class _Matrix:
     def write(self, rows: torch.Tensor) -> None:
         self._width = rows.shape[1]
         try:
-            rows.detach().float().contiguous().numpy().tofile(self._file)
+            self._file.write(memoryview(rows.detach().float().contiguous().numpy()))
             self._file.flush()
         except OSError as cause:
             raise OutputUnwritable(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from convert.artifact import Artifact, Canaries, Quality, Retention
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
 from convert.conversion import Request, convert
-from convert.errors import BaseUnreadable, CheckpointUnsupported, QualityGateFailed, TextUnreadable
+from convert.errors import BaseUnreadable, CheckpointUnsupported, OutputUnwritable, QualityGateFailed, TextUnreadable
 from convert.nf4 import Nf4
 from convert.progress import silent
 from convert.quality import DEFAULT_TEXT, Gate, Text, examine, measure, reference
@@ -301,6 +302,14 @@ def test_more_than_256_rows_are_measured(lora: Path, base: Path) -> None:
 
     assert len(expected.rows.measured) == 300
     assert measure(expected, base, lora, silent).tokens > 300 * 5
+
+
+def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(tempfile, "TemporaryFile", lambda prefix: full)
+
+        with pytest.raises(OutputUnwritable, match=r"no room for the reference's states.*TMPDIR"):
+            Kept().append(torch.ones(3, 4))
 
 
 GOOD = Quality(
