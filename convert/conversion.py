@@ -33,7 +33,6 @@ from convert.plan import differing_files, require_room
 from convert.preparation import Candidate, Job, Request, prepare
 from convert.progress import Progress, silent
 from convert.quality import Gate
-from convert.shards import SHARD_BYTES
 from convert.trial import Bench, Outcome
 from convert.writer import ArtifactWriter, partial, require_absent
 
@@ -96,7 +95,7 @@ def _identity(candidate: Candidate, job: Job) -> str:
     files = (*inputs, *plan.files) if plan else inputs
     made = (plan.form, plan.steps) if plan else ()
     corrected = (job.rank, request.steps, request.method, job.calibration)
-    return identity(candidate.way, made, checkpoint.pairs, corrected, SHARD_BYTES, versions(), files=files)
+    return identity(candidate.way, made, checkpoint.pairs, corrected, request.shard_bytes, versions(), files=files)
 
 
 def gate_of(request: Request, ways: int) -> Gate:

@@ -65,7 +65,9 @@ def _write(
         return Made()
     method, stored = job.request.method, plan.form.stored
     if method == "rtn" or stored is None:
-        return Made(write_model(_directory(root, MODEL_DIR), plan, job.base, checkpoint, progress, journal))
+        model = _directory(root, MODEL_DIR)
+        shard_bytes = job.request.shard_bytes
+        return Made(write_model(model, plan, job.base, checkpoint, progress, journal, shard_bytes))
     scratch = _directory(root, _UNQUANTIZED)
     unquantized = plan_model(job.base, replace(plan.form, stored=None, dtype="F32"), checkpoint)
     write_model(scratch, unquantized, job.base, checkpoint, progress)

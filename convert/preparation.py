@@ -22,6 +22,7 @@ from convert.quality import Canary, Gate, Text, Tokenizer, open_canaries, token_
 from convert.routes.choose import Choice, Wish, choose, trained_quantizer, ways_asked, with_baked
 from convert.routes.ways import Storage, Way
 from convert.scheme import Scheme
+from convert.shards import SHARD_BYTES
 from convert.targets import merged_order, require_known, require_works, target_here
 
 Method = Literal["rtn", "gptq", "awq"]
@@ -49,6 +50,7 @@ class Request:
     canaries: Path | None = None
     gate: Gate = field(default_factory=Gate)
     measure: bool = True
+    shard_bytes: int = SHARD_BYTES
 
     def command(self, verb: str = "run", rest: str = " --out DIR") -> str:
         """The command line without the options of the wish."""

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from convert.artifact import Artifact
-from convert.conversion import Request, convert
 from convert.errors import BaseMismatch, CheckpointUnreadable, CheckpointUnsupported, ConvertError
 from tests.convert import parts, trainers
+from tests.convert.asking import Request, convert
 from tests.convert.trained import KINDS, LINEAR, save_trained
 
 MODULE = "model.layers.0.self_attn.q_proj"

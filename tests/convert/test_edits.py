@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from convert.artifact import Artifact
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
-from convert.conversion import Request, convert
 from convert.edits import Edits, Patch, edited
 from convert.errors import BaseMismatch, CheckpointUnsupported
 from tests.convert import parts
+from tests.convert.asking import Request, convert
 from tests.convert.trained import KINDS, LINEAR, resized, save_trained
 
 SERVED = {name: settings for name, settings in KINDS.items() if "dora" not in name}

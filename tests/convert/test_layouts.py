@@ -11,12 +11,12 @@ import torch
 
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
-from convert.conversion import Request, convert
 from convert.detect import Training, detect
 from convert.edits import Edits, edited
 from convert.errors import BaseMismatch, CheckpointUnreadable, CheckpointUnsupported
 from convert.evidence import STAMP, Quantizer, stamp
 from tests.convert import parts, trainers
+from tests.convert.asking import Request, convert
 from tests.convert.trainers import TRAINERS
 
 

@@ -22,7 +22,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 import bitsandbytes.functional, torch
-from convert.conversion import Request, convert
+from tests.convert.asking import Request, convert
 from convert.detect import Training
 checkpoint, base, out = map(Path, sys.argv[1:4])
 trained_on = Training(sys.argv[4])

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.artifact import Artifact
-from convert.conversion import Request, convert
 from convert.errors import BaseMismatch
 from tests.convert import parts
+from tests.convert.asking import Request, convert
 
 MODEL_FILES = {
     "model/config.json",

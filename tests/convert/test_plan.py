@@ -11,12 +11,12 @@ import pytest
 
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
-from convert.conversion import Request, convert
 from convert.errors import BaseMismatch, BaseUnreadable, OutputUnwritable
 from convert.match import require_match
 from convert.nf4 import Nf4
 from convert.plan import Form, plan_model
 from tests.convert import parts
+from tests.convert.asking import Request, convert
 
 
 def run(checkpoint: Path, base: Path, out: Path, **settings: Any) -> Any:

@@ -11,7 +11,6 @@ import torch
 from convert.artifact import Artifact, Canaries, Quality, Retention
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
-from convert.conversion import Request, convert
 from convert.errors import BaseUnreadable, CheckpointUnsupported, OutputUnwritable, QualityGateFailed, TextUnreadable
 from convert.nf4 import Nf4
 from convert.progress import silent
@@ -21,6 +20,7 @@ from convert.quality.gain import LEAST_GAIN, gain_kept, mean_and_error, perplexi
 from convert.quality.kept import Kept
 from convert.quality.model import load
 from tests.convert import parts
+from tests.convert.asking import Request, convert
 
 
 def measured(checkpoint: Path, base: Path, out: Path, **settings: Any) -> Artifact:

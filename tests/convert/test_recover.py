@@ -13,7 +13,6 @@ import torch
 from convert.artifact import Recovery
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
-from convert.conversion import Request, convert
 from convert.detect import Training
 from convert.distill import Course, Lesson, distill, divergence, lora_model, set_halves
 from convert.errors import BaseMismatch, RouteRefused, TextUnreadable
@@ -21,6 +20,7 @@ from convert.nf4 import Nf4
 from convert.progress import silent
 from convert.routes.recover import recover, split, verdict
 from tests.convert import parts
+from tests.convert.asking import Request, convert
 
 QUICK = Course(steps=30, learning_rate=2e-3)
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from convert.conversion import Request, convert
 from convert.errors import OutputBusy
 from convert.journal import JOURNAL, Journal
 from convert.writer import ArtifactWriter, partial
 from tests.convert import parts
+from tests.convert.asking import Request, convert
 
 SHARD_BYTES = 60_000
 
@@ -29,7 +29,7 @@ import os, signal, sys
 from pathlib import Path
 import bitsandbytes.functional, torch
 from convert.__main__ import _terminate
-from convert.conversion import Request, convert
+from tests.convert.asking import Request, convert
 checkpoint, base, folder = map(Path, sys.argv[1:4])
 quantize, shard_bytes, number, points = sys.argv[4], int(sys.argv[5]), int(sys.argv[6]), sys.argv[7:]
 torch.set_num_threads(1)

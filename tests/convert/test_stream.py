@@ -147,7 +147,7 @@ def test_a_base_that_shrinks_while_it_is_read_is_told(tmp_path: Path) -> None:
 
 
 def test_the_base_s_digests_are_in_the_manifest(lora: Path, base: Path, nf4_base: Path, qlora: Path, out: Path) -> None:
-    from convert.conversion import Request, convert
+    from tests.convert.asking import Request, convert
 
     for number, (checkpoint, given) in enumerate([(lora, base), (qlora, nf4_base)]):
         made = convert(Request(checkpoint, given, out.parents[1] / str(number), "tiny", "merge", "none", measure=False))
@@ -188,7 +188,7 @@ def test_whoever_stops_early_leaves_no_thread_behind() -> None:
 
 
 def test_an_untouched_tensor_keeps_its_bytes_whatever_its_shape(lora: Path, base: Path, tmp_path: Path) -> None:
-    from convert.conversion import Request, convert
+    from tests.convert.asking import Request, convert
 
     changed = parts.copy(base, tmp_path / "base")
     tensors = load_file(changed / "model.safetensors")

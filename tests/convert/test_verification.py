@@ -18,7 +18,6 @@ import pytest
 from rich.console import Console
 
 from convert.artifact import GOLDEN, MANIFEST, Artifact, Golden, file_sha256
-from convert.conversion import Request, convert
 from convert.errors import ArtifactInvalid, BaseMismatch, VerificationFailed, VerificationImpossible
 from convert.verification.checks import LIMITS, Check, Difference, Limits, Subject, adapter_effect, golden_answers
 from convert.verification.client import EngineClient, EngineLost
@@ -34,6 +33,7 @@ from convert.verification.engine import (
 )
 from convert.verification.page import verification_page
 from convert.verification.verify import VerificationReport, VerifyOptions, golden_of, stop_token_ids, verify
+from tests.convert.asking import Request, convert
 
 WITHOUT_VLLM = Path(sys.base_prefix) / "bin" / "python3"
 NOWHERE = EngineClient(Path("/nonexistent/vllm.sock"), 1)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from convert.artifact import Artifact
-from convert.conversion import Request, convert
 from convert.errors import ArtifactInvalid, OutputExists, OutputUnwritable
 from tests.convert import parts
+from tests.convert.asking import Request, convert
 
 
 def run(checkpoint: Path, base: Path, out: Path, **settings: Any) -> Artifact:
@@ -101,7 +101,7 @@ def test_a_disk_that_fills_up_is_told_and_leaves_nothing(qlora: Path, base: Path
 SLOW = """
 import sys, time
 from pathlib import Path
-from convert.conversion import Request, convert
+from tests.convert.asking import Request, convert
 def slow(what, done, total):
     print(done, flush=True)
     time.sleep(0.2)
