@@ -31,14 +31,14 @@ def graft(checkpoint: Path, base: Path, out: Path, side: str) -> Callable[[], ob
     import bitsandbytes.functional  # noqa: F401
     import torch  # noqa: F401
 
-    from convert.conversion import Request, convert
+    from convert.conversion import Destination, convert
     from convert.detect import Training
+    from convert.preparation import Request
+    from convert.routes.choose import Wish
 
     trained_on = Training.LORA if side == "original" else Training.QLORA
-    request = Request(
-        checkpoint, base, out, "bench", route="merge", quantize="none", trained_on=trained_on, measure=False
-    )
-    return lambda: convert(request)
+    request = Request(checkpoint, base, Wish("merge", "none"), trained_on=trained_on, measure=False)
+    return lambda: convert(request, Destination(out, "bench"))
 
 
 def peft(checkpoint: Path, base: Path, out: Path, side: str) -> Callable[[], object]:

@@ -87,6 +87,7 @@ class ArtifactWriter:
     def _locked_root(self) -> int:
         """Raises OutputBusy when a living process has it."""
         while True:
+            require_absent(self.destination)
             self.root.mkdir(parents=True, exist_ok=True)
             lock = _lock(self.root)
             if lock is None:
@@ -94,7 +95,6 @@ class ArtifactWriter:
                     f"Another process is writing {self.destination}. Wait until it is done, or choose another --out."
                 )
             if _is_at(lock, self.root):
-                require_absent(self.destination)
                 return lock
             os.close(lock)  # its owner published or removed it since it was opened
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from convert.errors import OutputBusy
+from tests.convert.asking import Request, convert
+from convert.errors import OutputBusy, OutputExists
 from convert.journal import JOURNAL, Journal
 from convert.writer import ArtifactWriter, partial
 from tests.convert import parts
-from tests.convert.asking import Request, convert
 
 SHARD_BYTES = 60_000
 
@@ -226,20 +226,8 @@ def another_adapter(adapter: Path, model: Path, folder: Path) -> dict[str, Any]:
     return {"checkpoint": changed}
 
 
-def a_touched_base(adapter: Path, model: Path, folder: Path) -> dict[str, Any]:
-    changed = parts.copy(model, folder / "other")
-    path = changed / "model.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    stamp = path.stat()
-    path.write_bytes(data)
-    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    return {"base": changed}
-
-
 CHANGES: dict[str, Callable[[Path, Path, Path], dict[str, Any]]] = {
     "another adapter": another_adapter,
-    "another base of the same size and time": a_touched_base,
     "another type": lambda *_: {"dtype": "float16"},
     "other shards": lambda *_: {"shard_bytes": 2 * SHARD_BYTES},
 }
@@ -259,6 +247,23 @@ def test_another_conversion_takes_up_nothing(
     assert set(made.files) == {name for name in written if name.endswith(".safetensors")}
     convert(replace(other, destination=tmp_path / "fresh"))
     assert written == content(tmp_path / "fresh")
+
+
+def test_a_base_that_was_changed_in_place_and_looks_as_old_as_before_is_another_one(
+    model: Path, adapter: Path, whole: Any, interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = model / "model.safetensors"
+    before, stamp = path.read_bytes(), path.stat()
+    with path.open("r+b") as stream:
+        stream.write(before[:-1] + bytes([before[-1] ^ 1]))
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    made = Made(monkeypatch)
+    try:
+        convert(request(adapter, model, interrupted))
+    finally:
+        path.write_bytes(before)
+
+    assert set(made.files) == {name for name in whole("none") if name.endswith(".safetensors")}
 
 
 def test_other_code_takes_up_nothing(
@@ -303,3 +308,29 @@ def test_what_an_interrupted_run_left_is_no_reason_to_lack_room(
     convert(request(adapter, model, interrupted))
 
     assert 0 < asked[0] < asked[1]
+
+
+@pytest.mark.parametrize("end", ["published", "removed"])
+def test_a_directory_that_its_owner_ends_while_another_asks_for_the_lock_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    from convert import writer
+
+    lock, seen = writer._lock, []
+
+    def late(directory: Path) -> int | None:
+        """The owner ends between the opening of the directory and its lock."""
+        descriptor = lock(directory)
+        if not seen:
+            seen.append(directory)
+            directory.rename(tmp_path / "tiny") if end == "published" else directory.rmdir()
+        return descriptor
+
+    monkeypatch.setattr(writer, "_lock", late)
+    if end == "published":
+        with pytest.raises(OutputExists), ArtifactWriter(tmp_path / "tiny", "one"):
+            pass
+        assert not partial(tmp_path / "tiny").exists()
+    else:
+        with ArtifactWriter(tmp_path / "tiny", "one") as mine:
+            assert mine.root.is_dir()
