@@ -23,8 +23,8 @@ from convert.detect import Training
 from convert.nf4 import Nf4
 from convert.preparation import Request
 from convert.progress import silent
-from convert.routes.choose import Wish
 from convert.quality import Reference, Text, measure, reference
+from convert.routes.choose import Wish
 from examples.behaviours import BEHAVIOURS
 from examples.demo import BASE_NAME, CODE_WORDS, MODEL, QUESTIONS, checkpoint, make_checkpoints
 

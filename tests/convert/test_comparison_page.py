@@ -242,3 +242,7 @@ def test_the_document_has_what_the_page_shows() -> None:
     assert document["answers_as_trained"][0]["passed"] is True
     assert document["rows"][2]["answers"][0]["passed"] is False
     assert document["base"]["source"] == "acme/tiny-llama"
+
+
+def test_a_label_with_dollar_signs_is_no_formula() -> None:
+    assert ElementTree.fromstring(trade_off([replace(EXACT, label=r"$\frac{$")])).tag == f"{SVG}svg"

@@ -13,6 +13,7 @@ from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
 from convert.progress import silent
 from convert.quality import Canary, Examination, Reference, Text, examine, golden, golden_bytes, reference, write_golden
+from convert.quality.rows import _pieces
 from convert.quality.tokenizer import Tokenizer
 from tests.convert import parts
 
@@ -161,3 +162,16 @@ def test_without_a_chat_template_there_are_no_chats(lora: Path, base: Path, tmp_
 
     assert golden(expected, examine(expected, copied, lora, silent), copied, separate=True).chats == ()
     assert Tokenizer.open(copied).text(expected.rows.measured[0][0][1:].tolist()).endswith("assistant: in spain")
+
+
+def test_the_pieces_of_a_row_are_the_row_each_behind_its_leading_special_token() -> None:
+    row = [0, *range(10, 130)]
+
+    length, pieces = _pieces([row, row[1:41]], frozenset({0}), 10)
+
+    of_first = [piece for piece in pieces if piece[0] == 0]
+    rejoined = row[:length] + [token for piece in of_first for token in piece[1:]]
+    assert rejoined == row[: len(rejoined)]
+    assert len(row) - len(rejoined) < 8
+    assert len(pieces) == 10
+    assert {len(piece) for piece in of_first[:-1]} == {length}

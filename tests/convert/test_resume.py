@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from tests.convert.asking import Request, convert
 from convert.errors import OutputBusy, OutputExists
 from convert.journal import JOURNAL, Journal
 from convert.writer import ArtifactWriter, partial
 from tests.convert import parts
+from tests.convert.asking import Request, convert
 
 SHARD_BYTES = 60_000
 
