@@ -14,7 +14,7 @@ from convert.artifact import Recovery
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
 from convert.detect import Training
-from convert.distill import Course, Lesson, distill, divergence, lora_model, set_halves
+from convert.distill import Course, Distilled, Lesson, distill, divergence, get_halves, lora_model, set_halves
 from convert.errors import BaseMismatch, RouteRefused, TextUnreadable
 from convert.nf4 import Nf4
 from convert.progress import silent
@@ -130,6 +130,24 @@ def test_training_that_only_harms_leaves_the_fit(qlora: Path, base: Path, tmp_pa
 
     assert recovery.steps == 0
     assert recovery.kl_recovered == recovery.kl_start < recovery.kl_naive
+
+
+def test_what_helps_on_watched_rows_and_harms_on_those_held_out_is_not_taken(
+    qlora: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def misled(model: Any, modules: list[str], *_: Any) -> Distilled:
+        halves = {module: (3 * a, b) for module, (a, b) in get_halves(model, modules).items()}
+        set_halves(model, halves)
+        return Distilled(halves, steps=5, steps_done=5)
+
+    monkeypatch.setattr("convert.routes.recover.distill", misled)
+
+    recovery = run(tmp_path / "misled", qlora, base)
+
+    assert (recovery.steps, recovery.kl_recovered) == (0, recovery.kl_start)
+    found = parts.with_adapter(parts.load_float32(base), tmp_path / "misled")
+    as_trained = parts.with_adapter(parts.dequantized_model(base), qlora)
+    assert mean_divergence(as_trained, found, rows(60)[4::5]) == pytest.approx(recovery.kl_start, rel=1e-3)
 
 
 class Lossless(Nf4):
