@@ -57,7 +57,7 @@ def dotted(version: tuple[int, int]) -> str:
 def read_lock(path: Path) -> list[str]:
     """The `name==version` lines of a lock."""
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.lock")))
+        known = ", ".join(sorted({file.stem for file in path.parent.glob("*.lock")} - set(LAYERS.values())))
         raise SetUpError(f"there is no lock {path.stem!r}; known: {known}")
     lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
     pins = [line for line in lines if line]
@@ -175,6 +175,9 @@ def install_lock(pip: Pip, pins: Sequence[str], cpu_only: bool) -> None:
 def create(venv: Path, lock_name: str) -> None:
     """Leave `venv` with the lock and the project installed, whatever state it was in."""
     check_python(sys.version_info[:2])
+    for layer, layer_lock in LAYERS.items():
+        if lock_name == layer_lock:
+            raise SetUpError(f"{lock_name} is no environment but a layer of one: add it with --with {layer}")
     lock = ENVIRONMENT / f"{lock_name}.lock"
     pins = read_lock(lock)
     stamp = stamp_of(lock, PROJECT)
@@ -206,6 +209,7 @@ def create_layer(venv: Path, name: str) -> None:
     began = time.monotonic()
     print(f"environment: installing {len(pins)} packages of {lock.name} into {directory}", flush=True)
     shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
     Pip(python_of(venv)).install(["--target", str(directory), *pins])
     stamp_path.write_text(stamp)
     print(f"environment: {name} ready after {time.monotonic() - began:.0f} s")

@@ -160,6 +160,19 @@ def load_stored(directory: Path) -> Any:
     return dequantized(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16))
 
 
+def float32_of(opened: BaseModel) -> Any:
+    """A float32 model of a directory in any format, with the weights that we say are stored there."""
+    config = {name: value for name, value in opened.config.items() if name != "quantization_config"}
+    model = LlamaForCausalLM(LlamaConfig(**config)).float()
+    weights = {spec.name: opened.tensors.read(spec.name).float() for spec in opened.others}
+    weights |= {linear.weight: opened.read(linear).float() for linear in opened.linears.values()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model.eval()
+
+
 def dequantized(quantized: Any) -> Any:
     """transformers' own `dequantize()` would round the weights to bfloat16."""
     from bitsandbytes.functional import dequantize_4bit
