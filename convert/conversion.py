@@ -39,7 +39,7 @@ from convert.writer import ArtifactWriter, partial, require_absent
 _LIBRARIES = ("bitsandbytes", "compressed-tensors", "graft", "peft", "safetensors", "torch", "transformers")
 
 # What `auto` calls good enough where the user sets no limits.
-AUTO_GATE = Gate(max_kl=0.05, min_gain=0.95)
+AUTO_GATE = Gate(max_kl=0.05, min_gain=0.95, lenient=True)
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,10 @@ def convert(request: Request, destination: Destination, progress: Progress = sil
         _require_room(candidate, job, destination.path)
         with ArtifactWriter(destination.path, _identity(candidate, job)) as writer:
             outcome = bench.run(candidate, writer.root, writer.journal)
-            if outcome.failures:
-                failed.append(outcome.trial(" ".join(outcome.failures)))
-            if not outcome.failures or (is_last and not request.gate.is_set and len(ways) > 1):
+            if not outcome.failures or (is_last and gate is AUTO_GATE):
                 golden = bench.write_golden(outcome, writer.root)
                 return writer.publish(_manifest(writer, job, destination.name, outcome, tuple(failed), golden))
+            failed.append(outcome.trial(" ".join(outcome.failures)))
     raise QualityGateFailed(_refusal(failed))
 
 
@@ -154,11 +153,10 @@ def _manifest(
 def _reason(outcome: Outcome, job: Job, failed: tuple[Trial, ...]) -> str:
     """Why this way, why not others, and what of the checkpoint is not served."""
     parts = [outcome.candidate.choice.reason]
-    tried = [trial for trial in failed if trial.quantization != outcome.quantization]
-    if tried:
+    if failed:
         parts.append(
             "Tried before, and lost too much: "
-            + ", ".join(f"{it.quantization} (KL {it.quality.kl_mean:.2g})" for it in tried if it.quality)
+            + ", ".join(f"{it.quantization} (KL {it.quality.kl_mean:.2g})" for it in failed if it.quality)
             + "."
         )
     # A shared base is served with its own tokenizer and chat template.

@@ -27,7 +27,7 @@ def inspection_page(inspection: Inspection) -> Page:
     parts += [Text(), _ways(inspection.offers), Text()]
     parts += [Text(f"{number}  {offer.command}") for number, offer in enumerate(inspection.offers, 1)]
     if inspection.detection.training is Training.QLORA:
-        parts.append(Text(f"\nNot offered: a 4-bit merge. {REFUSED_MERGE}"))
+        parts.append(Text(f"\nNot offered: a merge back into the same 4 bits. {REFUSED_MERGE}"))
     obstacles = {offer.obstacle: None for offer in inspection.offers if offer.obstacle}
     parts += [Text(f"\n{obstacle}", style="yellow") for obstacle in obstacles]
     return tuple(parts)

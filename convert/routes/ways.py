@@ -65,7 +65,7 @@ class Way:
     @property
     def flags(self) -> str:
         words = [f"--route {self.route}"]
-        if self.route == "merge" or not self.is_exact:
+        if (self.training, self.route, self.storage) != (Training.QLORA, "adapter", "nf4"):
             words.append(f"--quantize {self.storage}")
         if self.onto == "original" and self.training is Training.QLORA:
             words.append("--merge-onto original")

@@ -10,6 +10,7 @@ from convert.errors import BaseMismatch, QualityGateFailed, RouteRefused, Traini
 from convert.routes.choose import Wish, ways_asked
 from convert.routes.ways import OFFERED, WAYS, Way
 from convert.targets import EXAMPLES, merged_order, works
+from tests.convert import parts
 from tests.convert.asking import Request, convert
 
 
@@ -32,12 +33,14 @@ def test_a_4_bit_merge_of_a_qlora_is_refused_with_the_commands_that_work(qlora: 
 
 
 def test_a_4_bit_merge_of_a_qlora_is_made_where_it_is_insisted_on_and_tells_what_is_left(
-    qlora: Path, base: Path, out: Path
+    base: Path, tmp_path: Path, out: Path
 ) -> None:
-    artifact = run(qlora, base, out, route="merge", quantize="nf4", force=True, measure=True)
+    weak = parts.mark_qlora(parts.save_adapter(base, tmp_path / "weak", strength=0.005))
+
+    artifact = run(weak, base, out, route="merge", quantize="nf4", force=True, measure=True)
 
     assert artifact.manifest.model.quantization == "nf4-double"
-    assert artifact.manifest.quality.retention.mean < 0.9
+    assert artifact.manifest.quality.retention.mean < 0.5
 
 
 @pytest.mark.parametrize("settings", [{}, {"route": "adapter"}])
@@ -55,7 +58,7 @@ def test_a_16_bit_adapter_of_a_qlora_is_refused(qlora: Path, base: Path, out: Pa
 
 def test_a_refusal_repeats_what_the_user_said_of_the_training(unmarked: Path, base: Path, out: Path) -> None:
     with pytest.raises(RouteRefused, match="--trained-on 4bit --route adapter"):
-        run(unmarked, base, out, route="merge", trained_on=Training.QLORA)
+        run(unmarked, base, out, route="merge", quantize="nf4", trained_on=Training.QLORA)
 
 
 def test_unknown_training_stops_until_the_user_says_it(unmarked: Path, base: Path, out: Path) -> None:
@@ -136,7 +139,7 @@ def test_inspecting_is_possible_without_the_model_libraries() -> None:
     import sys
 
     program = (
-        "import sys, convert.__main__, convert.inspection, convert.report\n"
+        "import sys, convert.__main__, convert.inspection, convert.report.inspection\n"
         "print({'torch', 'transformers'} & sys.modules.keys())"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -43,7 +43,7 @@ def test_the_exact_route_loses_next_to_nothing(qlora: Path, base: Path, out: Pat
 
 
 def test_a_4_bit_result_loses_more_and_says_so(lora: Path, base: Path, tmp_path: Path) -> None:
-    merged = measured(lora, base, tmp_path / "merged").manifest.quality
+    merged = measured(lora, base, tmp_path / "merged", quantize="nf4").manifest.quality
     separate = measured(lora, base, tmp_path / "separate", route="adapter").manifest.quality
     exact = measured(lora, base, tmp_path / "exact", route="merge", quantize="none").manifest.quality
 
@@ -58,7 +58,7 @@ def test_the_figure_is_the_divergence_computed_by_hand(lora: Path, base: Path, t
     from transformers import AutoTokenizer
 
     text = "the rain in spain"
-    quality = measured(lora, base, out, text=rows(tmp_path / "held.jsonl", text)).manifest.quality
+    quality = measured(lora, base, out, quantize="nf4", text=rows(tmp_path / "held.jsonl", text)).manifest.quality
 
     ids = torch.tensor([AutoTokenizer.from_pretrained(base)(text)["input_ids"]])
     expected = parts.logits(parts.with_adapter(parts.load_float32(base), lora), ids)[:-1]
@@ -71,7 +71,7 @@ def test_the_figure_is_the_divergence_computed_by_hand(lora: Path, base: Path, t
 
 def test_above_the_limit_nothing_is_published(lora: Path, base: Path, out: Path) -> None:
     with pytest.raises(QualityGateFailed, match=r"above --max-kl 1e-06.*Nothing was published"):
-        measured(lora, base, out, max_kl=1e-6)
+        measured(lora, base, out, quantize="nf4", max_kl=1e-6)
 
     assert not out.exists()
 

@@ -54,7 +54,7 @@ def subject(golden: Golden) -> Subject:
 
 @pytest.fixture
 def artifact(qlora: Path, base: Path, tmp_path: Path) -> Artifact:
-    return convert(Request(checkpoint=qlora, base=base, destination=tmp_path / "tiny", name="tiny"))
+    return convert(Request(checkpoint=qlora, base=base, destination=tmp_path / "tiny", name="tiny", measure=False))
 
 
 def with_golden(artifact: Artifact, golden: Golden) -> Artifact:
