@@ -59,7 +59,8 @@ def convert(request: Request, destination: Destination, progress: Progress = sil
     require_absent(destination.path)
     job = prepare(request, progress)
     ways = job.open_ways()
-    gate, failed = gate_of(request, len(ways)), []
+    gate = gate_of(request, len(ways))
+    failed: list[Trial] = []
     bench = Bench(job, gate, progress)
     for number, way in enumerate(ways, start=1):
         is_last = number == len(ways)
