@@ -142,6 +142,16 @@ def distill(
     return Distilled(best, best_step, done)
 
 
+def log_probs(model: Any, row: torch.Tensor) -> torch.Tensor:
+    """Of the next token after every position of a row (1, tokens) but the last: (tokens - 1, vocabulary)."""
+    import torch
+
+    with torch.inference_mode():
+        logits = model(row, use_cache=False).logits[0, :-1]
+        found: torch.Tensor = logits.float().log_softmax(dim=-1)
+    return found
+
+
 def divergence(model: Any, lessons: Sequence[Lesson]) -> float:
     """Mean coarse KL in nats a position."""
     import torch

@@ -30,7 +30,7 @@ from convert.detect import Training
 from convert.errors import BaseMismatch
 from convert.nf4 import Nf4
 from convert.progress import Progress
-from convert.quality import load, row_log_probs
+from convert.quality import load
 
 if TYPE_CHECKING:
     import torch
@@ -168,12 +168,16 @@ def _losses(
     progress: Progress,
 ) -> list[float]:
     """Mean loss of every row."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
     gc.collect()
     model = with_adapter(load(base, quantizer), checkpoint)
     found = []
     for done, row in enumerate(rows, start=1):
-        log_probs = row_log_probs(model, row)
-        found.append(-float(log_probs.gather(1, row[0, 1:, None]).double().mean()))
+        with torch.inference_mode():
+            logits = model(row, use_cache=False).logits[0, :-1]
+            found.append(float(cross_entropy(logits.double(), row[0, 1:])))
         progress(f"measuring on {what}", done, len(rows))
     return found
 

@@ -22,14 +22,14 @@ from convert.artifact import Recovery
 from convert.as_trained import with_adapter
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
-from convert.distill import Course, Halves, Lesson, distill, lora_model, set_halves
+from convert.distill import Course, Halves, Lesson, distill, log_probs, lora_model, set_halves
 from convert.errors import BaseMismatch, RouteRefused, TextUnreadable
 from convert.evidence import STAMP, Training, stamp
 from convert.formats import ADAPTER_CONFIG, ADAPTER_STEM
 from convert.lowrank import InputRecorder, Inputs
 from convert.nf4 import Nf4
 from convert.progress import Progress
-from convert.quality import load, row_log_probs
+from convert.quality import load
 from convert.routes.adapter import write_adapter
 from convert.routes.rebase import Target, adapter_config, corrected, targets
 from convert.shards import Shard, ShardWriter
@@ -157,9 +157,9 @@ def _teach(checkpoint: Checkpoint, base: BaseModel, quantizer: Nf4, parts: Rows,
     with InputRecorder(model.get_base_model(), modules) as recorder:
         for row in parts.trained:
             progress("asking the teacher", len(lessons), total)
-            lessons.append(Lesson.of(row, row_log_probs(model, row.to(device))))
-    watched = tuple(Lesson.of(row, row_log_probs(model, row.to(device))) for row in parts.watched)
-    held = tuple(row_log_probs(model, row.to(device)).cpu() for row in parts.held)
+            lessons.append(Lesson.of(row, log_probs(model, row.to(device))))
+    watched = tuple(Lesson.of(row, log_probs(model, row.to(device))) for row in parts.watched)
+    held = tuple(log_probs(model, row.to(device)).cpu() for row in parts.held)
     progress("asking the teacher", total, total)
     return _Taught(tuple(lessons), watched, held, recorder.inputs())
 
@@ -212,7 +212,7 @@ def _divergence(model: Any, rows: Sequence[torch.Tensor], expected: Sequence[tor
 
     found = []
     for row, want in zip(rows, expected, strict=True):
-        want64, got64 = want.double(), row_log_probs(model, row.to(_device())).cpu().double()
+        want64, got64 = want.double(), log_probs(model, row.to(_device())).cpu().double()
         found.append((want64.exp() * (want64 - got64)).sum(-1).clamp_min(0))
     return float(torch.cat(found).mean())
 
