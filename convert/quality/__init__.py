@@ -12,7 +12,6 @@ There is one model in memory at a time, in float32. docs/quality.md tells what e
 
 from convert.quality.canaries import Answer, Canary, open_canaries
 from convert.quality.examine import Examination, examine, measure
-from convert.quality.forward import row_log_probs
 from convert.quality.gate import Gate
 from convert.quality.golden import golden, golden_bytes, write_golden
 from convert.quality.model import load
@@ -41,7 +40,6 @@ __all__ = [
     "open_canaries",
     "reference",
     "retention",
-    "row_log_probs",
     "tensor_retention",
     "token_rows",
     "write_golden",

@@ -36,15 +36,6 @@ def log_probs(model: Any, states: torch.Tensor) -> Iterator[torch.Tensor]:
         yield head(block).log_softmax(-1)
 
 
-def row_log_probs(model: Any, row: torch.Tensor) -> torch.Tensor:
-    """Of the next token after every position of a row (1, tokens) but the last: (tokens - 1, vocabulary)."""
-    import torch
-
-    with torch.inference_mode():
-        states = _causal(model).get_decoder()(input_ids=row, use_cache=False).last_hidden_state[0, :-1]
-        return torch.cat(list(log_probs(model, states)))
-
-
 def picked(blocks: Iterable[torch.Tensor], row: torch.Tensor) -> torch.Tensor:
     """Of a row's distributions, the log-probability of the token that really came next: (tokens - 1)."""
     import torch
