@@ -5,21 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from serve.catalogue import Catalogue, CatalogueLog
+from serve.catalogue import Catalogue
+from serve.entry import Cause
 from serve.errors import PublishFailed, StateInvalid, UnknownModel
+from serve.log import CatalogueLog
 from serve.names import RequestedModel
+from serve.objects import Directory
 from tests.serve.conftest import candidate
 
 OLD, NEW = candidate("pirate", "old"), candidate("pirate", "new")
 
 
-@pytest.fixture
-def log(tmp_path: Path) -> CatalogueLog:
-    return CatalogueLog(tmp_path / "catalogue")
-
-
 def test_an_empty_directory_is_an_empty_catalogue(log: CatalogueLog) -> None:
     assert log.read() == Catalogue()
+    assert log.history() == []
 
 
 def test_a_staged_revision_is_not_yet_what_the_alias_means(log: CatalogueLog) -> None:
@@ -52,7 +51,7 @@ def test_a_pin_that_names_no_revision_resolves_to_nothing(log: CatalogueLog, pin
 
 def test_an_abandoned_revision_cannot_be_promoted(log: CatalogueLog) -> None:
     log.stage(OLD)
-    log.abandon(OLD, "replica 1 could not load it")
+    log.abandon(OLD, Cause("ci", "replica 1 could not load it"))
 
     with pytest.raises(PublishFailed, match="not staged any more"):
         log.promote(OLD)
@@ -63,7 +62,7 @@ def test_an_abandoned_revision_is_neither_reachable_nor_counted_as_published(log
     pin = RequestedModel("pirate", OLD.revision[:12])
     assert log.read().resolve(pin) == OLD.adapter
 
-    log.abandon(OLD, "replica 1 could not load it")
+    log.abandon(OLD, Cause("ci", "replica 1 could not load it"))
 
     assert log.read().resolve(pin) is None
     assert not log.read().was_promoted(OLD.adapter)
@@ -101,7 +100,7 @@ def test_concurrent_writers_lose_no_entry(tmp_path: Path) -> None:
     adapters = [candidate(f"adapter-{number}", "weights") for number in range(40)]
 
     def write(mine: slice) -> None:
-        log = CatalogueLog(tmp_path)
+        log = CatalogueLog(Directory(tmp_path))
         for adapter in adapters[mine]:
             log.stage(adapter)
 
@@ -111,7 +110,7 @@ def test_concurrent_writers_lose_no_entry(tmp_path: Path) -> None:
     for writer in writers:
         writer.join()
 
-    catalogue = CatalogueLog(tmp_path).read()
+    catalogue = CatalogueLog(Directory(tmp_path)).read()
     assert catalogue.staged == {it.adapter for it in adapters}
     assert catalogue.epoch == len(adapters)
 
@@ -119,7 +118,7 @@ def test_concurrent_writers_lose_no_entry(tmp_path: Path) -> None:
 def test_a_writer_that_died_before_its_entry_was_complete_leaves_nothing_to_read(tmp_path: Path) -> None:
     (tmp_path / ".entry-half").write_text('{"verb": "sta')
 
-    log = CatalogueLog(tmp_path)
+    log = CatalogueLog(Directory(tmp_path))
     log.stage(OLD)
 
     assert log.read().staged == {OLD.adapter}

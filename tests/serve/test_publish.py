@@ -2,18 +2,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
-from serve.catalogue import CatalogueLog
 from serve.errors import PublishFailed, PublishUnconfirmed, ReplicaUnreachable
+from serve.log import CatalogueLog
 from serve.names import RequestedModel
-from serve.publish import publish
+from serve.publish import Control
 from serve.reconcile import Reconciler, ReplicaReport
 from serve.residency import AdapterPool
 from serve.store import AdapterStore
-from tests.serve.conftest import candidate
+from tests.serve.conftest import believe, candidate
 from tests.serve.fakes import FakeEngine
 
 OLD, NEW = candidate("pirate", "old"), candidate("pirate", "new")
@@ -26,17 +25,17 @@ class Fleet:
     def __init__(self, log: CatalogueLog, store: AdapterStore, size: int) -> None:
         self.engines = [FakeEngine() for _ in range(size)]
         self.reconcilers = [
-            Reconciler(f"replica-{number}", log, engine, AdapterPool(engine, store, capacity=4))
+            Reconciler(f"replica-{number}", log, engine, AdapterPool(engine, store, capacity=4), believe)
             for number, engine in enumerate(self.engines)
         ]
         self.unreachable_from_sync: int | None = None
         self.syncs = 0
 
-    async def sync(self) -> Sequence[ReplicaReport]:
+    async def sync(self, awaited: str | None = None) -> Sequence[ReplicaReport]:
         self.syncs += 1
         if self.unreachable_from_sync is not None and self.syncs >= self.unreachable_from_sync:
             raise ReplicaUnreachable("replica-1 did not answer")
-        return await asyncio.gather(*(reconciler.sync() for reconciler in self.reconcilers))
+        return await asyncio.gather(*(reconciler.sync(awaited) for reconciler in self.reconcilers))
 
     @property
     def answers(self) -> set[object]:
@@ -44,25 +43,20 @@ class Fleet:
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> CatalogueLog:
-    return CatalogueLog(tmp_path / "catalogue")
-
-
-@pytest.fixture
 async def fleet(log: CatalogueLog, store: AdapterStore) -> Fleet:
     fleet = Fleet(log, store, size=3)
-    await publish(log, fleet, OLD)
+    await Control(log, fleet).publish(OLD)
     fleet.syncs = 0
     return fleet
 
 
-async def test_every_replica_answers_with_the_new_revision_and_the_old_one_is_gone(
+async def test_every_replica_answers_with_the_new_revision_and_keeps_the_one_before(
     fleet: Fleet, log: CatalogueLog
 ) -> None:
-    published = await publish(log, fleet, NEW)
+    published = await Control(log, fleet).publish(NEW)
 
     assert fleet.answers == {NEW.adapter}
-    assert all(engine.resident == {NEW.adapter} for engine in fleet.engines)
+    assert all(engine.resident == {OLD.adapter, NEW.adapter} for engine in fleet.engines)
     assert (published.model, published.revision, published.replicas) == ("pirate", NEW.adapter.engine_name, 3)
 
 
@@ -75,7 +69,7 @@ async def test_no_replica_switches_before_all_hold_it(fleet: Fleet, log: Catalog
         return promote(*args)  # type: ignore[arg-type]
 
     log.promote = watch  # type: ignore[method-assign, assignment]
-    await publish(log, fleet, NEW)
+    await Control(log, fleet).publish(NEW)
 
     assert resident_at_switch == [[True, True, True]]
 
@@ -86,7 +80,7 @@ async def test_one_replica_that_cannot_load_it_stops_the_publish_with_its_reason
     fleet.engines[1].refuses = {NEW.adapter}
 
     with pytest.raises(PublishFailed, match=r"Replica replica-1: .*rank too large"):
-        await publish(log, fleet, NEW)
+        await Control(log, fleet).publish(NEW)
     await fleet.sync()
 
     assert fleet.answers == {OLD.adapter}
@@ -97,7 +91,7 @@ async def test_a_replica_that_does_not_answer_stops_the_publish(fleet: Fleet, lo
     fleet.unreachable_from_sync = 1
 
     with pytest.raises(PublishFailed, match="did not answer"):
-        await publish(log, fleet, NEW)
+        await Control(log, fleet).publish(NEW)
 
     assert log.read().resolve(ALIAS) == OLD.adapter
     assert log.read().staged == frozenset()
@@ -109,13 +103,13 @@ async def test_a_replica_lost_after_the_switch_is_told_as_unconfirmed_not_as_fai
     fleet.unreachable_from_sync = 2
 
     with pytest.raises(PublishUnconfirmed, match="is published"):
-        await publish(log, fleet, NEW)
+        await Control(log, fleet).publish(NEW)
 
     assert log.read().resolve(ALIAS) == NEW.adapter
 
 
 async def test_publishing_what_is_current_already_changes_nothing(fleet: Fleet, log: CatalogueLog) -> None:
-    await publish(log, fleet, OLD)
+    await Control(log, fleet).publish(OLD)
 
     assert fleet.answers == {OLD.adapter}
     assert [engine.loads for engine in fleet.engines] == [[OLD.adapter], [OLD.adapter], [OLD.adapter]]
@@ -123,4 +117,4 @@ async def test_publishing_what_is_current_already_changes_nothing(fleet: Fleet, 
 
 async def test_nobody_to_publish_to_is_a_failure(log: CatalogueLog, store: AdapterStore) -> None:
     with pytest.raises(PublishFailed, match="No replica is running"):
-        await publish(log, Fleet(log, store, size=0), NEW)
+        await Control(log, Fleet(log, store, size=0)).publish(NEW)
