@@ -19,15 +19,13 @@ from convert.artifact import Name, problems_of
 from serve.admission import Admission
 from serve.candidate import Candidate
 from serve.config import AdmissionSettings, EngineSettings
-from serve.entry import Cause
+from serve.entry import CALLER_HEADER, Cause
 from serve.errors import AdapterRejected, ArtifactRefused, InvalidBody, Unauthorized, UnknownModel
 from serve.intake import take_path
 from serve.publish import Control
 from serve.state import sha256
 from serve.store import AdapterStore
 from serve.views import listed, shown, told
-
-CALLER_HEADER = "x-graft-caller"
 
 _NOT_IN_A_CALLER = re.compile(r"[^\w.@+-]")
 _MOST_HISTORY = 1000

@@ -7,6 +7,7 @@ AZURE_STORAGE_ACCOUNT_NAME, …); none is ever written down here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,7 +36,7 @@ class Bucket:
             # Not every part of the union that from_url returns is an ObjectStore by its type.
             self._store: ObjectStore = from_url(
                 self._url,
-                client_options={"timeout": "30s", "connect_timeout": "3s"},
+                client_options={"timeout": "30s", "connect_timeout": "3s", "allow_http": _is_http_allowed()},
                 retry_config={"max_retries": _RETRIES, "retry_timeout": _RETRY_TIMEOUT},
             )
         except (BaseError, ValueError) as error:
@@ -90,6 +91,11 @@ class Bucket:
             raise StoreUnavailable(
                 f"Can't {verb} {self.locate(key)}: {_first_line(error)}. What is resident is served on; try again."
             ) from error
+
+
+def _is_http_allowed() -> bool:
+    """obstore looks for this variable only where no options are given."""
+    return os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true"
 
 
 def _first_line(error: Exception) -> str:

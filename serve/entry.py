@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serve.candidate import Candidate
 
+CALLER_HEADER = "x-graft-caller"  # what a caller of the admin API says of itself
+
 Verb = Literal["stage", "promote", "rollback", "abandon", "retire", "pin", "unpin"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from convert.artifact import Artifact
-from serve.admin import CALLER_HEADER
+from serve.entry import CALLER_HEADER
 from serve.errors import AdminRefused, ServerNotRunning
 from serve.intake import take_artifact
 from serve.state import StateDir

@@ -110,6 +110,8 @@ async def test_everything_but_the_model_reaches_the_engine_byte_for_byte(client:
 
 @pytest.mark.parametrize("body", ['{"model": "small-llama", "prompt": "hi"}', '{"prompt":  "hi"}', '{"model":null}'])
 async def test_a_request_for_the_base_model_is_passed_on_untouched(client: httpx.AsyncClient, body: str) -> None:
+    response = await client.post("/v1/completions", content=body)
+    assert response.headers["x-graft-model"] == "small-llama"
     assert (await seen_by_engine(client, body))["body"] == body
 
 

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from serve.errors import PublishFailed, PublishUnconfirmed, ReplicaUnreachable
+from serve.entry import Cause
+from serve.errors import PublishFailed, PublishUnconfirmed, ReplicaUnreachable, TransitionRefused, UnknownModel
 from serve.log import CatalogueLog
 from serve.names import RequestedModel
-from serve.publish import Control
+from serve.publish import Control, Published
 from serve.reconcile import Reconciler, ReplicaReport
 from serve.residency import AdapterPool
 from serve.store import AdapterStore
@@ -118,3 +119,124 @@ async def test_publishing_what_is_current_already_changes_nothing(fleet: Fleet, 
 async def test_nobody_to_publish_to_is_a_failure(log: CatalogueLog, store: AdapterStore) -> None:
     with pytest.raises(PublishFailed, match="No replica is running"):
         await Control(log, Fleet(log, store, size=0)).publish(NEW)
+
+
+async def test_a_rollback_moves_every_replica_back_and_loads_nothing(fleet: Fleet, log: CatalogueLog) -> None:
+    control = Control(log, fleet)
+    await control.publish(NEW)
+    loads = [list(engine.loads) for engine in fleet.engines]
+
+    moved = await control.roll_back("pirate", cause=Cause("ann", "it swears"))
+
+    assert (moved.revision, moved.replicas) == (OLD.adapter.engine_name, 3)
+    assert fleet.answers == {OLD.adapter}
+    assert [engine.loads for engine in fleet.engines] == loads
+    assert (log.history(limit=1)[0][1].verb, log.history(limit=1)[0][1].reason) == ("rollback", "it swears")
+
+
+async def test_a_rollback_to_what_a_replica_holds_no_more_is_staged_first(fleet: Fleet, log: CatalogueLog) -> None:
+    control = Control(log, fleet)
+    await control.publish(NEW)
+    await control.publish(candidate("pirate", "newest"))
+    assert all(OLD.adapter not in engine.resident for engine in fleet.engines)
+
+    await control.roll_back("pirate", OLD.revision[:12])
+
+    assert fleet.answers == {OLD.adapter}
+    assert all(OLD.adapter in engine.resident for engine in fleet.engines)
+
+
+async def test_a_rollback_that_a_replica_cannot_follow_changes_nothing(fleet: Fleet, log: CatalogueLog) -> None:
+    control = Control(log, fleet)
+    await control.publish(NEW)
+    await control.publish(candidate("pirate", "newest"))
+    fleet.engines[1].refuses = {OLD.adapter}
+
+    with pytest.raises(PublishFailed, match="rank too large"):
+        await control.roll_back("pirate", OLD.revision)
+
+    assert log.read().resolve(ALIAS) == candidate("pirate", "newest").adapter
+
+
+async def test_there_is_nothing_to_roll_back_to_from_the_first_revision(fleet: Fleet, log: CatalogueLog) -> None:
+    with pytest.raises(TransitionRefused, match="nothing to go back to"):
+        await Control(log, fleet).roll_back("pirate")
+    with pytest.raises(UnknownModel):
+        await Control(log, fleet).roll_back("nobody")
+    with pytest.raises(UnknownModel):
+        await Control(log, fleet).roll_back("pirate", "0" * 12)
+
+
+async def test_a_staged_revision_waits_on_every_replica_until_it_is_promoted(fleet: Fleet, log: CatalogueLog) -> None:
+    control = Control(log, fleet)
+    await control.stage(NEW)
+    assert fleet.answers == {OLD.adapter}
+    assert all(NEW.adapter in engine.resident for engine in fleet.engines)
+
+    await control.promote("pirate", NEW.revision[:12])
+
+    assert fleet.answers == {NEW.adapter}
+    assert [engine.loads.count(NEW.adapter) for engine in fleet.engines] == [1, 1, 1]
+
+
+async def test_what_was_rolled_back_from_can_be_promoted_again(fleet: Fleet, log: CatalogueLog) -> None:
+    control = Control(log, fleet)
+    await control.publish(NEW)
+    await control.roll_back("pirate")
+
+    await control.promote("pirate", NEW.revision)
+
+    assert fleet.answers == {NEW.adapter}
+
+
+async def test_a_staged_revision_that_is_given_up_leaves_every_replica(fleet: Fleet, log: CatalogueLog) -> None:
+    control = Control(log, fleet)
+    await control.stage(NEW)
+
+    await control.abandon("pirate", NEW.revision, Cause("ann", "worse"))
+
+    assert all(engine.resident == {OLD.adapter} for engine in fleet.engines)
+    with pytest.raises(TransitionRefused, match="abandoned"):
+        await control.promote("pirate", NEW.revision)
+    with pytest.raises(TransitionRefused, match="not staged"):
+        await control.abandon("pirate", NEW.revision)
+
+
+async def test_a_pinned_revision_stays_when_newer_ones_come(fleet: Fleet, log: CatalogueLog) -> None:
+    control = Control(log, fleet)
+    assert await control.pin("pirate", None) == OLD.adapter
+
+    for content in "123":
+        await control.publish(candidate("pirate", content))
+    assert all(OLD.adapter in engine.resident for engine in fleet.engines)
+
+    await control.unpin("pirate", OLD.revision)
+    assert not any(OLD.adapter in engine.resident for engine in fleet.engines)
+
+
+async def test_a_pin_that_a_replica_cannot_keep_is_taken_back(fleet: Fleet, log: CatalogueLog) -> None:
+    control = Control(log, fleet)
+    await control.publish(NEW)
+    await control.publish(candidate("pirate", "newest"))
+    fleet.engines[2].refuses = {OLD.adapter}
+
+    with pytest.raises(PublishFailed, match="was not pinned"):
+        await control.pin("pirate", OLD.revision)
+
+    assert log.read().pinned == frozenset()
+
+
+async def test_publishes_and_rollbacks_that_race_leave_all_replicas_with_one_meaning(
+    fleet: Fleet, log: CatalogueLog
+) -> None:
+    control = Control(log, fleet)
+    await control.publish(NEW)
+    acts = [control.publish(candidate("pirate", content)) for content in "12"]
+    acts += [control.roll_back("pirate"), control.publish(NEW), control.roll_back("pirate")]
+
+    results = await asyncio.gather(*acts, return_exceptions=True)
+    await fleet.sync()
+
+    assert all(isinstance(it, Published | PublishFailed | TransitionRefused) for it in results), results
+    assert fleet.answers == {log.read().resolve(ALIAS)}
+    assert log.read().staged == frozenset()

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import contextlib
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from serve.errors import AdapterUnavailable, ArtifactRefused
+from serve.errors import AdapterUnavailable, ArtifactRefused, StoreUnavailable
 from serve.intake import take_artifact
+from serve.log import CatalogueLog
 from serve.objects import Directory
 from serve.store import AdapterStore
-from tests.serve.conftest import MakeArtifact, revision
+from tests.serve.conftest import MakeArtifact, candidate, revision
 
 CONFIG = "adapter_config.json"
 
@@ -62,3 +66,30 @@ def test_a_merged_model_is_nothing_to_publish(adapters: AdapterStore, make_artif
 def test_files_that_are_not_there_are_told(adapters: AdapterStore) -> None:
     with pytest.raises(AdapterUnavailable, match="publish it again"):
         adapters.path(revision("pirate", "never put"))
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond a few bytes, whoever runs the tests."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(
+    adapters: AdapterStore, make_artifact: MakeArtifact, tmp_path: Path
+) -> None:
+    artifact = make_artifact("a")
+    log = CatalogueLog(Directory(tmp_path))
+    with full_disk(), pytest.raises(StoreUnavailable, match="Free space"):
+        take_artifact(artifact, None, adapters)
+    with full_disk(), pytest.raises(StoreUnavailable, match="Free space"):
+        log.stage(candidate("pirate", "1"))
+
+    assert list((tmp_path / "adapters").iterdir()) == []
+    assert list((tmp_path / "catalogue").iterdir()) == []
+    taken = take_artifact(artifact, None, adapters)
+    assert log.stage(taken).staged == {taken.adapter}
