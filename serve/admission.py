@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from serve.adapter_files import linear_shapes, problems
+from serve.adapter_files import largest_rank, linear_shapes, problems
 from serve.candidate import Candidate
 from serve.config import AdmissionSettings, EngineSettings
 from serve.errors import AdapterRejected
@@ -31,6 +31,8 @@ class Admission:
                 f"{candidate.adapter} has {size} bytes, more than this server's {self._settings.max_adapter_bytes} "
                 "(max_adapter_bytes)."
             )
+        if (rank := largest_rank(directory)) > candidate.rank:
+            raise AdapterRejected(f"{candidate.adapter} has rank {rank}, not {candidate.rank} as it was announced.")
         if found := problems(directory, self._modules):
             more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             raise AdapterRejected(f"{candidate.adapter} can't be served: {'; '.join(found[:_SHOWN])}{more}.")

@@ -36,13 +36,21 @@ class Plan:
     retire: frozenset[AdapterRevision]
 
 
-def diff(catalogue: Catalogue, resident: Set[AdapterRevision], free: int, keep_previous: int = 1) -> Plan:
-    """What to load and what to let go. Staged and pinned revisions are loaded whatever it takes, since a publish
-    waits for them and a pin says so; current ones and those before them only into free places, since a request would
-    load them anyway."""
+def diff(
+    catalogue: Catalogue,
+    resident: Set[AdapterRevision],
+    free: int,
+    keep_previous: int = 1,
+    unproven: Set[AdapterRevision] = frozenset(),
+) -> Plan:
+    """What to load and what to let go; `unproven` are resident revisions that are still to be proven.
+
+    Staged and pinned revisions are loaded whatever it takes, since a publish waits for them and a pin says so; current
+    ones and those before them only into free places, since a request would load them anyway.
+    """
     previous = catalogue.previous(keep_previous)
-    staged = sorted(catalogue.staged - catalogue.pinned - resident)
-    pinned = sorted(catalogue.pinned - resident)
+    staged = sorted(catalogue.staged - (resident - unproven))
+    pinned = sorted(catalogue.pinned - catalogue.staged - resident)
     asked = {*staged, *pinned, *resident}
     others = [it for it in dict.fromkeys((*sorted(catalogue.current), *previous)) if it not in asked]
     return Plan(
@@ -79,6 +87,7 @@ class Reconciler:
     keep_previous: int = 1
     catalogue: Catalogue = field(default_factory=Catalogue)
     _latest: Catalogue = field(default_factory=Catalogue)  # what is being followed right now
+    _proven: set[AdapterRevision] = field(default_factory=set)  # on this engine
     _failures: dict[AdapterRevision, ServeError] = field(default_factory=dict)
     _staging: dict[AdapterRevision, asyncio.Task[None]] = field(default_factory=dict)
     _repairs: deque[str] = field(default_factory=lambda: deque(maxlen=_SHOWN_REPAIRS))
@@ -140,7 +149,8 @@ class Reconciler:
 
     async def _apply(self, latest: Catalogue) -> None:
         self._latest = latest
-        plan = diff(latest, self.pool.resident, self.pool.free, self.keep_previous)
+        resident = self.pool.resident
+        plan = diff(latest, resident, self.pool.free, self.keep_previous, resident - self._proven)
         self.pool.keep(latest.pinned | latest.staged)
         for adapter in plan.stage:
             if adapter not in self._staging:
@@ -170,12 +180,15 @@ class Reconciler:
             await self.pool.load(adapter)
             async with self.pool.use(adapter):
                 await self.prove(candidate)
+            self._proven.add(adapter)
         except ServeError as error:
             self._failures[adapter] = error
         except Exception as error:  # whatever it is, it must be this revision's reason and nobody else's trouble
             logger.exception("could not stage %s", adapter)
             self._failures[adapter] = ServeError(f"{type(error).__name__}: {error}")
-        if adapter in self._failures or not (self._latest.resolve(RequestedModel(adapter.name, adapter.revision))):
+        known = self._latest.resolve(RequestedModel(adapter.name, adapter.revision))
+        serves = self._latest.was_promoted(adapter)  # published again: what it is does not depend on this
+        if known is None or (adapter in self._failures and not serves):
             await self.pool.retire([adapter])
 
     def _forget_failures_except(self, adapters: Iterable[AdapterRevision]) -> None:

@@ -164,6 +164,18 @@ async def test_a_bad_file_is_refused_before_anything_is_recorded(
     assert (log.read().epoch, engine.loads) == (0, [])
 
 
+async def test_a_rank_that_is_announced_too_small_is_refused(client: httpx.AsyncClient, roots: Path) -> None:
+    first = await ok(publish(client, roots, "one"))
+    digest = (await ok(client.get(f"{ADAPTERS}/pirate")))["revisions"][0]["digest"]
+    candidate = {"name": "liar", "revision": digest, "base": BASE, "rank": 1}
+
+    response = await client.post(ADAPTERS, json={"candidate": candidate})
+
+    assert first["model"] == "pirate"
+    assert response.json()["error"]["code"] == "adapter_rejected"
+    assert "has rank 2, not 1" in response.json()["error"]["message"]
+
+
 async def test_an_adapter_that_fails_its_proof_is_abandoned_with_the_reason(
     client: httpx.AsyncClient, roots: Path, engine: FakeEngine
 ) -> None:

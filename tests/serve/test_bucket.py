@@ -132,6 +132,30 @@ def test_processes_of_one_machine_fetch_a_revision_once(url: str, make_artifact:
     assert left == [published.revision]
 
 
+def test_whoever_asks_for_a_revision_at_once_waits_for_one_download(
+    url: str, make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = take_artifact(make_artifact("a"), None, StateDir(url, tmp_path / "one").store)
+    fetched: list[str] = []
+    pieces = Bucket.pieces
+
+    def counting(bucket: Bucket, key: str) -> Iterator[bytes]:
+        fetched.append(key.rpartition("/")[2])
+        return pieces(bucket, key)
+
+    monkeypatch.setattr(Bucket, "pieces", counting)
+    askers = [
+        threading.Thread(target=StateDir(url, tmp_path / "other").store.path, args=(published.adapter,))
+        for _ in range(5)
+    ]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+
+    assert sorted(fetched) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_files_that_were_changed_in_the_bucket_never_reach_the_engine(
     url: str, make_artifact: MakeArtifact, tmp_path: Path
 ) -> None:

@@ -5,8 +5,16 @@ from collections.abc import Sequence
 
 import pytest
 
+from serve.candidate import Candidate
 from serve.entry import Cause
-from serve.errors import PublishFailed, PublishUnconfirmed, ReplicaUnreachable, TransitionRefused, UnknownModel
+from serve.errors import (
+    AdapterRejected,
+    PublishFailed,
+    PublishUnconfirmed,
+    ReplicaUnreachable,
+    TransitionRefused,
+    UnknownModel,
+)
 from serve.log import CatalogueLog
 from serve.names import RequestedModel
 from serve.publish import Control, Published
@@ -86,6 +94,20 @@ async def test_one_replica_that_cannot_load_it_stops_the_publish_with_its_reason
 
     assert fleet.answers == {OLD.adapter}
     assert all(engine.resident == {OLD.adapter} for engine in fleet.engines)
+
+
+async def test_a_proof_that_fails_stops_the_publish_though_the_engine_still_holds_the_revision(
+    fleet: Fleet, log: CatalogueLog
+) -> None:
+    async def refuse(_: Candidate) -> None:
+        raise AdapterRejected("it changes nothing")
+
+    fleet.reconcilers[1].prove = refuse
+    async with fleet.reconcilers[1].pool.use(NEW.adapter):
+        with pytest.raises(PublishFailed, match="Replica replica-1: it changes nothing"):
+            await Control(log, fleet).publish(NEW)
+
+    assert log.read().resolve(ALIAS) == OLD.adapter
 
 
 async def test_a_replica_that_does_not_answer_stops_the_publish(fleet: Fleet, log: CatalogueLog) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from serve.candidate import Candidate
 from serve.catalogue import Catalogue
+from serve.entry import Cause
 from serve.errors import AdapterRejected, StoreUnavailable
 from serve.log import CatalogueLog
 from serve.names import AdapterRevision, RequestedModel
@@ -93,6 +94,55 @@ async def test_a_staged_revision_that_fails_its_proof_is_unloaded_and_told(
 
     assert "changes nothing" in report.failures[OTHER.adapter.engine_name]
     assert engine.resident == {OLD.adapter}
+
+
+async def test_a_revision_that_failed_its_proof_is_proven_again_though_a_request_still_holds_it(
+    reconciler: Reconciler, log: CatalogueLog, engine: FakeEngine
+) -> None:
+    verdicts: list[str] = []
+
+    async def prove(candidate: Candidate) -> None:
+        verdicts.append(candidate.name)
+        raise AdapterRejected(f"{candidate.adapter} changes nothing")
+
+    reconciler.prove = prove
+    catalogue(log, staged=(OTHER,))
+    async with reconciler.pool.use(OTHER.adapter):
+        await reconciler.sync(OTHER.adapter.engine_name)
+        log.abandon(OTHER, Cause())
+        catalogue(log, staged=(OTHER,))
+        report = await reconciler.sync(OTHER.adapter.engine_name)
+
+    assert verdicts == ["json", "json"]
+    assert OTHER.adapter.engine_name in report.resident
+    assert "changes nothing" in report.failures[OTHER.adapter.engine_name]
+
+
+async def test_a_serving_revision_whose_proof_fails_when_it_is_published_again_stays(
+    reconciler: Reconciler, log: CatalogueLog, engine: FakeEngine
+) -> None:
+    catalogue(log, OLD)
+    await reconciler.sync()
+
+    async def prove(candidate: Candidate) -> None:
+        raise AdapterRejected("the golden answers are others by now")
+
+    reconciler.prove = prove
+    catalogue(log, staged=(OLD,))
+
+    report = await reconciler.sync(OLD.adapter.engine_name)
+
+    assert "golden answers" in report.failures[OLD.adapter.engine_name]
+    assert engine.unloads == []
+
+
+async def test_the_end_of_an_earlier_staging_does_not_give_a_later_one_up(log: CatalogueLog) -> None:
+    early, late = (datetime.now(UTC) + timedelta(seconds=seconds) for seconds in (-1, 60))
+    log.stage(NEW, until=early)
+    log.stage(NEW, until=late)
+
+    assert log.abandon(NEW, Cause("graft", "overdue"), early).staged == {NEW.adapter}
+    assert log.abandon(NEW, Cause("graft", "overdue"), late).staged == frozenset()
 
 
 async def test_what_the_engine_lost_or_should_not_have_is_mended_and_told(
