@@ -13,9 +13,10 @@ from rich.table import Table
 
 from serve import commands
 from serve.bundle import Bundle
-from serve.commands import DEFAULT_STATE, LocalOption, StateOption, err, told_errors
+from serve.commands import DEFAULT_STATE, LocalOption, StateOption
 from serve.config import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
 from serve.desired import Desired
+from serve.output import err, told_errors
 from serve.register import needed_rank, register
 from serve.remote import AdminClient
 from serve.state import StateDir

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from convert.artifact import Artifact, problems_of
-from convert.errors import ConvertError
-from serve.errors import ServeError, StateInvalid
+from convert.artifact import Artifact
 from serve.intake import candidate_of
+from serve.output import err, print_json, table, tell, tell_moved, told_errors
 from serve.remote import TOKEN_VARIABLE, AdminClient
 from serve.state import StateDir
 
@@ -44,8 +37,6 @@ AnyRevision = Annotated[
     str, typer.Argument(metavar="NAME[@REVISION]", help="A revision of an adapter; without @, the current one.")
 ]
 OneRevision = Annotated[str, typer.Argument(metavar="NAME@REVISION", help="As `show` and `list` print it.")]
-
-err = Console(stderr=True)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -77,9 +68,9 @@ def publish(
         candidate_of(Artifact.open(artifact), name)  # told before a server is looked for
         answer = _client(state, local, url).publish(artifact, name, stage_only=stage_only, reason=reason)
     if stage_only:
-        _tell(answer, as_json, "[bold]{revision}[/] is staged on {replicas} replicas ({staged_s} s).")
+        tell(answer, as_json, "[bold]{revision}[/] is staged on {replicas} replicas ({staged_s} s).")
     else:
-        _tell_moved(answer, as_json)
+        tell_moved(answer, as_json)
 
 
 def promote(
@@ -92,7 +83,7 @@ def promote(
 ) -> None:
     """Point a name to a revision that is staged, or that served before."""
     with told_errors():
-        _tell_moved(_client(state, local, url).change("promote", *_split(adapter, required=True), reason), as_json)
+        tell_moved(_client(state, local, url).change("promote", *_split(adapter, required=True), reason), as_json)
 
 
 def rollback(
@@ -110,7 +101,7 @@ def rollback(
     """
     with told_errors():
         revision = to.rpartition("@")[2] if to else None
-        _tell_moved(_client(state, local, url).roll_back(name, revision, reason), as_json)
+        tell_moved(_client(state, local, url).roll_back(name, revision, reason), as_json)
 
 
 def abandon(
@@ -124,7 +115,7 @@ def abandon(
     """Give a staged revision up: every replica lets go of it."""
     with told_errors():
         answer = _client(state, local, url).change("abandon", *_split(adapter, required=True), reason)
-        _tell(answer, as_json, f"[bold]{adapter}[/] is given up.")
+        tell(answer, as_json, f"[bold]{adapter}[/] is given up.")
 
 
 def retire(
@@ -141,7 +132,7 @@ def retire(
     """
     with told_errors():
         answer = _client(state, local, url).retire(name, reason)
-        _tell(answer, as_json, "[bold]{model}[/] is retired on {replicas} replicas.")
+        tell(answer, as_json, "[bold]{model}[/] is retired on {replicas} replicas.")
 
 
 def pin(
@@ -155,7 +146,7 @@ def pin(
     """Keep a revision resident on every replica; it is not retired until it is unpinned."""
     with told_errors():
         answer = _client(state, local, url).change("pin", *_split(adapter), reason)
-        _tell(answer, as_json, "[bold]{revision}[/] is pinned.")
+        tell(answer, as_json, "[bold]{revision}[/] is pinned.")
 
 
 def unpin(
@@ -169,7 +160,7 @@ def unpin(
     """Let a pinned revision come and go with its use again."""
     with told_errors():
         answer = _client(state, local, url).change("unpin", *_split(adapter), reason)
-        _tell(answer, as_json, "[bold]{revision}[/] is no longer pinned.")
+        tell(answer, as_json, "[bold]{revision}[/] is no longer pinned.")
 
 
 def list_adapters(
@@ -178,7 +169,7 @@ def list_adapters(
     """Every adapter with the revision it means, the one before, and what is staged or pinned."""
     with told_errors():
         found = _client(state, local, url).adapters()
-    _table(found, ("name", "current", "previous", "staged", "pinned"), as_json, {"adapters": found})
+    table(found, ("name", "current", "previous", "staged", "pinned"), as_json, {"adapters": found})
 
 
 def show(
@@ -191,7 +182,7 @@ def show(
     """All revisions of an adapter: state, reason, author, and where each came from (with --json)."""
     with told_errors():
         found = _client(state, local, url).show(name)
-    _table(found["revisions"], ("revision", "state", "pinned", "at", "by", "reason"), as_json, found)
+    table(found["revisions"], ("revision", "state", "pinned", "at", "by", "reason"), as_json, found)
 
 
 def history(
@@ -205,7 +196,7 @@ def history(
     """What was done, by whom, when and why; newest first."""
     with told_errors():
         found = _client(state, local, url).history(name, limit)
-    _table(found, ("epoch", "at", "by", "verb", "revision", "reason"), as_json, {"history": found})
+    table(found, ("epoch", "at", "by", "verb", "revision", "reason"), as_json, {"history": found})
 
 
 def apply(
@@ -249,32 +240,15 @@ def status(
     if as_json:
         print_json({"replicas": found, "url": client.url})
         return
-    table = Table(
+    shown = Table(
         "replica", "epoch", "adapters in the engine", "running requests", "failures", "repairs", title=client.url
     )
     for replica in found:
         failures = "; ".join(f"{model}: {why}" for model, why in replica["failures"].items())
         held, repairs = "\n".join(replica["resident"]), "\n".join(replica["repairs"])
         row = (replica["replica"], str(replica["epoch"]), held, str(replica["running_requests"]), failures, repairs)
-        table.add_row(*row)
-    Console().print(table)
-
-
-@contextmanager
-def told_errors() -> Iterator[None]:
-    """Prints `error[code]: message` and exits with 1: a user's mistake never shows a traceback."""
-    try:
-        yield
-    except (ServeError, ConvertError) as error:
-        _fail(error.code, str(error))
-    except ValidationError as error:
-        _fail("invalid_settings", problems_of(error))
-    except PermissionError as error:
-        _fail(StateInvalid.code, str(error))
-
-
-def print_json(document: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(document) + os.linesep)
+        shown.add_row(*row)
+    Console().print(shown)
 
 
 def _client(state: str, local: Path | None, url: str | None) -> AdminClient:
@@ -286,44 +260,3 @@ def _split(adapter: str, *, required: bool = False) -> tuple[str, str | None]:
     if required and not revision:
         raise typer.BadParameter(f"{adapter!r} names no revision: write NAME@REVISION.")
     return name, revision if separator else None
-
-
-def _tell_moved(answer: Mapping[str, Any], as_json: bool) -> None:
-    _tell(
-        answer,
-        as_json,
-        "[bold]{model}[/] now answers as [bold]{revision}[/] on {replicas} replicas "
-        "(staged in {staged_s} s, switched in {promoted_s} s).",
-    )
-
-
-def _tell(answer: Mapping[str, Any], as_json: bool, text: str) -> None:
-    if as_json:
-        print_json(answer)
-    else:
-        err.print(text.format(**answer))
-
-
-def _table(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool, document: Mapping[str, Any]
-) -> None:
-    if as_json:
-        print_json(document)
-        return
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
-    Console().print(table)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, list):
-        return "\n".join(map(str, value))
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    return "" if value is None else str(value)
-
-
-def _fail(code: str, message: str) -> NoReturn:
-    err.print(f"error[{code}]: {message}", markup=False, highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
