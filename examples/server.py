@@ -24,15 +24,23 @@ STOP_TIMEOUT_S = 90
 
 @contextlib.contextmanager
 def running_server(
-    artifacts: Sequence[Path], state: Path, *options: str, port: int | None = None, log: Path | None = None
+    artifacts: Sequence[Path],
+    state: Path,
+    *options: str,
+    port: int | None = None,
+    log: Path | None = None,
+    store: str | None = None,
 ) -> Iterator[str]:
     """Serve the artifacts on a port of this machine; yields the URL when every engine is ready.
+
+    `store`: the URL of an object store that holds the state; `state` then is this machine's part.
 
     What the server prints goes to `log`, or to this program's own error stream. Raises RuntimeError with its
     last words if it does not come up.
     """
     port = port or free_port()
-    command = [sys.executable, "-m", "serve", "run", *map(str, artifacts), "--state", str(state), "--port", str(port)]
+    place = ["--state", store, "--local", str(state)] if store else ["--state", str(state)]
+    command = [sys.executable, "-m", "serve", "run", *map(str, artifacts), *place, "--port", str(port)]
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("w")) if log else None
         # A session of its own: Ctrl-C ends this program, and this program ends the server.

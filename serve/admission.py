@@ -2,8 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+from serve.adapter_files import largest_rank, linear_shapes, problems
 from serve.candidate import Candidate
-from serve.config import EngineSettings
+from serve.config import AdmissionSettings, EngineSettings
+from serve.errors import AdapterRejected
+
+_SHOWN = 5
+
+
+class Admission:
+    """The checks of one server: what it is for, and what its base model is made of."""
+
+    def __init__(self, engine: EngineSettings, settings: AdmissionSettings) -> None:
+        self._engine = engine
+        self._settings = settings
+
+    def check(self, candidate: Candidate, directory: Path) -> None:
+        """Raises AdapterRejected with every reason why the files in `directory` can't be served as `candidate`."""
+        if found := objections(candidate, self._engine):
+            raise AdapterRejected(f"{candidate.adapter} can't be served here: {'; '.join(found)}.")
+        size = sum(it.stat().st_size for it in directory.iterdir())
+        if size > self._settings.max_adapter_bytes:
+            raise AdapterRejected(
+                f"{candidate.adapter} has {size} bytes, more than this server's {self._settings.max_adapter_bytes} "
+                "(max_adapter_bytes)."
+            )
+        if (rank := largest_rank(directory)) > candidate.rank:
+            raise AdapterRejected(f"{candidate.adapter} has rank {rank}, not {candidate.rank} as it was announced.")
+        if found := problems(directory, self._modules):
+            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            raise AdapterRejected(f"{candidate.adapter} can't be served: {'; '.join(found[:_SHOWN])}{more}.")
+
+    @cached_property
+    def _modules(self) -> Mapping[str, tuple[int, int] | None]:
+        return linear_shapes(self._engine.model_path)
 
 
 def objections(candidate: Candidate, engine: EngineSettings) -> list[str]:

@@ -1,4 +1,4 @@
-"""An adapter revision with what decides whether an engine can take it."""
+"""An adapter revision with what decides whether an engine can take it, and where it came from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from convert.artifact import Manifest, Name, Sha256
 from serve.names import AdapterRevision
+
+
+class Lineage(BaseModel):
+    """What the manifest tells of a revision's making; kept in history."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(description="The base model as the checkpoint or the user names it.")
+    layout: str = Field(description="The trainer's layout it came in.")
+    origin: Sha256 | None = Field(default=None, description="digest() of the checkpoint's adapter files.")
+    training: str | None = Field(default=None, description="lora or qlora; null: unknown.")
+    route: str | None = Field(default=None, description="How it was converted; null: it was not.")
+    kl_mean: float | None = Field(default=None, description="Measured loss, nats per token.")
+    top1_agreement: float | None = None
 
 
 class Candidate(BaseModel):
@@ -17,6 +31,8 @@ class Candidate(BaseModel):
     revision: Sha256
     base: Sha256 = Field(description="Fingerprint of the base model it was made for.")
     rank: int = Field(ge=1)
+    golden: Sha256 | None = Field(default=None, description="SHA-256 of its golden.json, where it has one.")
+    lineage: Lineage | None = None
 
     @classmethod
     def of(cls, manifest: Manifest, name: str | None = None) -> Candidate | None:
@@ -28,8 +44,23 @@ class Candidate(BaseModel):
             revision=manifest.adapter.revision,
             base=manifest.model.fingerprint,
             rank=manifest.adapter.rank,
+            golden=manifest.golden,
+            lineage=_lineage(manifest),
         )
 
     @property
     def adapter(self) -> AdapterRevision:
         return AdapterRevision(self.name, self.revision)
+
+
+def _lineage(manifest: Manifest) -> Lineage:
+    quality = manifest.quality
+    return Lineage(
+        source=manifest.base.source if manifest.base else manifest.model.source,
+        layout=manifest.origin.layout,
+        origin=manifest.origin.digest,
+        training=manifest.origin.training,
+        route=manifest.route.name,
+        kl_mean=quality.kl_mean if quality else None,
+        top1_agreement=quality.top1_agreement if quality else None,
+    )

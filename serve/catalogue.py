@@ -1,53 +1,65 @@
-"""The durable truth of which adapters exist: an append-only log of small entries.
-
-    DIR/0000000001.json, 0000000002.json, …
-
-An entry is written whole under another name and then linked to its number, which fails if the number is
-taken: two writers can't both win, and no reader sees half an entry. Folding the entries in order gives the
-`Catalogue`; the number of the last one is its epoch. History comes for free.
-"""
+"""What the catalogue says at one moment: every name, its revisions and their states. Pure values; `serve.log`
+reads and writes them."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from serve.candidate import Candidate
-from serve.errors import PublishFailed, StateInvalid, UnknownModel
+from serve.entry import Entry
 from serve.names import SHORT_REVISION, AdapterRevision, RequestedModel
 
-Verb = Literal["stage", "promote", "abandon", "retire"]
+State = Literal["staged", "serving", "previous", "abandoned", "retired"]
 
 
-class Entry(BaseModel):
-    """One line of history."""
+class Revision(BaseModel):
+    """One revision of one name, and what last happened to it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    verb: Verb = Field(
-        description="stage: replicas shall hold it. promote: the alias points to it. "
-        "abandon: a staged revision is given up. retire: the alias goes away."
-    )
     candidate: Candidate
+    state: State
+    staged: bool = Field(description="Replicas shall hold it; true for a serving one that is published again, too.")
+    until: datetime | None = None
+    pinned: bool = False
     at: datetime
+    by: str = ""
     reason: str = ""
 
+    @property
+    def is_promoted(self) -> bool:
+        return self.state in ("serving", "previous")
 
-@dataclass(frozen=True)
-class AdapterState:
-    """One name: where its alias points, what is staged, and every revision promoted since it was last retired."""
 
-    current: AdapterRevision | None = None
-    staged: frozenset[AdapterRevision] = frozenset()
-    promoted: tuple[AdapterRevision, ...] = ()
+class AdapterState(BaseModel):
+    """One name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    revisions: Mapping[str, Revision] = Field(default_factory=dict, description="By digest, oldest first.")
+    line: tuple[str, ...] = Field((), description="The revisions that led to the current one, which is the last.")
+    entries: tuple[int, ...] = Field((), description="Numbers of the log entries about this name.")
+
+    @property
+    def current(self) -> Revision | None:
+        return self.revisions[self.line[-1]] if self.line else None
+
+    def previous(self, count: int = 1) -> tuple[Revision, ...]:
+        """What the alias pointed to before, latest first, at most `count`. What was rolled back from is not
+        among them: going back never leads to it."""
+        return tuple(self.revisions[it] for it in reversed(self.line[:-1]))[:count]
+
+    def find(self, revision: str) -> Revision | None:
+        """The revision whose digest begins so; None if there is none, or it is too short to tell."""
+        if len(revision) < SHORT_REVISION:
+            return None
+        return next((it for digest, it in self.revisions.items() if digest.startswith(revision)), None)
 
 
 @dataclass(frozen=True)
@@ -56,165 +68,142 @@ class Catalogue:
 
     epoch: int = 0
     adapters: Mapping[str, AdapterState] = field(default_factory=dict)
-    candidates: Mapping[AdapterRevision, Candidate] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def current(self) -> frozenset[AdapterRevision]:
-        return frozenset(state.current for state in self.adapters.values() if state.current)
+        return frozenset(it.current.candidate.adapter for it in self.adapters.values() if it.current)
 
-    @property
+    @cached_property
     def staged(self) -> frozenset[AdapterRevision]:
-        return frozenset().union(*(state.staged for state in self.adapters.values()))
+        return self._those(lambda revision: revision.staged)
+
+    @cached_property
+    def pinned(self) -> frozenset[AdapterRevision]:
+        return self._those(lambda revision: revision.pinned)
+
+    def previous(self, count: int) -> tuple[AdapterRevision, ...]:
+        """Of every name the `count` revisions that a rollback would lead to."""
+        return tuple(it.candidate.adapter for state in self.adapters.values() for it in state.previous(count))
 
     @property
     def wanted(self) -> tuple[Candidate, ...]:
         """What a server of this catalogue must be able to hold."""
-        return tuple(self.candidates[adapter] for adapter in sorted(self.current | self.staged))
+        return tuple(self.candidate(adapter) for adapter in sorted(self.current | self.staged | self.pinned))
+
+    def revision(self, adapter: AdapterRevision) -> Revision | None:
+        return self.adapters.get(adapter.name, AdapterState()).revisions.get(adapter.revision)
+
+    def candidate(self, adapter: AdapterRevision) -> Candidate:
+        return self.adapters[adapter.name].revisions[adapter.revision].candidate
 
     def resolve(self, requested: RequestedModel) -> AdapterRevision | None:
-        """The revision an alias points to, or the one it is pinned to; None if there is no such adapter."""
-        state = self.adapters.get(requested.name)
-        if state is None or requested.revision is None:
-            return state.current if state else None
-        if len(requested.revision) < SHORT_REVISION:
-            return None
-        reachable = (*state.promoted, *state.staged)
-        return next((it for it in reachable if it.revision.startswith(requested.revision)), None)
+        """The revision an alias points to, or the one that was asked for; None if there is no such adapter."""
+        state = self.adapters.get(requested.name, AdapterState())
+        found = state.current if requested.revision is None else state.find(requested.revision)
+        return found.candidate.adapter if found and (found.is_promoted or found.staged) else None
 
     def was_promoted(self, adapter: AdapterRevision) -> bool:
-        return adapter in self.adapters.get(adapter.name, AdapterState()).promoted
+        revision = self.revision(adapter)
+        return revision is not None and revision.is_promoted
 
-    def after(self, entry: Entry) -> Catalogue:
-        """The state when `entry` follows."""
-        adapter = entry.candidate.adapter
-        state = _FOLD[entry.verb](self.adapters.get(adapter.name, AdapterState()), adapter)
-        return Catalogue(
-            self.epoch + 1,
-            dict(self.adapters) | {adapter.name: state},
-            dict(self.candidates) | {adapter: entry.candidate},
-        )
+    def overdue(self, now: datetime) -> tuple[Revision, ...]:
+        """Staged revisions whose publish never came to an end: its coordinator died."""
+        found = (self.revision(adapter) for adapter in sorted(self.staged))
+        return tuple(it for it in found if it and it.until and it.until < now)
 
+    def after(self, *entries: Entry) -> Catalogue:
+        """The state when `entries` follow."""
+        adapters = dict(self.adapters)
+        for number, entry in enumerate(entries, self.epoch + 1):
+            name = entry.candidate.name
+            state = _FOLD[entry.verb](adapters.get(name, AdapterState()), entry)
+            adapters[name] = state.model_copy(update={"entries": (*state.entries, number)})
+        return Catalogue(self.epoch + len(entries), adapters)
 
-def _stage(state: AdapterState, adapter: AdapterRevision) -> AdapterState:
-    return replace(state, staged=state.staged | {adapter})
-
-
-def _promote(state: AdapterState, adapter: AdapterRevision) -> AdapterState:
-    promoted = state.promoted if adapter in state.promoted else (*state.promoted, adapter)
-    return replace(state, current=adapter, staged=state.staged - {adapter}, promoted=promoted)
-
-
-def _abandon(state: AdapterState, adapter: AdapterRevision) -> AdapterState:
-    return replace(state, staged=state.staged - {adapter})
+    def _those(self, condition: Callable[[Revision], bool]) -> frozenset[AdapterRevision]:
+        revisions = (it for state in self.adapters.values() for it in state.revisions.values())
+        return frozenset(it.candidate.adapter for it in revisions if condition(it))
 
 
-def _retire(_: AdapterState, __: AdapterRevision) -> AdapterState:
-    return AdapterState()  # pinned requests end as well
+def _stage(state: AdapterState, entry: Entry) -> AdapterState:
+    before = state.revisions.get(entry.candidate.revision)
+    promoted = before is not None and before.is_promoted
+    staged = Revision(
+        candidate=entry.candidate,
+        state=before.state if before and promoted else "staged",
+        staged=True,
+        until=entry.until,
+        pinned=before.pinned if before else False,
+        at=entry.at,
+        by=entry.by,
+        reason=entry.reason,
+    )
+    return _with(state, [staged])
 
 
-_FOLD: dict[str, Callable[[AdapterState, AdapterRevision], AdapterState]] = {
+def _promote(state: AdapterState, entry: Entry) -> AdapterState:
+    digest = entry.candidate.revision
+    return _pointing(state, entry, (*(it for it in state.line if it != digest), digest))
+
+
+def _rollback(state: AdapterState, entry: Entry) -> AdapterState:
+    digest = entry.candidate.revision
+    if digest not in state.line:
+        return _promote(state, entry)
+    return _pointing(state, entry, state.line[: state.line.index(digest) + 1])
+
+
+def _pointing(state: AdapterState, entry: Entry, line: tuple[str, ...]) -> AdapterState:
+    """The alias at the end of `line`; what it pointed to before is previous, for the entry's reason."""
+    left = [_told(state.current, entry, state="previous")] if state.current else []
+    before = state.revisions.get(entry.candidate.revision) or _stage(state, entry).revisions[entry.candidate.revision]
+    entered = _told(before, entry, state="serving", staged=False, until=None)
+    return _with(state, [*left, entered]).model_copy(update={"line": line})
+
+
+def _abandon(state: AdapterState, entry: Entry) -> AdapterState:
+    before = state.revisions.get(entry.candidate.revision)
+    if before is None or not before.staged:
+        return state
+    if before.is_promoted:  # it was being published again: it stays what it is
+        return _with(state, [before.model_copy(update={"staged": False, "until": None})])
+    return _with(state, [_told(before, entry, state="abandoned", staged=False, until=None, pinned=False)])
+
+
+def _retire(state: AdapterState, entry: Entry) -> AdapterState:
+    alive = [it for it in state.revisions.values() if it.is_promoted or it.staged]
+    ended = [_told(it, entry, state="retired", staged=False, until=None, pinned=False) for it in alive]
+    return _with(state, ended).model_copy(update={"line": ()})  # requests for a revision of it end as well
+
+
+def _pin(state: AdapterState, entry: Entry) -> AdapterState:
+    return _pinned(state, entry, True)
+
+
+def _unpin(state: AdapterState, entry: Entry) -> AdapterState:
+    return _pinned(state, entry, False)
+
+
+def _pinned(state: AdapterState, entry: Entry, pinned: bool) -> AdapterState:
+    before = state.revisions.get(entry.candidate.revision)
+    return _with(state, [_told(before, entry, pinned=pinned)]) if before else state
+
+
+def _told(revision: Revision, entry: Entry, **changes: object) -> Revision:
+    return revision.model_copy(update={"at": entry.at, "by": entry.by, "reason": entry.reason, **changes})
+
+
+def _with(state: AdapterState, revisions: Iterable[Revision]) -> AdapterState:
+    changed = {it.candidate.revision: it for it in revisions}
+    return state.model_copy(update={"revisions": {**state.revisions, **changed}})
+
+
+_FOLD: dict[str, Callable[[AdapterState, Entry], AdapterState]] = {
     "stage": _stage,
     "promote": _promote,
+    "rollback": _rollback,
     "abandon": _abandon,
     "retire": _retire,
+    "pin": _pin,
+    "unpin": _unpin,
 }
-
-
-class CatalogueLog:
-    """The log in a directory that every replica and every writer can reach."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def follow(self, catalogue: Catalogue) -> Catalogue:
-        """`catalogue` with every entry that came since; one failed open when there is none."""
-        while (entry := self._read(catalogue.epoch + 1)) is not None:
-            catalogue = catalogue.after(entry)
-        return catalogue
-
-    def read(self) -> Catalogue:
-        return self.follow(Catalogue())
-
-    def append(self, decide: Callable[[Catalogue], Entry | None]) -> Catalogue:
-        """Add the entry that `decide` derives from the state before it; asked anew if another writer was
-        faster. None adds nothing. Durable when it returns."""
-        catalogue = self.read()
-        while (entry := decide(catalogue)) is not None:
-            if self._create(catalogue.epoch + 1, entry):
-                return catalogue.after(entry)
-            catalogue = self.follow(catalogue)
-        return catalogue
-
-    def stage(self, candidate: Candidate) -> Catalogue:
-        return self.append(lambda _: _entry("stage", candidate))
-
-    def promote(self, candidate: Candidate) -> Catalogue:
-        """Point the alias to a staged revision. Raises PublishFailed if it is not, or no longer, staged."""
-
-        adapter = candidate.adapter
-
-        def decide(catalogue: Catalogue) -> Entry:
-            if adapter not in catalogue.staged:
-                raise PublishFailed(f"{adapter} is not staged any more: another publish or a retire was faster.")
-            return _entry("promote", candidate)
-
-        return self.append(decide)
-
-    def abandon(self, candidate: Candidate, reason: str) -> Catalogue:
-        return self.append(lambda _: _entry("abandon", candidate, reason))
-
-    def retire(self, name: str) -> Catalogue:
-        """Take the alias away. Raises UnknownModel if there is none."""
-
-        def decide(catalogue: Catalogue) -> Entry:
-            current = catalogue.resolve(RequestedModel(name))
-            if current is None:
-                raise UnknownModel(name, {adapter.name for adapter in catalogue.current})
-            return _entry("retire", catalogue.candidates[current])
-
-        return self.append(decide)
-
-    def _path(self, number: int) -> Path:
-        return self._directory / f"{number:010}.json"
-
-    def _read(self, number: int) -> Entry | None:
-        path = self._path(number)
-        try:
-            return Entry.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValidationError) as error:
-            raise StateInvalid(
-                f"The catalogue entry {path} can't be read: {error}. "
-                "Restore it from a backup, or start with a new --state directory and publish again."
-            ) from error
-
-    def _create(self, number: int, entry: Entry) -> bool:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=self._directory, prefix=".entry-")
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(entry.model_dump_json().encode())
-                stream.flush()
-                os.fsync(stream.fileno())
-            try:
-                os.link(temporary, self._path(number))
-            except FileExistsError:
-                return False
-            _fsync_directory(self._directory)
-            return True
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                Path(temporary).unlink()
-
-
-def _entry(verb: Verb, candidate: Candidate, reason: str = "") -> Entry:
-    return Entry(verb=verb, candidate=candidate, at=datetime.now(UTC), reason=reason)
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -50,7 +50,28 @@ class GatewaySettings(_Settings):
     """The HTTP side of a replica."""
 
     max_body_bytes: PositiveInt = Field(32 << 20, description="Larger request bodies get a 413.")
-    admin_token_sha256: Sha256 = Field(description="SHA-256 of the admin API's bearer token.")
+    admin_tokens: dict[str, Sha256] = Field(
+        description="SHA-256 of every bearer token of the admin API by its label, which history names as the author."
+    )
+
+
+class AdmissionSettings(_Settings):
+    """What an adapter must be before it is served."""
+
+    adapter_roots: tuple[Path, ...] = Field(
+        (), description="Directories that callers of the admin API may name adapters in; none: no paths are taken."
+    )
+    max_adapter_bytes: PositiveInt = Field(4 << 30, description="Larger adapters are refused.")
+    allow_other_template: bool = Field(
+        False, description="Take adapters that bring another tokenizer or chat template than the base model's."
+    )
+    least_change_nats: NonNegativeFloat = Field(
+        0.005,
+        description="A new revision must change some log-probability of a probe by more than this; 0: no probe.",
+    )
+    golden_tolerance_nats: PositiveFloat = Field(
+        0.25, description="Mean distance of log-probabilities that golden answers may have here."
+    )
 
 
 class ServeSettings(_Settings):
@@ -58,13 +79,23 @@ class ServeSettings(_Settings):
 
     engine: EngineSettings
     gateway: GatewaySettings
+    admission: AdmissionSettings = AdmissionSettings()
     state_dir: Path = Field(description="Catalogue and adapter store, shared by all replicas.")
+    state_url: str | None = Field(
+        None, description="An object store that holds them for many machines; state_dir then is this machine's part."
+    )
     replicas: PositiveInt = Field(1, description="Engines, each a process of its own with the whole model.")
     cpus_per_replica: NonNegativeFloat = Field(1, description="Ray's reservation per replica.")
     gpus_per_replica: NonNegativeFloat = Field(0, description="GPUs per replica.")
     max_ongoing_requests: PositiveInt = Field(256, description="Requests a replica works on at once.")
     catalogue_poll_s: PositiveFloat = Field(
         1.0, description="A replica that missed a notification follows the catalogue after at most this long."
+    )
+    drift_check_s: PositiveFloat = Field(
+        5.0, description="How often a replica compares what its engine holds with what it should."
+    )
+    keep_previous: Annotated[int, Field(ge=0)] = Field(
+        1, description="Revisions before the current one that stay resident, so that a rollback loads nothing."
     )
     sync_timeout_s: PositiveFloat = Field(60.0, description="A publish gives up on a replica after this long.")
     drain_s: PositiveFloat = Field(20.0, description="Running requests get this long when a replica stops.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,19 @@ class Engine(Protocol):
         """Requests it is working on or has queued."""
         ...
 
+    @property
+    def vocabulary_size(self) -> int: ...
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest request it takes."""
+        ...
+
+    async def logprobs(self, adapter: AdapterRevision | None, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """Log-probability, in nats, of every token but the first given those before it, by a resident adapter or
+        by the base model alone."""
+        ...
+
     async def load_adapter(self, adapter: AdapterRevision, path: Path) -> None:
         """Make it answer under its engine name. Raises AdapterUnavailable with the engine's reason."""
         ...
@@ -37,6 +51,10 @@ class Engine(Protocol):
 
     async def resident_adapters(self) -> frozenset[AdapterRevision]:
         """What the engine itself says it holds."""
+        ...
+
+    async def unload_strangers(self) -> int:
+        """Unload what it holds though nobody asked for it, as after an unload that failed; how many."""
         ...
 
     async def check_health(self) -> None:

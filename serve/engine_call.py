@@ -19,6 +19,8 @@ from serve.names import AdapterRevision, RequestedModel
 from serve.openai import error_response
 from serve.residency import AdapterPool
 
+MODEL_HEADER = b"x-graft-model"  # what answered: NAME@REVISION, or the base model
+
 _DISCONNECT: Message = {"type": "http.disconnect"}
 _ABORT_TIMEOUT_S = 2.0
 
@@ -53,7 +55,8 @@ class EngineCall:
         if adapter is not None:
             body = msgspec.json.encode(fields | {"model": adapter.engine_name})
         async with self._resident(adapter):
-            await self._run(with_content_length(scope, len(body)), body, receive, send)
+            answered_by = adapter.engine_name if adapter else self._base_model
+            await self._run(with_content_length(scope, len(body)), body, receive, saying(answered_by, send))
 
     def _resolve(self, model: str | None) -> AdapterRevision | None:
         if model is None or model == self._base_model:
@@ -124,6 +127,17 @@ class DeadEngineGuard:
             await _send_unavailable(self._send)
         elif not self._replaced:
             await self._send(message)
+
+
+def saying(model: str, send: Send) -> Send:
+    """`send` with the header that tells what answered, whole or streaming."""
+
+    async def told(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (MODEL_HEADER, model.encode())]}
+        await send(message)
+
+    return told
 
 
 async def _send_unavailable(send: Send) -> None:

@@ -7,17 +7,21 @@ ServeError                    500 server_error
 ├── InvalidBody               400 invalid_body            not JSON, or `model` is not a string
 ├── BodyTooLarge              413 body_too_large
 ├── Unauthorized              401 invalid_admin_token     the admin API without its token
-├── AdapterRejected           422 adapter_rejected        not for this base, or more than the engine takes
-├── PublishFailed             409 publish_failed          a replica could not load it; nothing changed
+├── PathRefused               403 path_refused            a path outside the allowed directories
+├── AdapterRejected           422 adapter_rejected        not for this base, damaged, or more than the engine takes
+├── TransitionRefused         409 transition_refused      the catalogue's state does not allow the step
+├── PublishFailed             409 publish_failed          a replica could not load or prove it; nothing changed
 ├── PublishUnconfirmed        504 publish_unconfirmed     the alias moved; a replica did not confirm in time
 ├── AdaptersExhausted         503 adapters_exhausted      every slot is in use by running requests
 ├── AdapterUnavailable        503 adapter_unavailable     it is in the catalogue, but could not be loaded
+├── StoreUnavailable          503 store_unavailable       catalogue or adapter store out of reach, or full
 ├── ReplicaUnreachable        503 replica_unreachable     a replica does not answer the admin API
 ├── EngineUnavailable         503 engine_unavailable      the engine died and is being replaced
 └── StartError                                            before there is a server to answer
     ├── PortInUse             port_in_use
     ├── ArtifactRefused       artifact_refused            invalid, or it doesn't fit the others
     ├── StateInvalid          state_invalid               the state directory is not usable
+    ├── DesiredStateInvalid   desired_state_invalid       the file of `apply` says what can't be
     ├── ServerNotRunning      server_not_running          `publish` found nobody to talk to
     ├── EngineStartFailed     engine_start_failed
     └── AdminRefused                                      what the admin API answered, with its code
@@ -86,8 +90,16 @@ class Unauthorized(InvalidRequest):
         super().__init__("The admin API needs `Authorization: Bearer TOKEN` with the token of this server.")
 
 
+class PathRefused(InvalidRequest):
+    status, code = 403, "path_refused"
+
+
 class AdapterRejected(InvalidRequest):
     status, code = 422, "adapter_rejected"
+
+
+class TransitionRefused(InvalidRequest):
+    status, code = 409, "transition_refused"
 
 
 class PublishFailed(InvalidRequest):
@@ -111,6 +123,12 @@ class AdaptersExhausted(Unavailable):
 
 class AdapterUnavailable(Unavailable):
     code = "adapter_unavailable"
+
+
+class StoreUnavailable(Unavailable):
+    """What is resident is served on; the same call may work a moment later."""
+
+    code, retry_after_s = "store_unavailable", 5
 
 
 class ReplicaUnreachable(Unavailable):
@@ -138,6 +156,10 @@ class ArtifactRefused(StartError):
 
 class StateInvalid(StartError):
     code = "state_invalid"
+
+
+class DesiredStateInvalid(StartError):
+    code = "desired_state_invalid"
 
 
 class ServerNotRunning(StartError):

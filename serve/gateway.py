@@ -21,6 +21,7 @@ from serve.engine_call import EngineCall
 from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, UnknownModel, UnknownRoute
 from serve.openai import ENGINE_ROUTES, error_response, model_card, model_list
 from serve.residency import AdapterPool
+from serve.vllm_routes import VllmRoutes
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +59,8 @@ class Gateway:
             Route("/health", self._health),
             Route("/v1/models", self._list_models),
             Route("/v1/models/{name}", self._get_model),
-            Route("/admin/v1/adapters", admin.publish, methods=["POST"]),
-            Route("/admin/v1/adapters/{name}", admin.retire, methods=["DELETE"]),
-            Route("/admin/v1/replicas", admin.list_replicas),
+            *admin.routes(),
+            *VllmRoutes(admin, self._base_model).routes(),
         ]
 
     async def _health(self, _: Request) -> Response:

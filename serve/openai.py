@@ -29,9 +29,12 @@ def error_response(error: ServeError) -> JSONResponse:
 
 
 def model_card(name: str, root: str, parent: str | None, created: int) -> dict[str, Any]:
-    """One model as GET /v1/models lists it, with the fields vLLM adds: root, what it stands for; parent,
-    the base model of an adapter."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "graft", "root": root, "parent": parent}
+    """One model as GET /v1/models lists it, with the fields vLLM adds: root, what it stands for (vLLM tells the
+    path there, which is nobody's business); parent, the base model of an adapter."""
+    return {
+        "id": name, "object": "model", "created": created, "owned_by": "graft", "root": root, "parent": parent,
+        "permission": [],
+    }  # fmt: skip
 
 
 def model_list(cards: Iterable[dict[str, Any]]) -> dict[str, Any]:

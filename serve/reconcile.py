@@ -3,32 +3,60 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Set
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Set
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict
 
-from serve.catalogue import Catalogue, CatalogueLog
+from serve.candidate import Candidate
+from serve.catalogue import Catalogue
 from serve.engine import Engine
-from serve.errors import ServeError
-from serve.names import AdapterRevision
+from serve.entry import Cause
+from serve.errors import ServeError, StoreUnavailable
+from serve.log import CatalogueLog
+from serve.names import AdapterRevision, RequestedModel
 from serve.residency import AdapterPool
+
+_RETRY_S = 2.0
+_SHOWN_REPAIRS = 20
+
+logger = logging.getLogger(__name__)
+
+# Raises a ServeError if a resident revision is not what it should be.
+Prove = Callable[[Candidate], Awaitable[None]]
 
 
 @dataclass(frozen=True)
 class Plan:
+    stage: tuple[AdapterRevision, ...]
     load: tuple[AdapterRevision, ...]
     retire: frozenset[AdapterRevision]
 
 
-def diff(catalogue: Catalogue, resident: Set[AdapterRevision], free: int) -> Plan:
-    """What to load and what to let go. Staged revisions are loaded whatever it takes, since a publish waits
-    for them; current ones only into free places, since a request would load them anyway."""
-    staged = sorted(catalogue.staged - resident)
-    current = sorted(catalogue.current - resident - catalogue.staged)
+def diff(
+    catalogue: Catalogue,
+    resident: Set[AdapterRevision],
+    free: int,
+    keep_previous: int = 1,
+    unproven: Set[AdapterRevision] = frozenset(),
+) -> Plan:
+    """What to load and what to let go; `unproven` are resident revisions that are still to be proven.
+
+    Staged and pinned revisions are loaded whatever it takes, since a publish waits for them and a pin says so; current
+    ones and those before them only into free places, since a request would load them anyway.
+    """
+    previous = catalogue.previous(keep_previous)
+    staged = sorted(catalogue.staged - (resident - unproven))
+    pinned = sorted(catalogue.pinned - catalogue.staged - resident)
+    asked = {*staged, *pinned, *resident}
+    others = [it for it in dict.fromkeys((*sorted(catalogue.current), *previous)) if it not in asked]
     return Plan(
-        load=(*staged, *current[: max(0, free - len(staged))]),
-        retire=frozenset(resident - catalogue.staged - catalogue.current),
+        stage=tuple(staged),
+        load=(*pinned, *others[: max(0, free - len(staged) - len(pinned))]),
+        retire=frozenset(resident - catalogue.staged - catalogue.pinned - catalogue.current - set(previous)),
     )
 
 
@@ -41,36 +69,72 @@ class ReplicaReport(BaseModel):
     epoch: int
     resident: tuple[str, ...]  # engine names, as the engine itself lists them
     running_requests: int  # as the engine itself counts them
-    failures: dict[str, str]  # engine name → reason, of loads that did not work
+    failures: dict[str, str]  # engine name → reason, of loads and proofs that did not work
+    repairs: tuple[str, ...] = ()  # when the engine was found to hold something else than it should, latest last
 
 
 @dataclass
 class Reconciler:
-    """Follows the catalogue on behalf of one replica. `catalogue` is the copy that requests are resolved
-    with: it moves on only after everything staged and promoted was loaded, or failed to."""
+    """Follows the catalogue on behalf of one replica. `catalogue` is the copy that requests are resolved with: it
+    moves on only after everything promoted was loaded, or failed to. Staged revisions are loaded and proven beside
+    that: a slow one holds up nobody else."""
 
     replica: str
     log: CatalogueLog
     engine: Engine
     pool: AdapterPool
+    prove: Prove
+    keep_previous: int = 1
     catalogue: Catalogue = field(default_factory=Catalogue)
-    _failures: dict[str, str] = field(default_factory=dict)
+    _latest: Catalogue = field(default_factory=Catalogue)  # what is being followed right now
+    _proven: set[AdapterRevision] = field(default_factory=set)  # on this engine
+    _failures: dict[AdapterRevision, ServeError] = field(default_factory=dict)
+    _staging: dict[AdapterRevision, asyncio.Task[None]] = field(default_factory=dict)
+    _repairs: deque[str] = field(default_factory=lambda: deque(maxlen=_SHOWN_REPAIRS))
     _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def sync(self) -> ReplicaReport:
-        """Catch up with the catalogue and report. Never raises for an adapter that can't be loaded."""
+    async def start(self) -> None:
+        """Return when the replica holds what the catalogue asks for, as far as its engine can. Waits for a store that
+        is out of reach; an adapter that can't be loaded is reported and blocks no other."""
+        while True:
+            try:
+                await self.sync()
+                await asyncio.gather(*self._staging.values())
+                if not any(isinstance(it, StoreUnavailable) for it in self._failures.values()):
+                    return
+            except StoreUnavailable:
+                logger.warning("the catalogue is out of reach; trying again", exc_info=True)
+            await asyncio.sleep(_RETRY_S)
+
+    async def sync(self, awaited: str | None = None) -> ReplicaReport:
+        """Catch up with the catalogue and report, after the staged revision of that engine name was loaded or failed
+        to. Never raises for an adapter; StoreUnavailable if the catalogue is out of reach."""
         async with self._syncing:
             latest = await asyncio.to_thread(self.log.follow, self.catalogue)
-            plan = diff(latest, self.pool.resident, self.pool.free)
-            self._failures = await self._load(plan)
-            self.catalogue = latest
-            await self.pool.retire(plan.retire)
+            await self._apply(latest)
+        for adapter, task in list(self._staging.items()):
+            if adapter.engine_name == awaited:
+                await asyncio.shield(task)
         return await self.report()
 
     async def follow(self) -> None:
-        """`sync` if the catalogue has something new; costs one failed open if it hasn't."""
-        if await asyncio.to_thread(self.log.follow, self.catalogue) != self.catalogue:
+        """`sync` if the catalogue has something new; costs one look if it hasn't. Gives up what is overdue."""
+        latest = await asyncio.to_thread(self.log.follow, self.catalogue)
+        for revision in latest.overdue(datetime.now(UTC)):
+            why = f"its publish did not come to an end by {revision.until}: whoever coordinated it is gone"
+            await asyncio.to_thread(self.log.abandon, revision.candidate, Cause("graft", why), revision.until)
+        if latest.epoch != self.catalogue.epoch or latest.overdue(datetime.now(UTC)):
             await self.sync()
+
+    async def audit(self) -> None:
+        """Find and mend what differs between the engine and what it should hold."""
+        found = await self.pool.audit()
+        async with self._syncing:
+            surplus = diff(self.catalogue, self.pool.resident, 0, self.keep_previous).retire
+            await self.pool.retire(surplus)
+        for what in found:
+            logger.warning("drift: %s", what)
+            self._repairs.append(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {what}")
 
     async def report(self) -> ReplicaReport:
         resident = await self.engine.resident_adapters()
@@ -79,14 +143,53 @@ class Reconciler:
             epoch=self.catalogue.epoch,
             resident=tuple(sorted(adapter.engine_name for adapter in resident)),
             running_requests=self.engine.running_requests,
-            failures=self._failures,
+            failures={adapter.engine_name: str(error) for adapter, error in sorted(self._failures.items())},
+            repairs=tuple(self._repairs),
         )
 
-    async def _load(self, plan: Plan) -> dict[str, str]:
-        failures = {}
-        for adapter in plan.load:
+    async def _apply(self, latest: Catalogue) -> None:
+        self._latest = latest
+        resident = self.pool.resident
+        plan = diff(latest, resident, self.pool.free, self.keep_previous, resident - self._proven)
+        self.pool.keep(latest.pinned | latest.staged)
+        for adapter in plan.stage:
+            if adapter not in self._staging:
+                self._start_staging(latest.candidate(adapter))
+        await self._load(plan.load)
+        self._forget_failures_except(latest.staged | {it for it in plan.load if it in self._failures})
+        self.catalogue = latest
+        await self.pool.retire(plan.retire)
+
+    async def _load(self, adapters: Iterable[AdapterRevision]) -> None:
+        for adapter in adapters:
+            self._failures.pop(adapter, None)
             try:
                 await self.pool.load(adapter)
             except ServeError as error:
-                failures[adapter.engine_name] = str(error)
-        return failures
+                self._failures[adapter] = error
+
+    def _start_staging(self, candidate: Candidate) -> None:
+        task = asyncio.create_task(self._stage(candidate))
+        self._staging[candidate.adapter] = task
+        task.add_done_callback(lambda _: self._staging.pop(candidate.adapter))
+
+    async def _stage(self, candidate: Candidate) -> None:
+        adapter = candidate.adapter
+        self._failures.pop(adapter, None)
+        try:
+            await self.pool.load(adapter)
+            async with self.pool.use(adapter):
+                await self.prove(candidate)
+            self._proven.add(adapter)
+        except ServeError as error:
+            self._failures[adapter] = error
+        except Exception as error:  # whatever it is, it must be this revision's reason and nobody else's trouble
+            logger.exception("could not stage %s", adapter)
+            self._failures[adapter] = ServeError(f"{type(error).__name__}: {error}")
+        known = self._latest.resolve(RequestedModel(adapter.name, adapter.revision))
+        serves = self._latest.was_promoted(adapter)  # published again: what it is does not depend on this
+        if known is None or (adapter in self._failures and not serves):
+            await self.pool.retire([adapter])
+
+    def _forget_failures_except(self, adapters: Iterable[AdapterRevision]) -> None:
+        self._failures = {it: self._failures[it] for it in adapters if it in self._failures}

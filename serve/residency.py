@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from serve.engine import Engine
-from serve.errors import AdaptersExhausted
+from serve.errors import AdaptersExhausted, ServeError
 from serve.names import AdapterRevision
 from serve.store import AdapterStore
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterPool:
@@ -22,6 +25,7 @@ class AdapterPool:
         self._capacity = capacity
         self._uses: OrderedDict[AdapterRevision, int] = OrderedDict()
         self._retired: set[AdapterRevision] = set()
+        self._kept: frozenset[AdapterRevision] = frozenset()
         self._changing = asyncio.Lock()
         self._unloads: set[asyncio.Task[None]] = set()
 
@@ -48,6 +52,21 @@ class AdapterPool:
         async with self.use(adapter):
             self._retired.discard(adapter)
 
+    def keep(self, adapters: frozenset[AdapterRevision]) -> None:
+        """Never evict these, used or not."""
+        self._kept = adapters
+
+    async def audit(self) -> list[str]:
+        """Compare with what the engine says it holds, and mend what differs: what it lost is loaded again, what it
+        should not have is unloaded. Tells what was found."""
+        async with self._changing:
+            lost = sorted(self.resident - await self._engine.resident_adapters())
+            found = [f"the engine had lost {adapter}" for adapter in lost]
+            for adapter in lost:
+                await self._reload(adapter)
+            strangers = await self._engine.unload_strangers()
+            return [*found, *([f"the engine held {strangers} adapters that nobody asked for"] if strangers else [])]
+
     async def retire(self, adapters: Iterable[AdapterRevision]) -> None:
         """Unload what nobody uses now, and the rest when its last request ends."""
         for adapter in adapters:
@@ -57,11 +76,13 @@ class AdapterPool:
     async def _pin(self, adapter: AdapterRevision) -> None:
         if self._pin_resident(adapter):
             return
+        # The files come first: while they are on their way from far, others are loaded.
+        path = await asyncio.to_thread(self._store.path, adapter)
         async with self._changing:
             if self._pin_resident(adapter):
                 return
             await self._make_room()
-            await self._engine.load_adapter(adapter, self._store.path(adapter))
+            await self._engine.load_adapter(adapter, path)
             self._uses[adapter] = 1
 
     def _pin_resident(self, adapter: AdapterRevision) -> bool:
@@ -71,7 +92,17 @@ class AdapterPool:
         self._uses.move_to_end(adapter)
         return True
 
+    async def _reload(self, adapter: AdapterRevision) -> None:
+        try:
+            await self._engine.load_adapter(adapter, await asyncio.to_thread(self._store.path, adapter))
+        except ServeError:
+            # Not resident any more: the next request for it tries again and tells its caller why it can't be.
+            logger.exception("could not load %s again", adapter)
+            del self._uses[adapter]
+
     def _unpin(self, adapter: AdapterRevision) -> None:
+        if adapter not in self._uses:
+            return  # the engine lost it and could not load it again
         self._uses[adapter] -= 1
         if adapter in self._retired and not self._uses[adapter]:
             # A task: the request that ends here may be a cancelled one, which must not await.
@@ -86,7 +117,7 @@ class AdapterPool:
 
     async def _make_room(self) -> None:
         while len(self._uses) >= self._capacity:
-            idle = next((adapter for adapter, uses in self._uses.items() if not uses), None)
+            idle = next((it for it, uses in self._uses.items() if not uses and it not in self._kept), None)
             if idle is None:
                 raise AdaptersExhausted(self._capacity)
             await self._forget(idle)

@@ -1,4 +1,5 @@
-"""The state directory of a server: catalogue, adapter store, admin token, and where the server listens."""
+"""The state of a server: catalogue and adapter store, which an object store may share between machines, and this
+machine's own part: the admin's tokens, and where the server listens."""
 
 from __future__ import annotations
 
@@ -6,14 +7,20 @@ import contextlib
 import hashlib
 import os
 import secrets
+from functools import cached_property
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from serve.bucket import Bucket
 from serve.errors import ServerNotRunning, StateInvalid
+from serve.log import CatalogueLog
+from serve.objects import Directory, Objects
+from serve.store import AdapterStore
 
 _TOKEN = "admin.token"  # noqa: S105  (a file name)
 _SERVER = "server.json"
+_DEFAULT_LOCAL = Path("graft-state")
 
 
 class RunningServer(BaseModel):
@@ -26,16 +33,29 @@ class RunningServer(BaseModel):
 
 
 class StateDir:
-    def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+    """`place`: a directory, which is all of the state, or the URL of an object store. Then `local` is the directory
+    that holds what is this machine's."""
+
+    def __init__(self, place: str | Path, local: Path | None = None) -> None:
+        self.url = str(place) if "://" in str(place) else None
+        self.root = (local or _DEFAULT_LOCAL if self.url else Path(place)).absolute()
 
     @property
-    def catalogue(self) -> Path:
-        return self.root / "catalogue"
+    def place(self) -> str:
+        return self.url or str(self.root)
+
+    @cached_property
+    def objects(self) -> Objects:
+        """Raises StateInvalid if the URL is none of a known object store."""
+        return Bucket(self.url) if self.url else Directory(self.root)
 
     @property
-    def adapters(self) -> Path:
-        return self.root / "adapters"
+    def log(self) -> CatalogueLog:
+        return CatalogueLog(self.objects)
+
+    @property
+    def store(self) -> AdapterStore:
+        return AdapterStore(self.root / "adapters", self.objects)
 
     def prepare(self) -> None:
         """Make the directory. Raises StateInvalid if that can't be."""
@@ -52,6 +72,11 @@ class StateDir:
             with os.fdopen(descriptor, "w") as stream:
                 stream.write(secrets.token_urlsafe(32))
         return path.read_text().strip()
+
+    def admin_tokens(self) -> dict[str, str]:
+        """SHA-256 of every token by its label: LABEL.token in the state directory. One is always there."""
+        self.admin_token()
+        return {path.stem: sha256(path.read_text().strip()) for path in sorted(self.root.glob("*.token"))}
 
     def require_unused(self) -> None:
         """Raises StateInvalid if a server runs on this directory: two would write one catalogue for two bases."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import types
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -68,8 +71,28 @@ class VllmEngine:
     def running_requests(self) -> int:
         return int(self._engine.output_processor.get_num_unfinished_requests())
 
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._engine.model_config.get_vocab_size())
+
+    @property
+    def context_tokens(self) -> int:
+        return int(self._engine.model_config.max_model_len)
+
+    async def logprobs(self, adapter: AdapterRevision | None, token_ids: Sequence[int]) -> tuple[float, ...]:
+        parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        request = self._requests[adapter] if adapter else None
+        prompt = {"prompt_token_ids": list(token_ids)}
+        answers = self._engine.generate(prompt, parameters, f"probe-{uuid.uuid4()}", lora_request=request)
+        last = [answer async for answer in answers][-1]
+        told = zip(token_ids[1:], last.prompt_logprobs[1:], strict=True)
+        return tuple(float(logprobs[token].logprob) for token, logprobs in told)
+
     async def load_adapter(self, adapter: AdapterRevision, path: Path) -> None:
-        request = LoRARequest(lora_name=adapter.engine_name, lora_int_id=self._next_id, lora_path=str(path))
+        # One that the engine lost keeps its number: requests that are running know it by that.
+        request = self._requests.get(adapter) or LoRARequest(
+            lora_name=adapter.engine_name, lora_int_id=self._next_id, lora_path=str(path)
+        )
         self._next_id += 1
         try:
             await self._engine.add_lora(request)
@@ -88,6 +111,14 @@ class VllmEngine:
             return frozenset()  # an engine without adapters refuses the question
         loaded = await self._engine.list_loras()
         return frozenset(adapter for adapter, request in self._requests.items() if request.lora_int_id in loaded)
+
+    async def unload_strangers(self) -> int:
+        if self._engine.vllm_config.lora_config is None:
+            return 0
+        strangers = set(await self._engine.list_loras()) - {it.lora_int_id for it in self._requests.values()}
+        for number in strangers:
+            await self._engine.remove_lora(number)
+        return len(strangers)
 
     async def check_health(self) -> None:
         await self._engine.check_health()

@@ -42,6 +42,7 @@ class Story:
 class Server:
     url: str
     state: Path
+    callers: Path | None = None  # where callers of the admin API may name adapters
 
     def command(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """`python -m serve …` on this server's state directory."""
@@ -67,9 +68,11 @@ def server(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """The 4-bit base with `french` and `german` on two engines."""
     home = tmp_path_factory.mktemp("server")
     served = [story.artifacts["french"], story.artifacts["german"]]
-    options = ("--replicas", str(REPLICAS), *ENGINE_OPTIONS)
+    callers = home / "callers"
+    callers.mkdir()
+    options = ("--replicas", str(REPLICAS), "--adapter-root", str(callers), *ENGINE_OPTIONS)
     with running_server(served, home / "state", *options, log=home / "server.log") as url:
-        yield Server(url, home / "state")
+        yield Server(url, home / "state", callers)
 
 
 def fine_tune(base: Path, directory: Path, seed: int) -> Path:

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from convert.artifact import (
     Adapter,
@@ -18,11 +24,14 @@ from convert.artifact import (
     size_bytes,
 )
 from serve.candidate import Candidate
+from serve.log import CatalogueLog
 from serve.names import AdapterRevision
+from serve.objects import Directory
 from serve.store import AdapterStore
 from tests.serve.fakes import FakeEngine
 
 BASE = "b" * 64
+MODULE = "model.layers.0.self_attn.q_proj"
 
 MakeArtifact = Callable[..., Artifact]
 
@@ -42,8 +51,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def make_artifact(tmp_path: Path) -> MakeArtifact:
-    """Artifacts whose weights are a few bytes of text: what the serving side checks is the manifest and the
-    digests, and no engine reads these."""
+    """Artifacts of a model with one linear layer; `weights` names the content of the adapter's."""
 
     def make(
         directory: str,
@@ -54,15 +62,16 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
         holds_base: bool = True,
         rank: int = 16,
         source: str = "some-org/Small-Llama",
+        golden: str | None = None,
     ) -> Artifact:
         root = tmp_path / directory
-        files = _write(root / "model", base)
+        files = write_base(root / "model", base)
         if not holds_base:
-            (root / "model" / "weights").unlink()
-            (root / "model").rmdir()
+            shutil.rmtree(root / "model")
         adapter = None
         if weights is not None:
-            adapter_files = _write(root / "adapter", weights)
+            write_adapter(root / "adapter", weights, rank)
+            adapter_files = file_digests(root / "adapter")
             adapter = Adapter(
                 revision=digest(adapter_files), files=adapter_files, rank=rank, size_bytes=size_bytes(root / "adapter")
             )
@@ -77,12 +86,15 @@ def make_artifact(tmp_path: Path) -> MakeArtifact:
                 files=files,
                 source=source,
                 quantization="nf4-double",
-                size_bytes=len(base),
+                size_bytes=size_bytes(root / "model") if holds_base else 0,
             ),
             adapter=adapter,
             quality=None,
+            golden=None if golden is None else hashlib.sha256(golden.encode()).hexdigest(),
             versions={},
         )
+        if golden is not None:
+            (root / "golden.json").write_text(golden)
         (root / "manifest.json").write_text(manifest.model_dump_json(by_alias=True))
         return Artifact.open(root)
 
@@ -97,10 +109,40 @@ def store(tmp_path: Path) -> AdapterStore:
         def path(self, adapter: AdapterRevision) -> Path:
             return tmp_path / adapter.revision
 
-    return AnyAdapter(tmp_path)
+    return AnyAdapter(tmp_path, Directory(tmp_path))
 
 
-def _write(directory: Path, content: str) -> dict[str, str]:
+@pytest.fixture
+def log(tmp_path: Path) -> CatalogueLog:
+    return CatalogueLog(Directory(tmp_path))
+
+
+async def believe(_: Candidate) -> None:
+    """The proof of a replica that asks for none."""
+
+
+def write_base(directory: Path, content: str) -> dict[str, str]:
+    """A model of one linear layer, 6 outputs by 4 inputs."""
     directory.mkdir(parents=True)
-    (directory / "weights").write_text(content)
+    save_file({f"{MODULE}.weight": _numbers(content, 6, 4)}, directory / "model.safetensors")
     return file_digests(directory)
+
+
+def write_adapter(directory: Path, content: str, rank: int = 2, **config: Any) -> Path:
+    """A PEFT adapter of that model."""
+    directory.mkdir(parents=True)
+    document = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "small"} | config
+    (directory / "adapter_config.json").write_text(json.dumps(document))
+    factors = {"lora_A": _numbers(content, rank, 4), "lora_B": _numbers(content, 6, rank)}
+    write_weights(directory, {f"base_model.model.{MODULE}.{name}.weight": it for name, it in factors.items()})
+    return directory
+
+
+def write_weights(directory: Path, tensors: dict[str, NDArray[Any]]) -> None:
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+def _numbers(content: str, *shape: int) -> NDArray[Any]:
+    """Numbers that are those of this content and no other."""
+    seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:4], "little")
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

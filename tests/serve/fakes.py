@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from starlette.types import Receive, Scope, Send
@@ -28,6 +28,10 @@ class FakeEngine:
         self.paths: dict[AdapterRevision, Path] = {}
         self.load_delay_s = 0.0
         self.handler: Handler = echo
+        self.strangers = 0
+        self.says: dict[AdapterRevision | None, float] = {}  # the log-probability of every token; absent: its own
+        self.vocabulary_size = 272
+        self.context_tokens = 64
 
     async def api(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.handler(scope, receive, send)
@@ -47,6 +51,15 @@ class FakeEngine:
 
     async def resident_adapters(self) -> frozenset[AdapterRevision]:
         return frozenset(self.resident)
+
+    async def unload_strangers(self) -> int:
+        found, self.strangers = self.strangers, 0
+        return found
+
+    async def logprobs(self, adapter: AdapterRevision | None, token_ids: Sequence[int]) -> tuple[float, ...]:
+        assert adapter is None or adapter in self.resident, "asked before it was loaded"
+        own = -1.0 if adapter is None else -2.0
+        return (self.says.get(adapter, own),) * (len(token_ids) - 1)
 
     async def check_health(self) -> None:
         if self.is_dead:

@@ -50,9 +50,9 @@ def test_a_rank_that_vllm_cannot_serve_is_refused(make_artifact: MakeArtifact) -
 
 def test_changed_bytes_are_refused(make_artifact: MakeArtifact) -> None:
     artifact = make_artifact("a")
-    (artifact.root / "adapter" / "weights").write_text("tampered")
+    (artifact.root / "adapter" / "adapter_config.json").write_text("tampered")
 
-    with pytest.raises(ArtifactRefused, match="adapter/weights has other bytes"):
+    with pytest.raises(ArtifactRefused, match=r"adapter/adapter_config\.json has other bytes"):
         Bundle.of([artifact.root])
 
 

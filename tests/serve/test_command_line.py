@@ -10,10 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from click import unstyle
+from typer.testing import CliRunner
 
-from serve.state import StateDir
-from tests.serve.conftest import MakeArtifact
+from convert.artifact import digest, file_digests
+from serve.__main__ import app
+from serve.state import StateDir, sha256
+from tests.serve.conftest import MakeArtifact, write_weights
+
+COMMANDS = (
+    "run", "publish", "promote", "rollback", "abandon", "retire", "pin", "unpin", "list", "show", "history", "apply",
+    "status",
+)  # fmt: skip
 
 
 def serve(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -35,7 +45,56 @@ def test_help_names_every_command() -> None:
     result = serve("--help")
 
     assert result.returncode == 0
-    assert all(command in result.stdout for command in ("run", "publish", "status"))
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+
+    assert result.exit_code == 0
+    assert "--state" in unstyle(result.output)
+
+
+@pytest.mark.parametrize("command", ["promote", "abandon"])
+def test_a_revision_must_be_named_where_there_is_no_default(tmp_path: Path, command: str) -> None:
+    (tmp_path / "server.json").write_text(json.dumps({"url": "http://127.0.0.1:9", "pid": os.getpid()}))
+
+    result = serve(command, "pirate", "--state", tmp_path)
+
+    assert result.returncode == 2
+    assert "write NAME@REVISION" in " ".join(result.stderr.split())
+
+
+def test_a_file_of_adapters_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    assert_refused(
+        serve("apply", tmp_path / "nowhere.yaml", "--state", tmp_path), "desired_state_invalid", "can't be read"
+    )
+
+
+def test_a_server_elsewhere_that_does_not_answer_is_told(tmp_path: Path) -> None:
+    assert_refused(
+        serve("list", "--url", "http://127.0.0.1:9", "--state", tmp_path), "server_not_running", "127.0.0.1:9"
+    )
+
+
+def test_a_state_of_no_known_store_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    result = serve("run", make_artifact("a").root, "--state", "ftp://x/y", "--local", tmp_path / "local")
+
+    assert_refused(result, "state_invalid", "Expected a directory, or SCHEME://BUCKET/PREFIX")
+
+
+def test_a_damaged_adapter_is_refused_before_an_engine_starts(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact("a", rank=2)
+    write_weights(artifact.root / "adapter", {"base_model.model.elsewhere.lora_A.weight": np.zeros((2, 4), "f4")})
+    files = file_digests(artifact.root / "adapter")
+    manifest = json.loads((artifact.root / "manifest.json").read_text())
+    manifest["adapter"] |= {"files": files, "revision": digest(files)}
+    (artifact.root / "manifest.json").write_text(json.dumps(manifest))
+
+    result = serve("run", artifact.root, "--state", tmp_path / "state")
+
+    assert_refused(result, "artifact_refused", "one of its two factors only")
 
 
 def test_running_something_that_is_no_artifact_is_refused(tmp_path: Path) -> None:
@@ -106,3 +165,10 @@ def test_the_admin_token_is_the_owners_alone_and_stays_the_same(tmp_path: Path) 
     assert len(token) >= 32
     assert stat.S_IMODE((tmp_path / "admin.token").stat().st_mode) == 0o600
     assert StateDir(tmp_path).admin_token() == token
+
+
+def test_every_token_of_the_state_directory_opens_the_admin_api_under_its_label(tmp_path: Path) -> None:
+    directory = StateDir(tmp_path)
+    (tmp_path / "ci.token").write_text("secret\n")
+
+    assert directory.admin_tokens() == {"admin": sha256(directory.admin_token()), "ci": sha256("secret")}

@@ -41,6 +41,17 @@ async def test_the_least_recently_used_idle_adapter_makes_room(engine: FakeEngin
     assert engine.resident == {FRENCH, JSON}
 
 
+async def test_a_kept_adapter_is_never_evicted_however_long_it_was_not_used(
+    engine: FakeEngine, store: AdapterStore
+) -> None:
+    pool = AdapterPool(engine, store, capacity=2)
+    pool.keep(frozenset({FRENCH}))
+    for adapter in (FRENCH, PIRATE, JSON):
+        await pool.load(adapter)
+
+    assert engine.resident == {FRENCH, JSON}
+
+
 async def test_an_adapter_in_use_is_never_evicted(engine: FakeEngine, store: AdapterStore) -> None:
     pool = AdapterPool(engine, store, capacity=1)
 

@@ -1,63 +1,95 @@
 from __future__ import annotations
 
+import contextlib
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from serve.admission import Candidate
-from serve.errors import AdapterUnavailable, ArtifactRefused
+from serve.errors import AdapterUnavailable, ArtifactRefused, StoreUnavailable
+from serve.intake import take_artifact
+from serve.log import CatalogueLog
+from serve.objects import Directory
 from serve.store import AdapterStore
-from tests.serve.conftest import MakeArtifact, revision
+from tests.serve.conftest import MakeArtifact, candidate, revision
+
+CONFIG = "adapter_config.json"
 
 
 @pytest.fixture
 def adapters(tmp_path: Path) -> AdapterStore:
-    return AdapterStore(tmp_path / "adapters")
+    return AdapterStore(tmp_path / "adapters", Directory(tmp_path))
 
 
 def test_an_adapter_lies_under_its_digest(adapters: AdapterStore, make_artifact: MakeArtifact) -> None:
     artifact = make_artifact("a", weights="pirate weights")
-    candidate = Candidate.of(artifact.manifest)
-    assert candidate is not None
 
-    adapters.put(artifact)
-    adapters.put(artifact)
+    candidate = take_artifact(artifact, None, adapters)
+    take_artifact(artifact, None, adapters)
 
     path = adapters.path(candidate.adapter)
     assert path.name == candidate.revision
-    assert (path / "weights").read_text() == "pirate weights"
+    assert (path / CONFIG).read_text() == (artifact.root / "adapter" / CONFIG).read_text()
 
 
 def test_the_copy_does_not_follow_the_artifact_when_it_changes(
     adapters: AdapterStore, make_artifact: MakeArtifact
 ) -> None:
     artifact = make_artifact("a", weights="pirate weights")
-    candidate = Candidate.of(artifact.manifest)
-    assert candidate is not None
-    adapters.put(artifact)
+    candidate = take_artifact(artifact, None, adapters)
 
-    (artifact.root / "adapter" / "weights").write_text("retrained")
+    before = (artifact.root / "adapter" / CONFIG).read_text()
 
-    assert (adapters.path(candidate.adapter) / "weights").read_text() == "pirate weights"
+    (artifact.root / "adapter" / CONFIG).write_text("retrained")
+
+    assert (adapters.path(candidate.adapter) / CONFIG).read_text() == before
 
 
 def test_bytes_that_are_not_what_the_manifest_says_never_get_in(
     adapters: AdapterStore, make_artifact: MakeArtifact, tmp_path: Path
 ) -> None:
     artifact = make_artifact("a")
-    (artifact.root / "adapter" / "weights").write_text("tampered")
+    (artifact.root / "adapter" / CONFIG).write_text("tampered")
 
     with pytest.raises(ArtifactRefused, match="its bytes changed"):
-        adapters.put(artifact)
+        take_artifact(artifact, None, adapters)
 
     assert list((tmp_path / "adapters").iterdir()) == []
 
 
 def test_a_merged_model_is_nothing_to_publish(adapters: AdapterStore, make_artifact: MakeArtifact) -> None:
     with pytest.raises(ArtifactRefused, match="merged model"):
-        adapters.put(make_artifact("a", weights=None))
+        take_artifact(make_artifact("a", weights=None), None, adapters)
 
 
 def test_files_that_are_not_there_are_told(adapters: AdapterStore) -> None:
     with pytest.raises(AdapterUnavailable, match="publish it again"):
         adapters.path(revision("pirate", "never put"))
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond a few bytes, whoever runs the tests."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(
+    adapters: AdapterStore, make_artifact: MakeArtifact, tmp_path: Path
+) -> None:
+    artifact = make_artifact("a")
+    log = CatalogueLog(Directory(tmp_path))
+    with full_disk(), pytest.raises(StoreUnavailable, match="Free space"):
+        take_artifact(artifact, None, adapters)
+    with full_disk(), pytest.raises(StoreUnavailable, match="Free space"):
+        log.stage(candidate("pirate", "1"))
+
+    assert list((tmp_path / "adapters").iterdir()) == []
+    assert list((tmp_path / "catalogue").iterdir()) == []
+    taken = take_artifact(artifact, None, adapters)
+    assert log.stage(taken).staged == {taken.adapter}

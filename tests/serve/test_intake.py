@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from serve.config import AdmissionSettings, EngineSettings
+from serve.errors import AdapterRejected, ArtifactRefused, PathRefused, StoreUnavailable
+from serve.intake import take_artifact, take_path
+from serve.objects import Directory
+from serve.store import AdapterStore
+from tests.serve.conftest import BASE, MakeArtifact, write_adapter, write_base
+
+
+class Desk:
+    """A server that takes adapters from one directory."""
+
+    def __init__(self, home: Path) -> None:
+        self.roots = home / "roots"
+        self.roots.mkdir()
+        write_base(home / "base", "base")
+        self.base = home / "base"
+        self.engine = EngineSettings(model_path=self.base, model_name="small", fingerprint=BASE, max_lora_rank=16)
+        self.store = AdapterStore(home / "store", Directory(home / "state"))
+        self.settings = AdmissionSettings(adapter_roots=(self.roots,))
+
+    def take(self, path: Path, name: str | None = None, **settings: object) -> object:
+        return take_path(path, name, self.store, self.engine, self.settings.model_copy(update=settings))
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return Desk(tmp_path)
+
+
+def test_a_plain_adapter_below_a_root_gets_the_digest_of_its_files(desk: Desk) -> None:
+    candidate = desk.take(write_adapter(desk.roots / "pirate", "pirate"))
+
+    assert (candidate.name, candidate.rank, candidate.base) == ("pirate", 2, BASE)  # type: ignore[attr-defined]
+    assert sorted(it.name for it in desk.store.path(candidate.adapter).iterdir()) == [  # type: ignore[attr-defined]
+        "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_an_artifact_below_a_root_keeps_its_lineage(desk: Desk, make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    make_artifact("roots/a")
+
+    candidate = desk.take(desk.roots / "a", "corsair")
+
+    assert candidate.name == "corsair"  # type: ignore[attr-defined]
+    assert candidate.lineage.training == "qlora"  # type: ignore[attr-defined]
+
+
+def test_no_path_is_taken_where_no_root_is_set(desk: Desk) -> None:
+    path = write_adapter(desk.roots / "pirate", "pirate")
+
+    with pytest.raises(PathRefused, match="--adapter-root"):
+        desk.take(path, adapter_roots=())
+
+
+@pytest.mark.parametrize("path", ["/etc", "roots/../outside", "roots/link", "roots/link/deeper", "relative"])
+def test_a_path_that_leads_out_of_the_roots_is_refused(desk: Desk, tmp_path: Path, path: str) -> None:
+    write_adapter(tmp_path / "outside", "pirate")
+    write_adapter(tmp_path / "outside" / "deeper", "pirate")
+    (desk.roots / "link").symlink_to(tmp_path / "outside")
+
+    with pytest.raises(PathRefused, match="not below a directory"):
+        desk.take(Path(path) if path == "relative" else tmp_path / path)
+
+
+def test_a_symbolic_link_inside_an_adapter_is_refused_wherever_it_leads(desk: Desk) -> None:
+    path = write_adapter(desk.roots / "pirate", "pirate")
+    other = write_adapter(desk.roots / "other", "other")
+    (path / "adapter_config.json").unlink()
+    (path / "adapter_config.json").symlink_to(other / "adapter_config.json")
+
+    with pytest.raises(PathRefused, match="symbolic link"):
+        desk.take(path)
+
+
+def test_a_file_that_becomes_a_symbolic_link_while_it_is_taken_is_not_followed(
+    desk: Desk, make_artifact: MakeArtifact
+) -> None:
+    artifact = make_artifact("a")
+    config = artifact.root / "adapter" / "adapter_config.json"
+    config.rename(artifact.root / "elsewhere.json")
+    config.symlink_to(artifact.root / "elsewhere.json")
+
+    with pytest.raises(StoreUnavailable):
+        take_artifact(artifact, None, desk.store)
+
+
+def test_a_pickled_adapter_is_refused_unread(desk: Desk) -> None:
+    path = write_adapter(desk.roots / "pirate", "pirate")
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+
+    with pytest.raises(AdapterRejected, match="pickled files can run code and are never read"):
+        desk.take(path)
+
+
+def test_a_directory_without_an_adapter_is_told(desk: Desk) -> None:
+    (desk.roots / "empty").mkdir()
+
+    with pytest.raises(AdapterRejected, match=r"no adapter_config\.json, adapter_model\.safetensors"):
+        desk.take(desk.roots / "empty")
+
+
+def test_an_adapter_above_the_limit_is_refused(desk: Desk) -> None:
+    with pytest.raises(AdapterRejected, match="max_adapter_bytes"):
+        desk.take(write_adapter(desk.roots / "pirate", "pirate"), max_adapter_bytes=100)
+
+
+@pytest.mark.parametrize("name", ["Pirate", "a@b", "../x", ""])
+def test_a_name_that_is_none_is_refused(desk: Desk, name: str) -> None:
+    path = write_adapter(desk.roots / "Pirate", "pirate")
+
+    with pytest.raises(AdapterRejected, match="can't be a name"):
+        desk.take(path, name)
+
+
+def test_another_tokenizer_or_chat_template_than_the_bases_is_told_unless_allowed(desk: Desk) -> None:
+    (desk.base / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "padding": None}))
+    (desk.base / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    path = write_adapter(desk.roots / "pirate", "pirate")
+    (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "padding": {"length": 8}}))
+    (path / "chat_template.jinja").write_text("{{ messages }}\n")
+    desk.take(path)
+
+    (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"b": 0}}}))
+    (path / "chat_template.jinja").write_text("{{ other }}")
+
+    with pytest.raises(AdapterRejected, match="another tokenizer and another chat template"):
+        desk.take(path)
+    desk.take(path, allow_other_template=True)
+
+
+def test_golden_answers_are_taken_along_and_must_be_the_ones_of_the_manifest(
+    desk: Desk, make_artifact: MakeArtifact
+) -> None:
+    artifact = make_artifact("a", golden="{}")
+    candidate = take_artifact(artifact, None, desk.store)
+    assert candidate.golden
+    assert desk.store.golden(candidate.golden) == b"{}"
+
+    (artifact.root / "golden.json").write_text("{ }")
+    with pytest.raises(ArtifactRefused, match=r"golden\.json is not the one"):
+        take_artifact(artifact, None, desk.store)
+    (artifact.root / "golden.json").unlink()
+    with pytest.raises(ArtifactRefused, match="missing"):
+        take_artifact(artifact, None, desk.store)
