@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from serve.candidate import Candidate
 from serve.errors import PublishFailed, StateInvalid, UnknownModel
 from serve.names import SHORT_REVISION, AdapterRevision, RequestedModel
+from serve.split import Split
 
-Verb = Literal["stage", "promote", "abandon", "retire"]
+Verb = Literal["stage", "promote", "abandon", "retire", "split"]
 
 
 class Entry(BaseModel):
@@ -34,20 +35,24 @@ class Entry(BaseModel):
 
     verb: Verb = Field(
         description="stage: replicas shall hold it. promote: the alias points to it. "
-        "abandon: a staged revision is given up. retire: the alias goes away."
+        "abandon: a staged revision is given up. retire: the alias goes away. "
+        "split: the staged revision gets a share of the alias's traffic, until it is promoted or abandoned."
     )
     candidate: Candidate
     at: datetime
     reason: str = ""
+    split: Split | None = Field(None, description="With the verb `split` only.")
 
 
 @dataclass(frozen=True)
 class AdapterState:
-    """One name: where its alias points, what is staged, and every revision promoted since it was last retired."""
+    """One name: where its alias points, what is staged, every revision promoted since it was last retired, and
+    the staged revision that gets a share of its traffic."""
 
     current: AdapterRevision | None = None
     staged: frozenset[AdapterRevision] = frozenset()
     promoted: tuple[AdapterRevision, ...] = ()
+    split: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,9 @@ class Catalogue:
         reachable = (*state.promoted, *state.staged)
         return next((it for it in reachable if it.revision.startswith(requested.revision)), None)
 
+    def split_of(self, name: str) -> Split | None:
+        return self.adapters.get(name, AdapterState()).split
+
     def was_promoted(self, adapter: AdapterRevision) -> bool:
         return adapter in self.adapters.get(adapter.name, AdapterState()).promoted
 
@@ -88,6 +96,8 @@ class Catalogue:
         """The state when `entry` follows."""
         adapter = entry.candidate.adapter
         state = _FOLD[entry.verb](self.adapters.get(adapter.name, AdapterState()), adapter)
+        if entry.split:
+            state = _with_split(state, entry.split)
         return Catalogue(
             self.epoch + 1,
             dict(self.adapters) | {adapter.name: state},
@@ -101,10 +111,13 @@ def _stage(state: AdapterState, adapter: AdapterRevision) -> AdapterState:
 
 def _promote(state: AdapterState, adapter: AdapterRevision) -> AdapterState:
     promoted = state.promoted if adapter in state.promoted else (*state.promoted, adapter)
+    state = _without_split(state)  # what it was compared with is not there any more
     return replace(state, current=adapter, staged=state.staged - {adapter}, promoted=promoted)
 
 
 def _abandon(state: AdapterState, adapter: AdapterRevision) -> AdapterState:
+    if state.split and state.split.revision == adapter.revision:
+        state = _without_split(state)
     return replace(state, staged=state.staged - {adapter})
 
 
@@ -112,11 +125,30 @@ def _retire(_: AdapterState, __: AdapterRevision) -> AdapterState:
     return AdapterState()  # pinned requests end as well
 
 
+def _split(state: AdapterState, _: AdapterRevision) -> AdapterState:
+    return state  # the entry says which
+
+
+def _with_split(state: AdapterState, split: Split) -> AdapterState:
+    if state.split and state.split.revision != split.revision:
+        state = _without_split(state)
+    return replace(state, split=split)
+
+
+def _without_split(state: AdapterState) -> AdapterState:
+    """The split ends, and the revision that had a share isn't held for it any longer."""
+    if state.split is None:
+        return state
+    held = frozenset(adapter for adapter in state.staged if adapter.revision != state.split.revision)
+    return replace(state, staged=held, split=None)
+
+
 _FOLD: dict[str, Callable[[AdapterState, AdapterRevision], AdapterState]] = {
     "stage": _stage,
     "promote": _promote,
     "abandon": _abandon,
     "retire": _retire,
+    "split": _split,
 }
 
 
@@ -162,6 +194,17 @@ class CatalogueLog:
 
     def abandon(self, candidate: Candidate, reason: str) -> Catalogue:
         return self.append(lambda _: _entry("abandon", candidate, reason))
+
+    def split(self, candidate: Candidate, split: Split) -> Catalogue:
+        """Give a staged revision a share. Raises PublishFailed if it is not, or no longer, staged."""
+        adapter = candidate.adapter
+
+        def decide(catalogue: Catalogue) -> Entry:
+            if adapter not in catalogue.staged:
+                raise PublishFailed(f"{adapter} is not staged any more: a publish or a retire was faster.")
+            return Entry(verb="split", candidate=candidate, at=datetime.now(UTC), split=split)
+
+        return self.append(decide)
 
     def retire(self, name: str) -> Catalogue:
         """Take the alias away. Raises UnknownModel if there is none."""

@@ -47,13 +47,13 @@ async def publish(log: CatalogueLog, replicas: Replicas, candidate: Candidate) -
     started = time.monotonic()
     await asyncio.to_thread(log.stage, candidate)
     try:
-        _check_holding(await replicas.sync(), adapter)
+        check_holding(await replicas.sync(), adapter)
     except (PublishFailed, ReplicaUnreachable) as error:
         await asyncio.to_thread(log.abandon, candidate, str(error))
         raise PublishFailed(f"{adapter} was not published, the alias still points where it did. {error}") from error
     staged = time.monotonic()
     catalogue = await asyncio.to_thread(log.promote, candidate)
-    reports = await _confirm(replicas, f"{adapter} is published", catalogue.epoch)
+    reports = await confirm(replicas, f"{adapter} is published", catalogue.epoch)
     return Published(
         model=adapter.name,
         revision=adapter.engine_name,
@@ -70,10 +70,11 @@ async def retire(log: CatalogueLog, replicas: Replicas, name: str) -> Sequence[R
     Raises UnknownModel, or PublishUnconfirmed if not every replica could be asked whether it follows.
     """
     catalogue = await asyncio.to_thread(log.retire, name)
-    return await _confirm(replicas, f"{name} is retired", catalogue.epoch)
+    return await confirm(replicas, f"{name} is retired", catalogue.epoch)
 
 
-def _check_holding(reports: Sequence[ReplicaReport], adapter: AdapterRevision) -> None:
+def check_holding(reports: Sequence[ReplicaReport], adapter: AdapterRevision) -> None:
+    """Raises PublishFailed with the reason of each replica that does not hold it, or if there is none."""
     name = adapter.engine_name
     if not reports:
         raise PublishFailed("No replica is running.")
@@ -84,7 +85,8 @@ def _check_holding(reports: Sequence[ReplicaReport], adapter: AdapterRevision) -
         )
 
 
-async def _confirm(replicas: Replicas, done: str, epoch: int) -> Sequence[ReplicaReport]:
+async def confirm(replicas: Replicas, done: str, epoch: int) -> Sequence[ReplicaReport]:
+    """Have every replica follow to `epoch`. Raises PublishUnconfirmed, saying what was `done` nevertheless."""
     try:
         reports = await replicas.sync()
     except ReplicaUnreachable as error:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,13 +25,21 @@ class Plan:
 
 def diff(catalogue: Catalogue, resident: Set[AdapterRevision], free: int) -> Plan:
     """What to load and what to let go. Staged revisions are loaded whatever it takes, since a publish waits
-    for them; current ones only into free places, since a request would load them anyway."""
-    staged = sorted(catalogue.staged - resident)
-    current = sorted(catalogue.current - resident - catalogue.staged)
+    for them; current ones only into free places, those known last first, since a request would load them anyway.
+    Costs no more with many registered adapters than with few, beyond one look at what is staged."""
+    staged = catalogue.staged
+    missing = sorted(staged - resident)
+    newest = (it for it in reversed(tuple(catalogue.candidates)) if it not in resident and it not in staged)
+    current = islice((it for it in newest if _is_current(catalogue, it)), max(0, free - len(missing)))
     return Plan(
-        load=(*staged, *current[: max(0, free - len(staged))]),
-        retire=frozenset(resident - catalogue.staged - catalogue.current),
+        load=(*missing, *current),
+        retire=frozenset(it for it in resident if it not in staged and not _is_current(catalogue, it)),
     )
+
+
+def _is_current(catalogue: Catalogue, adapter: AdapterRevision) -> bool:
+    state = catalogue.adapters.get(adapter.name)
+    return state is not None and state.current == adapter
 
 
 class ReplicaReport(BaseModel):
@@ -41,7 +51,10 @@ class ReplicaReport(BaseModel):
     epoch: int
     resident: tuple[str, ...]  # engine names, as the engine itself lists them
     running_requests: int  # as the engine itself counts them
+    waiting_requests: int = 0  # that wait for an adapter slot
     failures: dict[str, str]  # engine name → reason, of loads that did not work
+    address: str | None = None  # where it listens itself, once it has answered a request
+    splits: dict[str, dict[str, Any]] = {}  # name → what it saw of a canary or shadow
 
 
 @dataclass
@@ -54,6 +67,8 @@ class Reconciler:
     engine: Engine
     pool: AdapterPool
     catalogue: Catalogue = field(default_factory=Catalogue)
+    address: Callable[[], str | None] = lambda: None
+    splits: Callable[[], dict[str, dict[str, Any]]] = dict
     _failures: dict[str, str] = field(default_factory=dict)
     _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -79,7 +94,10 @@ class Reconciler:
             epoch=self.catalogue.epoch,
             resident=tuple(sorted(adapter.engine_name for adapter in resident)),
             running_requests=self.engine.running_requests,
+            waiting_requests=self.pool.turns.waiting,
             failures=self._failures,
+            address=self.address(),
+            splits=self.splits(),
         )
 
     async def _load(self, plan: Plan) -> dict[str, str]:

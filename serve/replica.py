@@ -8,16 +8,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import serve as ray_serve
+from ray.util import get_node_ip_address
 
 from serve.admin import Admin
 from serve.catalogue import CatalogueLog
 from serve.config import ServeSettings
+from serve.engine import Engine
 from serve.errors import ReplicaUnreachable
+from serve.forward import Peers
 from serve.gateway import Gateway
 from serve.reconcile import Reconciler, ReplicaReport
 from serve.residency import AdapterPool
+from serve.rollout import Rollouts
 from serve.state import StateDir
 from serve.store import AdapterStore
+from serve.waiting import WaitLimits
 
 DEPLOYMENT = "EngineReplica"
 
@@ -38,21 +43,44 @@ class EngineReplica:
         state = StateDir(self._settings.state_dir)
         self._log = CatalogueLog(state.catalogue)
         self._store = AdapterStore(state.adapters)
-        self._pool = AdapterPool(self._engine, self._store, self._settings.engine.max_resident_adapters)
-        self._reconciler = Reconciler(context.replica_id.unique_id, self._log, self._engine, self._pool)
+        self._pool = pool_of(self._engine, self._store, self._settings)
         self._replicas = RayReplicas(context.app_name, self._settings.sync_timeout_s)
+        self._admin = Admin(
+            self._settings.gateway.admin_token_sha256, self._settings.engine, self._log, self._store, self._replicas
+        )
+        self._rollouts = Rollouts(self._admin.give_up)
+        replica = context.replica_id.unique_id
+        self._peers = Peers(replica, get_node_ip_address(), self._replicas.report)
+        self._reconciler = Reconciler(
+            replica,
+            self._log,
+            self._engine,
+            self._pool,
+            address=lambda: self._peers.address,
+            splits=self._rollouts.summaries,
+        )
         await self._reconciler.sync()
         self._following = asyncio.create_task(self._follow())
 
     async def __serve_build_asgi_app__(self) -> Gateway:
-        admin = Admin(
-            self._settings.gateway.admin_token_sha256, self._settings.engine, self._log, self._store, self._replicas
+        return Gateway(
+            self._settings,
+            self._engine,
+            self._pool,
+            lambda: self._reconciler.catalogue,
+            self._admin,
+            self._rollouts,
+            self._peers if self._settings.replicas > 1 else None,
         )
-        return Gateway(self._settings, self._engine, self._pool, lambda: self._reconciler.catalogue, admin)
 
     async def sync(self) -> dict[str, Any]:
         """Follow the catalogue now; the ReplicaReport as plain data."""
         report = await self._reconciler.sync()
+        return report.model_dump()
+
+    async def report(self) -> dict[str, Any]:
+        """What it holds now, without following anything."""
+        report = await self._reconciler.report()
         return report.model_dump()
 
     async def check_health(self) -> None:
@@ -73,6 +101,19 @@ class EngineReplica:
                 logger.exception("could not follow the catalogue")
 
 
+def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings) -> AdapterPool:
+    gateway = settings.gateway
+    limits = WaitLimits(
+        max_waiting=gateway.max_waiting_requests,
+        max_waiting_per_caller=gateway.max_waiting_per_caller,
+        max_wait_s=gateway.max_wait_s,
+        turn_s=gateway.adapter_turn_s,
+    )
+    return AdapterPool(
+        engine, store, settings.engine.adapter_capacity, slots=settings.engine.max_active_adapters, limits=limits
+    )
+
+
 class RayReplicas:
     """serve.publish.Replicas through Ray Serve's broadcast."""
 
@@ -81,7 +122,14 @@ class RayReplicas:
         self._timeout_s = timeout_s
 
     async def sync(self) -> Sequence[ReplicaReport]:
-        response = self._handle.broadcast("sync")
+        return await self._all("sync")
+
+    async def report(self) -> Sequence[ReplicaReport]:
+        """What every one holds, as it is. Raises ReplicaUnreachable if one does not answer."""
+        return await self._all("report")
+
+    async def _all(self, method: str) -> Sequence[ReplicaReport]:
+        response = self._handle.broadcast(method)
         try:
             reports = await response.results_async(timeout_s=self._timeout_s)
         except Exception as error:
