@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from serve.candidate import Candidate
 from serve.catalogue import CatalogueLog
 from serve.config import EngineSettings, GatewaySettings, ServeSettings, supported_rank
 from serve.errors import AdminRefused, ArtifactRefused, ServeError, ServerNotRunning, StateInvalid
+from serve.split import Kind, Terms
 from serve.state import StateDir, sha256
 from serve.store import AdapterStore
 
@@ -43,6 +45,8 @@ Artifacts = Annotated[
 State = Annotated[Path, typer.Option("--state", help="Where the catalogue and the adapters live; survives restarts.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
+_SHOWN_MODELS = 50
+_TERMS = Terms()
 _DEFAULT_STATE = Path("graft-state")
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _err = Console(stderr=True)
@@ -61,6 +65,12 @@ def run(
         int | None,
         typer.Option(min=0, max=512, help="Largest adapter rank to leave room for; default: what is given needs."),
     ] = None,
+    max_active_adapters: Annotated[
+        int, typer.Option(min=1, help="Engine slots: different adapters that run at a time.")
+    ] = EngineSettings.model_fields["max_active_adapters"].default,
+    max_resident_adapters: Annotated[
+        int, typer.Option(min=1, help="Adapters that an engine keeps in host memory.")
+    ] = EngineSettings.model_fields["max_resident_adapters"].default,
     vllm_arg: Annotated[
         list[str] | None, typer.Option(help="An argument for vLLM, as --vllm-arg=--max-model-len=4096. Repeatable.")
     ] = None,
@@ -82,6 +92,8 @@ def run(
                 model_name=bundle.model_name,
                 fingerprint=bundle.fingerprint,
                 max_lora_rank=_max_lora_rank(max_lora_rank, bundle, directory),
+                max_active_adapters=max_active_adapters,
+                max_resident_adapters=max_resident_adapters,
                 vllm_args=tuple(vllm_arg or ()),
             ),
             gateway=GatewaySettings(admin_token_sha256=sha256(directory.admin_token())),
@@ -140,6 +152,81 @@ def retire(
         _print_json(answer)
         return
     _err.print(f"[bold]{answer['model']}[/] is retired on {answer['replicas']} replicas.")
+
+
+Alias = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name, as clients write it.")]
+SecondRevision = Annotated[
+    str | None, typer.Argument(metavar="REVISION", help="12 or more digits of a revision that is known.")
+]
+Share = Annotated[float, typer.Option(min=0, max=1, help="Of the traffic.")]
+End = Annotated[bool, typer.Option("--end", help="End it; all traffic goes where the name points.")]
+
+
+@app.command()
+def canary(
+    name: Alias,
+    revision: SecondRevision = None,
+    share: Share = _TERMS.share,
+    max_error_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="It may fail this share of its requests more often.")
+    ] = _TERMS.max_error_rate,
+    max_latency_ratio: Annotated[
+        float, typer.Option(min=1, help="Its median first byte may take this many times as long.")
+    ] = _TERMS.max_latency_ratio,
+    min_requests: Annotated[int, typer.Option(min=1, help="Nothing is decided on fewer.")] = _TERMS.min_requests,
+    end: End = False,
+    state: State = _DEFAULT_STATE,
+    as_json: AsJson = False,
+) -> None:
+    """Give a share of an adapter's callers another revision of it.
+
+    Each caller stays on its side. Every replica loads the revision first. It is given up by itself if it turns out
+    worse than the one that the name points to. Publishing it gives it everyone.
+    """
+    terms = {
+        "share": share,
+        "max_error_rate": max_error_rate,
+        "max_latency_ratio": max_latency_ratio,
+        "min_requests": min_requests,
+    }
+    _split("canary", name, _wanted_revision(revision, end), terms, state, as_json)
+
+
+@app.command()
+def shadow(
+    name: Alias,
+    revision: SecondRevision = None,
+    share: Share = _TERMS.share,
+    end: End = False,
+    state: State = _DEFAULT_STATE,
+    as_json: AsJson = False,
+) -> None:
+    """Send copies of a share of an adapter's requests to another revision; nobody sees what it answers.
+
+    `status --json` tells how often both said the same. Copies are the first to go when the server is busy.
+    """
+    _split("shadow", name, _wanted_revision(revision, end), {"share": share}, state, as_json)
+
+
+def _wanted_revision(revision: str | None, end: bool) -> str | None:
+    """None to end it."""
+    if end == (revision is not None):
+        raise typer.BadParameter("Give either a REVISION or --end.")
+    return revision
+
+
+def _split(kind: Kind, name: str, revision: str | None, terms: dict[str, Any], state: Path, as_json: bool) -> None:
+    """Begin it with a revision, end it without."""
+    method, body = ("POST", {"revision": revision, **terms}) if revision else ("DELETE", None)
+    with _told_errors():
+        directory = StateDir(state)
+        url = directory.running_server().url
+        answer = _admin(directory, url, method, f"/admin/v1/adapters/{quote(name, safe='')}/{kind}", body)
+    if as_json:
+        _print_json(answer)
+        return
+    told = f"gets {terms['share']:.0%} of it as {revision}" if revision else "has ended"
+    _err.print(f"The {kind} of [bold]{name}[/] {told}, on {answer['replicas']} replicas.")
 
 
 @app.command()
@@ -218,8 +305,10 @@ def _print_ready(settings: ServeSettings, directory: StateDir, url: str) -> None
     catalogue = CatalogueLog(directory.catalogue).read()
     table = Table("model", "stands for", title=f"Serving at {url}/v1")
     table.add_row(settings.engine.model_name, "the base model" if settings.engine.max_lora_rank else "merged model")
-    for current in sorted(catalogue.current):
+    for current in heapq.nsmallest(_SHOWN_MODELS, catalogue.current):
         table.add_row(current.name, current.engine_name)
+    if len(catalogue.current) > _SHOWN_MODELS:
+        table.add_row(f"… {len(catalogue.current) - _SHOWN_MODELS} more", "see GET /v1/models")
     _err.print(table)
     example = {"model": settings.engine.model_name, "messages": [{"role": "user", "content": "Hello!"}]}
     _err.print(f"Try: curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(example)}'")

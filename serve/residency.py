@@ -115,9 +115,10 @@ class AdapterPool:
             task.exception()  # seen, even if everyone who waited for it has left
 
     async def _load(self, adapter: AdapterRevision) -> None:
+        # The files come first: while they are on their way from far, others are loaded.
+        path = await asyncio.to_thread(self._store.path, adapter)
         async with self._changing:
             await self._make_room()
-            path = await asyncio.to_thread(self._store.path, adapter)
             began = time.monotonic()
             await self._engine.load_adapter(adapter, path)
             self._resident[adapter] = None
@@ -150,9 +151,17 @@ class AdapterPool:
             self._fetching[adapter] = asyncio.create_task(self._fetch(adapter))
 
     async def _fetch(self, adapter: AdapterRevision) -> None:
+        """Into the page cache in any case; into the engine's host memory if nobody is put out by that."""
         try:
-            # What is wrong with the files is told by the load itself.
+            # What is wrong with the adapter is told by the load of its first request.
             with contextlib.suppress(OSError, ServeError):
                 await asyncio.to_thread(lambda: read_ahead(self._store.path(adapter)))
+                if not self._loads and self._has_spare_place():
+                    async with self._pinned(adapter):
+                        pass
         finally:
             del self._fetching[adapter]
+
+    def _has_spare_place(self) -> bool:
+        waited_for = self.turns.waiting_adapters
+        return self.free > 0 or any(it not in waited_for and not self._uses[it] for it in self._resident)

@@ -98,6 +98,7 @@ class Score:
     agreeing_words: int = 0
     words: int = 0
     dropped: int = 0
+    is_given_up: bool = False
 
     def summary(self) -> dict[str, Any]:
         counts = {"compared", "same", "agreeing_words", "words", "dropped"}
@@ -172,16 +173,17 @@ class Rollouts:
 
     def _judge(self, canary: AdapterRevision, score: Score) -> None:
         reason = judge(score.split.terms, score.stable, score.canary)
-        if reason is None:
+        if reason is None or score.is_given_up:
             return
-        score.canary.clear()  # judged: not again while it is being ended
+        score.is_given_up = True
         logger.warning("giving up the canary %s: %s", canary, reason)
-        task = asyncio.create_task(self._end(canary, f"Given up by itself: {reason}."))
+        task = asyncio.create_task(self._end(canary, score, f"Given up by itself: {reason}."))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
 
-    async def _end(self, canary: AdapterRevision, reason: str) -> None:
+    async def _end(self, canary: AdapterRevision, score: Score, reason: str) -> None:
         try:
             await self.give_up(canary, reason)
         except ServeError as error:  # another replica was faster, or not all could be asked
             logger.warning("the canary %s: %s", canary, error)
+            score.is_given_up = False  # if it goes on, it is judged again

@@ -1,7 +1,7 @@
 """Who may run next: adapters take turns in the engine's slots, and their requests wait in fair queues.
 
-The engine mixes only so many adapters in one batch. Left alone it starves the next one: it prefers waiting requests
-of the adapters that run already. So no more adapters than it has slots for are let in at a time:
+The engine mixes only so many adapters in one batch. Left alone it keeps the next one waiting for as long as the
+others are asked without a pause: their requests overtake. So no more adapters than it has slots for are let in:
 
 - within an adapter requests go first in, first out; between adapters round robin, by their oldest request;
 - a slot that is handed over takes everything that waits for its new adapter at once, and for `turn_s` what comes;
@@ -184,18 +184,14 @@ class Turns:
         for adapter in self._without_slot():
             needed += 1 + int((now - self._queues[adapter][0].since_s) / turn_s)
         over = [adapter for adapter, slot in self._slots.items() if now >= slot.since_s + turn_s]
-        over.sort(key=lambda adapter: self._slots[adapter].running > 0)  # idle ones cost nothing to clear
         return over[: max(0, needed)]
 
     def _free_one(self) -> bool:
         """Make room for one more adapter if that can be now."""
         if len(self._slots) < self._count:
             return True
-        idle = self._next_idle()
-        if idle is None:
+        if (idle := self._next_idle()) is None:
             return False
-        if idle in self._queues:  # its turn is over: it waits for another one, behind who waits already
-            self._queues.move_to_end(idle)
         del self._slots[idle]
         return True
 

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from serve.catalogue import CatalogueLog
+from serve.errors import PublishFailed, SplitRefused, UnknownModel
+from serve.names import RequestedModel
+from serve.publish import publish
+from serve.rollout import Rollouts, begin, end
+from serve.split import Outcome, Terms
+from serve.store import AdapterStore
+from tests.serve.conftest import candidate
+from tests.serve.test_publish import ALIAS, NEW, OLD, Fleet
+
+TERMS = Terms(share=0.5, min_requests=10, max_error_rate=0.1)
+THIRD = candidate("pirate", "third")
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> CatalogueLog:
+    return CatalogueLog(tmp_path / "catalogue")
+
+
+@pytest.fixture
+async def fleet(log: CatalogueLog, store: AdapterStore) -> Fleet:
+    """`pirate` is NEW, and OLD is what it was before."""
+    fleet = Fleet(log, store, size=2)
+    await publish(log, fleet, OLD)
+    await publish(log, fleet, NEW)
+    return fleet
+
+
+async def test_a_canary_is_resident_everywhere_before_it_gets_its_share(fleet: Fleet, log: CatalogueLog) -> None:
+    reports = await begin(log, fleet, "pirate", OLD.revision, "canary", TERMS)
+
+    assert len(reports) == 2
+    assert all(engine.resident == {OLD.adapter, NEW.adapter} for engine in fleet.engines)
+    assert fleet.answers == {NEW.adapter}, "the alias stays where it is"
+    for reconciler in fleet.reconcilers:
+        assert reconciler.catalogue.split_of("pirate").revision == OLD.revision  # type: ignore[union-attr]
+
+
+async def test_a_canary_that_a_replica_can_not_hold_changes_nothing(fleet: Fleet, log: CatalogueLog) -> None:
+    fleet.engines[1].refuses = {OLD.adapter}
+
+    with pytest.raises(PublishFailed, match="rank too large"):
+        await begin(log, fleet, "pirate", OLD.revision[:12], "canary", TERMS)
+    await fleet.sync()
+
+    assert log.read().split_of("pirate") is None
+    assert all(engine.resident == {NEW.adapter} for engine in fleet.engines)
+
+
+async def test_a_split_that_ends_leaves_the_engines(fleet: Fleet, log: CatalogueLog) -> None:
+    await begin(log, fleet, "pirate", OLD.revision, "shadow", TERMS)
+
+    await end(log, fleet, "pirate", "shadow", "seen enough")
+
+    assert log.read().split_of("pirate") is None
+    assert all(engine.resident == {NEW.adapter} for engine in fleet.engines)
+    with pytest.raises(SplitRefused, match="no such shadow"):
+        await end(log, fleet, "pirate", "shadow", "again")
+
+
+async def test_a_promoted_canary_gets_everyone_and_the_split_is_over(fleet: Fleet, log: CatalogueLog) -> None:
+    await begin(log, fleet, "pirate", OLD.revision, "canary", TERMS)
+
+    await publish(log, fleet, OLD)
+
+    assert fleet.answers == {OLD.adapter}
+    assert log.read().split_of("pirate") is None
+    assert all(engine.resident == {OLD.adapter} for engine in fleet.engines)
+
+
+async def test_publishing_a_third_revision_ends_the_canary(fleet: Fleet, log: CatalogueLog) -> None:
+    await begin(log, fleet, "pirate", OLD.revision, "canary", TERMS)
+
+    await publish(log, fleet, THIRD)
+
+    assert log.read().split_of("pirate") is None
+    assert all(engine.resident == {THIRD.adapter} for engine in fleet.engines)
+
+
+async def test_the_share_of_a_running_canary_can_grow(fleet: Fleet, log: CatalogueLog) -> None:
+    await begin(log, fleet, "pirate", OLD.revision, "canary", TERMS)
+
+    await begin(log, fleet, "pirate", OLD.revision, "canary", Terms(share=0.9))
+
+    assert log.read().split_of("pirate").terms.share == 0.9  # type: ignore[union-attr]
+    assert log.read().staged == {OLD.adapter}
+
+
+@pytest.mark.parametrize("revision", [NEW.revision, "0" * 12, OLD.revision[:6]], ids=["current", "unknown", "short"])
+async def test_a_split_that_makes_no_sense_is_refused(fleet: Fleet, log: CatalogueLog, revision: str) -> None:
+    epoch = log.read().epoch
+
+    with pytest.raises(SplitRefused):
+        await begin(log, fleet, "pirate", revision, "canary", TERMS)
+    with pytest.raises(UnknownModel):
+        await begin(log, fleet, "nobody", OLD.revision, "canary", TERMS)
+
+    assert log.read().epoch == epoch
+
+
+async def test_callers_are_split_and_each_stays_where_it_is(fleet: Fleet, log: CatalogueLog) -> None:
+    catalogue = (await begin(log, fleet, "pirate", OLD.revision, "canary", TERMS)) and log.read()
+    rollouts = Rollouts(give_up=lambda *_: asyncio.sleep(0))
+    callers = [f"caller-{number}" for number in range(200)]
+
+    first = [rollouts.choose(catalogue, NEW.adapter, caller).adapter for caller in callers]
+    again = [rollouts.choose(catalogue, NEW.adapter, caller).adapter for caller in callers]
+
+    assert first == again
+    assert 60 < first.count(OLD.adapter) < 140
+    assert set(first) == {OLD.adapter, NEW.adapter}
+
+
+async def test_a_shadow_never_answers_anyone(fleet: Fleet, log: CatalogueLog) -> None:
+    await begin(log, fleet, "pirate", OLD.revision, "shadow", TERMS)
+    rollouts = Rollouts(give_up=lambda *_: asyncio.sleep(0))
+
+    choices = [rollouts.choose(log.read(), NEW.adapter, "one caller") for _ in range(100)]
+
+    assert {choice.adapter for choice in choices} == {NEW.adapter}
+    assert 25 < sum(choice.shadow == OLD.adapter for choice in choices) < 75, "a share of requests, not of callers"
+
+
+async def test_a_canary_that_fails_is_given_up_on_every_replica_with_its_reason(
+    fleet: Fleet, log: CatalogueLog
+) -> None:
+    await begin(log, fleet, "pirate", OLD.revision, "canary", TERMS)
+    given_up: list[str] = []
+    ended = asyncio.Event()
+
+    async def give_up(canary: object, reason: str) -> None:
+        given_up.append(reason)
+        await end(log, fleet, "pirate", "canary", reason, OLD.revision)
+        ended.set()
+
+    rollouts = Rollouts(give_up)
+    rollouts.choose(log.read(), NEW.adapter, "caller")
+    for number in range(20):
+        rollouts.seen(NEW.adapter, Outcome(number, failed=False, first_byte_s=0.1))
+        rollouts.seen(OLD.adapter, Outcome(number, failed=number % 2 == 0, first_byte_s=0.1))
+    await ended.wait()
+
+    assert len(given_up) == 1
+    assert "50.0% of its 10 requests failed" in given_up[0]
+    assert all(reconciler.catalogue.split_of("pirate") is None for reconciler in fleet.reconcilers)
+    assert {reconciler.catalogue.resolve(ALIAS) for reconciler in fleet.reconcilers} == {NEW.adapter}
+
+
+async def test_what_is_older_than_the_window_is_forgotten(fleet: Fleet, log: CatalogueLog) -> None:
+    await begin(log, fleet, "pirate", OLD.revision, "canary", TERMS)
+    rollouts = Rollouts(give_up=lambda *_: asyncio.sleep(0))
+    rollouts.choose(log.read(), NEW.adapter, "caller")
+
+    for number in range(9):
+        rollouts.seen(OLD.adapter, Outcome(number, failed=True, first_byte_s=0.1))
+    rollouts.seen(OLD.adapter, Outcome(1000, failed=False, first_byte_s=0.1))
+
+    summary = rollouts.summaries()["pirate"]
+    assert (summary["canary_requests"], summary["canary_error_rate"]) == (1, 0)
+
+
+async def test_a_pinned_revision_and_one_that_was_given_up_are_told_apart(fleet: Fleet, log: CatalogueLog) -> None:
+    await begin(log, fleet, "pirate", OLD.revision, "canary", TERMS)
+
+    with pytest.raises(SplitRefused):
+        await end(log, fleet, "pirate", "canary", "of another one", THIRD.revision)
+
+    assert log.read().split_of("pirate")
+    assert log.read().resolve(RequestedModel("pirate", OLD.revision[:12])) == OLD.adapter
