@@ -50,6 +50,7 @@ class Graft:
 
 @contextlib.contextmanager
 def graft(artifacts: Sequence[Path], home: Path, replicas: int, room: Room) -> Iterator[Graft]:
+    home.mkdir(parents=True, exist_ok=True)
     print(f"starting Graft with {replicas} engines …", flush=True)
     options = (
         *("--replicas", str(replicas), "--base-name", "base"),
@@ -63,6 +64,7 @@ def graft(artifacts: Sequence[Path], home: Path, replicas: int, room: Room) -> I
 @contextlib.contextmanager
 def bare(model: Path, home: Path, count: int, room: Room) -> Iterator[list[str]]:
     """`count` of vLLM's API servers that let adapters be loaded; their URLs."""
+    home.mkdir(parents=True, exist_ok=True)
     print(f"starting {count} bare vLLM servers …", flush=True)
     ports = [free_port() for _ in range(count)]
     with contextlib.ExitStack() as stack:
