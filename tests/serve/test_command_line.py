@@ -106,3 +106,16 @@ def test_the_admin_token_is_the_owners_alone_and_stays_the_same(tmp_path: Path) 
     assert len(token) >= 32
     assert stat.S_IMODE((tmp_path / "admin.token").stat().st_mode) == 0o600
     assert StateDir(tmp_path).admin_token() == token
+
+
+@pytest.mark.parametrize("kind", ["canary", "shadow"])
+@pytest.mark.parametrize("arguments", [(), ("0123456789ab", "--end")], ids=["neither", "both"])
+def test_a_split_is_either_begun_or_ended(tmp_path: Path, kind: str, arguments: tuple[str, ...]) -> None:
+    result = serve(kind, "pirate", *arguments, "--state", tmp_path)
+
+    assert result.returncode == 2
+    assert "either a REVISION or --end" in " ".join(result.stderr.split())
+
+
+def test_a_split_needs_a_running_server(tmp_path: Path) -> None:
+    assert_refused(serve("canary", "pirate", "0123456789ab", "--state", tmp_path), "server_not_running", "No server")
