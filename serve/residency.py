@@ -41,6 +41,7 @@ class AdapterPool:
         self._resident: OrderedDict[AdapterRevision, None] = OrderedDict()  # least recently used first
         self._uses: Counter[AdapterRevision] = Counter()  # requests that run on it or wait for its load
         self._retired: set[AdapterRevision] = set()
+        self._kept: frozenset[AdapterRevision] = frozenset()
         self._changing = asyncio.Lock()
         self._loads: dict[AdapterRevision, asyncio.Task[None]] = {}
         self._fetching: dict[AdapterRevision, asyncio.Task[None]] = {}
@@ -71,6 +72,10 @@ class AdapterPool:
         AdapterUnavailable."""
         async with self._pinned(adapter):
             self._retired.discard(adapter)
+
+    def keep(self, adapters: frozenset[AdapterRevision]) -> None:
+        """Never evict these, used or not; `retire` still unloads them."""
+        self._kept = adapters
 
     async def retire(self, adapters: Iterable[AdapterRevision]) -> None:
         """Unload what nobody uses now, and the rest when its last request ends."""
@@ -131,7 +136,7 @@ class AdapterPool:
 
     async def _make_room(self) -> None:
         while len(self._resident) >= self._capacity:
-            idle = [adapter for adapter in self._resident if not self._uses[adapter]]
+            idle = self._evictable()
             if not idle:
                 raise AdaptersExhausted(self._capacity)
             # What requests wait for leaves last: it would be loaded again at once.
@@ -164,4 +169,8 @@ class AdapterPool:
 
     def _has_spare_place(self) -> bool:
         waited_for = self.turns.waiting_adapters
-        return self.free > 0 or any(it not in waited_for and not self._uses[it] for it in self._resident)
+        return self.free > 0 or any(adapter not in waited_for for adapter in self._evictable())
+
+    def _evictable(self) -> list[AdapterRevision]:
+        """Least recently used first."""
+        return [it for it in self._resident if not self._uses[it] and it not in self._kept]

@@ -57,6 +57,19 @@ async def test_an_adapter_in_use_is_never_evicted(engine: FakeEngine, store: Ada
         assert engine.resident == {FRENCH}
 
 
+async def test_an_adapter_that_is_kept_is_never_evicted_but_can_be_retired(
+    engine: FakeEngine, store: AdapterStore
+) -> None:
+    pool = AdapterPool(engine, store, capacity=2)
+    pool.keep(frozenset({FRENCH}))
+    for adapter in (FRENCH, PIRATE, JSON, PIRATE):
+        await pool.load(adapter)
+    assert engine.resident == {FRENCH, PIRATE}
+
+    await pool.retire([FRENCH])
+    assert engine.resident == {PIRATE}
+
+
 async def test_a_retired_adapter_leaves_when_its_last_request_ends(engine: FakeEngine, store: AdapterStore) -> None:
     pool = AdapterPool(engine, store, capacity=2)
 
