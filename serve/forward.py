@@ -36,6 +36,7 @@ class Peers:
     host: str  # where the others reach this machine
     ask: Callable[[], Awaitable[Sequence[ReplicaReport]]]
     address: str | None = None
+    passed_on: int = 0  # requests that another replica answered for this one
     _reports: Sequence[ReplicaReport] = ()
     _asked_s: float = -_FRESH_S
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -77,6 +78,7 @@ class Peers:
         async with contextlib.aclosing(response):
             if response.status_code == 503:
                 return False
+            self.passed_on += 1
             headers = [(name.lower(), value) for name, value in response.headers.raw]
             await send({
                 "type": "http.response.start",

@@ -54,6 +54,7 @@ class ReplicaReport(BaseModel):
     waiting_requests: int = 0  # that wait for an adapter slot
     failures: dict[str, str]  # engine name → reason, of loads that did not work
     address: str | None = None  # where it listens itself, once it has answered a request
+    passed_on_requests: int = 0  # that a replica which holds their adapter has answered
     splits: dict[str, dict[str, Any]] = {}  # name → what it saw of a canary or shadow
 
 
@@ -68,6 +69,7 @@ class Reconciler:
     pool: AdapterPool
     catalogue: Catalogue = field(default_factory=Catalogue)
     address: Callable[[], str | None] = lambda: None
+    passed_on: Callable[[], int] = int
     splits: Callable[[], dict[str, dict[str, Any]]] = dict
     _failures: dict[str, str] = field(default_factory=dict)
     _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -97,6 +99,7 @@ class Reconciler:
             waiting_requests=self.pool.turns.waiting,
             failures=self._failures,
             address=self.address(),
+            passed_on_requests=self.passed_on(),
             splits=self.splits(),
         )
 

@@ -57,6 +57,7 @@ class EngineReplica:
             self._engine,
             self._pool,
             address=lambda: self._peers.address,
+            passed_on=lambda: self._peers.passed_on,
             splits=self._rollouts.summaries,
         )
         await self._reconciler.sync()

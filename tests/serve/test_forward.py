@@ -124,6 +124,7 @@ async def test_a_cold_request_goes_to_the_replica_that_holds_its_adapter(fleet: 
     assert (await here.ask("adapter-0")).startswith(f"replica 1, {FIRST.adapter.engine_name}")
 
     assert here.engine.resident == {ADAPTERS[2].adapter, ADAPTERS[3].adapter}, "nothing was evicted"
+    assert (here.peers.passed_on, there.peers.passed_on) == (1, 0)
 
 
 async def test_what_fits_here_is_loaded_here(fleet: Fleet) -> None:

@@ -344,6 +344,7 @@ async def test_replicas_are_listed_with_what_their_engines_hold(client: httpx.As
                 "waiting_requests": 0,
                 "failures": {},
                 "address": None,
+                "passed_on_requests": 0,
                 "splits": {},
             }
         ]

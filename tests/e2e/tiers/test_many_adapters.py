@@ -107,6 +107,19 @@ async def test_every_adapter_answers_as_itself_while_they_push_each_other_out(se
         assert report["waiting_requests"] == 0
 
 
+async def test_a_cold_request_is_answered_by_the_replica_that_holds_its_adapter(server: Server, many: Operator) -> None:
+    before = sum(report["passed_on_requests"] for report in await many.replicas())
+    async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
+        expected = {kind: said(await ask(client, kind)) for kind in ("french", "german")}
+        for name in NAMES:
+            for _ in range(4):  # the proxy takes the replicas in turn, and one of them holds it after the first
+                assert said(await ask(client, name)) == expected[name.partition("-")[0]]
+
+    reports = await many.replicas()
+    assert all(report["address"] for report in reports)
+    assert sum(report["passed_on_requests"] for report in reports) > before
+
+
 @pytest.fixture
 def stored(server: Server, story: Story) -> None:
     """The files of both revisions of `french` are in the store."""
