@@ -22,6 +22,7 @@ class Answer:
     revisions: frozenset[str]  # every `model` that its chunks named
     text: str
     error: str | None = None
+    first_s: float | None = None  # when its first token came, where that was looked at
 
 
 @dataclass

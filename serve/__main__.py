@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from serve import commands
+from serve import commands, split_commands
 from serve.bundle import Bundle
 from serve.commands import DEFAULT_STATE, LocalOption, StateOption
 from serve.config import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
@@ -34,6 +35,7 @@ app = typer.Typer(
 Artifacts = Annotated[
     list[Path], typer.Argument(help="Directories made by `python -m convert run`, all for one base model.")
 ]
+_SHOWN_MODELS = 50
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -51,6 +53,12 @@ def run(
         int | None,
         typer.Option(min=0, max=512, help="Largest adapter rank to leave room for; default: what is given needs."),
     ] = None,
+    max_active_adapters: Annotated[
+        int, typer.Option(min=1, help="Engine slots: different adapters that run at a time.")
+    ] = EngineSettings.model_fields["max_active_adapters"].default,
+    max_resident_adapters: Annotated[
+        int, typer.Option(min=1, help="Adapters that an engine keeps in host memory.")
+    ] = EngineSettings.model_fields["max_resident_adapters"].default,
     adapters: Annotated[
         Path | None, typer.Option(help="adapters.yaml: applied when the server is up, and again when it changes.")
     ] = None,
@@ -87,6 +95,8 @@ def run(
                 model_name=bundle.model_name,
                 fingerprint=bundle.fingerprint,
                 max_lora_rank=needed_rank(max_lora_rank, ranks, directory.log.read().wanted),
+                max_active_adapters=max_active_adapters,
+                max_resident_adapters=max_resident_adapters,
                 vllm_args=tuple(vllm_arg or ()),
             ),
             gateway=GatewaySettings(admin_tokens=directory.admin_tokens()),
@@ -105,6 +115,7 @@ def run(
 
 
 commands.add_to(app)
+split_commands.add_to(app)
 
 
 def _serve_until_told(
@@ -140,8 +151,10 @@ def _print_ready(settings: ServeSettings, directory: StateDir, url: str) -> None
     catalogue = directory.log.read()
     table = Table("model", "stands for", title=f"Serving at {url}/v1")
     table.add_row(settings.engine.model_name, "the base model" if settings.engine.max_lora_rank else "merged model")
-    for current in sorted(catalogue.current):
+    for current in heapq.nsmallest(_SHOWN_MODELS, catalogue.current):
         table.add_row(current.name, current.engine_name)
+    if len(catalogue.current) > _SHOWN_MODELS:
+        table.add_row(f"… {len(catalogue.current) - _SHOWN_MODELS} more", "see GET /v1/models")
     err.print(table)
     example = {"model": settings.engine.model_name, "messages": [{"role": "user", "content": "Hello!"}]}
     err.print(f"Try: curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(example)}'")

@@ -22,7 +22,10 @@ from serve.config import AdmissionSettings, EngineSettings
 from serve.entry import CALLER_HEADER, Cause
 from serve.errors import AdapterRejected, ArtifactRefused, InvalidBody, Unauthorized, UnknownModel
 from serve.intake import take_path
+from serve.names import AdapterRevision
 from serve.publish import Control
+from serve.rollout import begin, end
+from serve.split import KINDS, Kind, Terms
 from serve.state import sha256
 from serve.store import AdapterStore
 from serve.views import listed, shown, told
@@ -52,7 +55,18 @@ class RevisionBody(_Body):
     reason: str = Field(default="", max_length=500)
 
 
-_Kind = TypeVar("_Kind", bound=_Body)
+class SplitBody(Terms):
+    """Which revision gets a share, and on what terms."""
+
+    revision: str = Field(pattern=r"^[0-9a-f]{12,64}$", description="Its digest or how it begins.")
+    reason: str = Field(default="", max_length=500)
+
+    @property
+    def terms(self) -> Terms:
+        return Terms(**self.model_dump(exclude={"revision", "reason"}))
+
+
+_Document = TypeVar("_Document", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,8 @@ class Admin:
             Route(f"{one}/history", self.history, methods=["GET"]),
             Route("/admin/v1/history", self.history, methods=["GET"]),
             *(Route(f"{one}/{verb}", self.change, methods=["POST"]) for verb in _VERBS),
+            *(Route(f"{one}/{kind}", self.begin_split, methods=["POST"]) for kind in KINDS),
+            *(Route(f"{one}/{kind}", self.end_split, methods=["DELETE"]) for kind in KINDS),
             Route("/admin/v1/replicas", self.list_replicas, methods=["GET"]),
         ]
 
@@ -115,6 +131,25 @@ class Admin:
         name, reason = request.path_params["name"], request.query_params.get("reason", "")[:500]
         reports = await self.control.retire(name, Cause(self.caller(request), reason))
         return JSONResponse({"model": name, "replicas": len(reports)})
+
+    async def begin_split(self, request: Request) -> Response:
+        """canary or shadow: a revision that is known gets a share of the traffic of its name."""
+        caller = self.caller(request)
+        name, kind = request.path_params["name"], _split_kind(request)
+        body = await _parse(SplitBody, request)
+        reports = await begin(self.control, name, body.revision, kind, body.terms, Cause(caller, body.reason))
+        return JSONResponse({"model": name, kind: body.revision, "share": body.share, "replicas": len(reports)})
+
+    async def end_split(self, request: Request) -> Response:
+        caller = self.caller(request)
+        name, kind = request.path_params["name"], _split_kind(request)
+        reason = request.query_params.get("reason", f"The {kind} was ended.")[:500]
+        reports = await end(self.control, name, kind, Cause(caller, reason))
+        return JSONResponse({"model": name, "ended": kind, "replicas": len(reports)})
+
+    async def give_up(self, canary: AdapterRevision, reason: str) -> None:
+        """End a canary that has shown to be worse. Raises as `end` does."""
+        await end(self.control, canary.name, "canary", Cause("graft", reason), canary.revision)
 
     async def list_adapters(self, request: Request) -> Response:
         self.caller(request)
@@ -180,13 +215,18 @@ async def _unpin(control: Control, name: str, revision: str | None, cause: Cause
 _VERBS = {"promote": _promote, "rollback": _roll_back, "abandon": _abandon, "pin": _pin, "unpin": _unpin}
 
 
+def _split_kind(request: Request) -> Kind:
+    last = request.url.path.rpartition("/")[2]
+    return next(kind for kind in KINDS if kind == last)
+
+
 def _required(revision: str | None) -> str:
     if revision is None:
         raise InvalidBody("`revision` must say which revision: 12 or more digits of its digest.")
     return revision
 
 
-async def _parse(kind: type[_Kind], request: Request) -> _Kind:
+async def _parse(kind: type[_Document], request: Request) -> _Document:
     try:
         return kind.model_validate_json(await request.body() or b"{}")
     except ValidationError as error:

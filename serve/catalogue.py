@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serve.candidate import Candidate
 from serve.entry import Entry
 from serve.names import SHORT_REVISION, AdapterRevision, RequestedModel
+from serve.split import Split
 
 State = Literal["staged", "serving", "previous", "abandoned", "retired"]
 
@@ -45,6 +46,7 @@ class AdapterState(BaseModel):
     revisions: Mapping[str, Revision] = Field(default_factory=dict, description="By digest, oldest first.")
     line: tuple[str, ...] = Field((), description="The revisions that led to the current one, which is the last.")
     entries: tuple[int, ...] = Field((), description="Numbers of the log entries about this name.")
+    split: Split | None = Field(None, description="The staged revision that gets a share of the traffic.")
 
     @property
     def current(self) -> Revision | None:
@@ -67,7 +69,7 @@ class Catalogue:
     """The state after `epoch` entries. A value: following the log makes a new one."""
 
     epoch: int = 0
-    adapters: Mapping[str, AdapterState] = field(default_factory=dict)
+    adapters: Mapping[str, AdapterState] = field(default_factory=dict)  # what changed last is last
 
     @cached_property
     def current(self) -> frozenset[AdapterRevision]:
@@ -80,10 +82,6 @@ class Catalogue:
     @cached_property
     def pinned(self) -> frozenset[AdapterRevision]:
         return self._those(lambda revision: revision.pinned)
-
-    def previous(self, count: int) -> tuple[AdapterRevision, ...]:
-        """Of every name the `count` revisions that a rollback would lead to."""
-        return tuple(it.candidate.adapter for state in self.adapters.values() for it in state.previous(count))
 
     @property
     def wanted(self) -> tuple[Candidate, ...]:
@@ -102,6 +100,9 @@ class Catalogue:
         found = state.current if requested.revision is None else state.find(requested.revision)
         return found.candidate.adapter if found and (found.is_promoted or found.staged) else None
 
+    def split_of(self, name: str) -> Split | None:
+        return self.adapters.get(name, AdapterState()).split
+
     def was_promoted(self, adapter: AdapterRevision) -> bool:
         revision = self.revision(adapter)
         return revision is not None and revision.is_promoted
@@ -116,7 +117,7 @@ class Catalogue:
         adapters = dict(self.adapters)
         for number, entry in enumerate(entries, self.epoch + 1):
             name = entry.candidate.name
-            state = _FOLD[entry.verb](adapters.get(name, AdapterState()), entry)
+            state = _FOLD[entry.verb](adapters.pop(name, AdapterState()), entry)
             adapters[name] = state.model_copy(update={"entries": (*state.entries, number)})
         return Catalogue(self.epoch + len(entries), adapters)
 
@@ -158,13 +159,20 @@ def _pointing(state: AdapterState, entry: Entry, line: tuple[str, ...]) -> Adapt
     left = [_told(state.current, entry, state="previous")] if state.current else []
     before = state.revisions.get(entry.candidate.revision) or _stage(state, entry).revisions[entry.candidate.revision]
     entered = _told(before, entry, state="serving", staged=False, until=None)
-    return _with(state, [*left, entered]).model_copy(update={"line": line})
+    moved = _with(state, [*left, entered]).model_copy(update={"line": line})
+    return _without_split(moved, entry)  # what it was compared with is not there any more
 
 
 def _abandon(state: AdapterState, entry: Entry) -> AdapterState:
     before = state.revisions.get(entry.candidate.revision)
     if before is None or not before.staged:
         return state
+    if state.split and state.split.revision == before.candidate.revision:
+        state = state.model_copy(update={"split": None})
+    return _unstaged(state, before, entry)
+
+
+def _unstaged(state: AdapterState, before: Revision, entry: Entry) -> AdapterState:
     if before.is_promoted:  # it was being published again: it stays what it is
         return _with(state, [before.model_copy(update={"staged": False, "until": None})])
     return _with(state, [_told(before, entry, state="abandoned", staged=False, until=None, pinned=False)])
@@ -173,7 +181,9 @@ def _abandon(state: AdapterState, entry: Entry) -> AdapterState:
 def _retire(state: AdapterState, entry: Entry) -> AdapterState:
     alive = [it for it in state.revisions.values() if it.is_promoted or it.staged]
     ended = [_told(it, entry, state="retired", staged=False, until=None, pinned=False) for it in alive]
-    return _with(state, ended).model_copy(update={"line": ()})  # requests for a revision of it end as well
+    return _with(state, ended).model_copy(
+        update={"line": (), "split": None}
+    )  # requests for a revision of it end as well
 
 
 def _pin(state: AdapterState, entry: Entry) -> AdapterState:
@@ -187,6 +197,26 @@ def _unpin(state: AdapterState, entry: Entry) -> AdapterState:
 def _pinned(state: AdapterState, entry: Entry, pinned: bool) -> AdapterState:
     before = state.revisions.get(entry.candidate.revision)
     return _with(state, [_told(before, entry, pinned=pinned)]) if before else state
+
+
+def _split(state: AdapterState, entry: Entry) -> AdapterState:
+    """It is staged for as long as it has its share; another one that had one is given up."""
+    before = state.revisions.get(entry.candidate.revision)
+    if before is None or entry.split is None:
+        return state
+    if state.split and state.split.revision != entry.split.revision:
+        state = _without_split(state, entry)
+    staged = before.model_copy(update={"staged": True, "until": None})
+    return _with(state, [staged]).model_copy(update={"split": entry.split})
+
+
+def _without_split(state: AdapterState, entry: Entry) -> AdapterState:
+    """The split ends, and the revision that had a share isn't held for it any longer."""
+    if state.split is None:
+        return state
+    before = state.revisions[state.split.revision]
+    state = state.model_copy(update={"split": None})
+    return _unstaged(state, before, entry) if before.staged else state
 
 
 def _told(revision: Revision, entry: Entry, **changes: object) -> Revision:
@@ -206,4 +236,5 @@ _FOLD: dict[str, Callable[[AdapterState, Entry], AdapterState]] = {
     "retire": _retire,
     "pin": _pin,
     "unpin": _unpin,
+    "split": _split,
 }

@@ -34,9 +34,16 @@ class EngineSettings(_Settings):
     max_lora_rank: Annotated[int, Field(ge=0, le=512)] = Field(
         16, description="Largest adapter rank; 0 runs the engine without adapters."
     )
-    max_active_adapters: PositiveInt = Field(4, description="Different adapters that one batch may mix.")
+    max_active_adapters: PositiveInt = Field(
+        4, description="Engine slots: different adapters that run at a time and that one batch may mix."
+    )
     max_resident_adapters: PositiveInt = Field(16, description="Adapters a replica keeps in host memory.")
     vllm_args: tuple[str, ...] = Field((), description="Passed to vLLM's own argument parser as they are.")
+
+    @property
+    def adapter_capacity(self) -> int:
+        """Adapters the engine holds: one more than may run, so that a publish finds a place under any load."""
+        return max(self.max_resident_adapters, self.max_active_adapters + 1)
 
     @field_validator("vllm_args")
     @classmethod
@@ -50,6 +57,14 @@ class GatewaySettings(_Settings):
     """The HTTP side of a replica."""
 
     max_body_bytes: PositiveInt = Field(32 << 20, description="Larger request bodies get a 413.")
+    max_waiting_requests: PositiveInt = Field(
+        128, description="Requests that may wait for an adapter slot of one replica; more get a 503."
+    )
+    max_waiting_per_caller: PositiveInt = Field(64, description="Of one caller; more get a 429.")
+    max_wait_s: PositiveFloat = Field(30.0, description="A request that got no slot for this long gets a 503.")
+    adapter_turn_s: PositiveFloat = Field(
+        1.0, description="While others wait, an adapter takes new requests for this long, then gives its slot away."
+    )
     admin_tokens: dict[str, Sha256] = Field(
         description="SHA-256 of every bearer token of the admin API by its label, which history names as the author."
     )

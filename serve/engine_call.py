@@ -6,25 +6,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
+from serve.caller import caller_of
 from serve.catalogue import Catalogue
+from serve.client import Client, with_content_length
 from serve.engine import Engine
 from serve.errors import BodyTooLarge, EngineUnavailable, InvalidBody, UnknownModel
+from serve.forward import Peers, was_forwarded
 from serve.names import AdapterRevision, RequestedModel
 from serve.openai import error_response
 from serve.residency import AdapterPool
+from serve.rollout import Choice, Rollouts
+from serve.shadow import Shadows
+from serve.witness import Witness
 
 MODEL_HEADER = b"x-graft-model"  # what answered: NAME@REVISION, or the base model
 
-_DISCONNECT: Message = {"type": "http.disconnect"}
 _ABORT_TIMEOUT_S = 2.0
 
 # Only the top level is parsed: every value but `model` reaches the engine byte for byte.
+Fields = dict[str, Any]
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _string = msgspec.json.Decoder(str | None)
 
@@ -39,36 +44,69 @@ class EngineCall:
         base_model: str,
         catalogue: Callable[[], Catalogue],
         max_body_bytes: int,
+        rollouts: Rollouts,
+        peers: Peers | None = None,
     ) -> None:
         self._engine = engine
         self._pool = pool
         self._base_model = base_model
         self._catalogue = catalogue
         self._max_body_bytes = max_body_bytes
+        self._rollouts = rollouts
+        self._peers = peers
+        self._shadows = Shadows(engine, pool, rollouts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._engine.is_dead:
             raise EngineUnavailable
         body = await read_body(receive, self._max_body_bytes)
         fields = parse_fields(body)
-        adapter = self._resolve(requested_model(fields))
-        if adapter is not None:
-            body = msgspec.json.encode(fields | {"model": adapter.engine_name})
-        async with self._resident(adapter):
-            answered_by = adapter.engine_name if adapter else self._base_model
-            await self._run(with_content_length(scope, len(body)), body, receive, saying(answered_by, send))
+        caller = caller_of(scope)
+        choice = self._resolve(requested_model(fields), caller)
+        if choice is None:
+            sent = with_content_length(scope, len(body))
+            await self._run(sent, body, receive, saying(self._base_model, send))
+        else:
+            await self._run_adapter(choice, caller, scope, fields, receive, send)
 
-    def _resolve(self, model: str | None) -> AdapterRevision | None:
+    def _resolve(self, model: str | None, caller: str) -> Choice | None:
+        """None for the base model."""
         if model is None or model == self._base_model:
             return None
         catalogue = self._catalogue()
-        adapter = catalogue.resolve(RequestedModel.parse(model))
+        requested = RequestedModel.parse(model)
+        adapter = catalogue.resolve(requested)
         if adapter is None:
             raise UnknownModel(model, {self._base_model, *(current.name for current in catalogue.current)})
-        return adapter
+        return Choice(adapter) if requested.revision else self._rollouts.choose(catalogue, adapter, caller)
 
-    def _resident(self, adapter: AdapterRevision | None) -> AbstractAsyncContextManager[None]:
-        return self._pool.use(adapter) if adapter else nullcontext()
+    async def _run_adapter(
+        self, choice: Choice, caller: str, scope: Scope, fields: Fields, receive: Receive, send: Send
+    ) -> None:
+        adapter = choice.adapter
+        body = msgspec.json.encode(fields | {"model": adapter.engine_name})
+        sent = with_content_length(scope, len(body))
+        if await self._passed_on(adapter, sent, body, send):
+            return
+        async with self._pool.use(adapter, caller):
+            witness = Witness(saying(adapter.engine_name, send), keeps_body=choice.shadow is not None)
+            try:
+                await self._run(sent, body, receive, witness.send)
+            except asyncio.CancelledError:
+                raise  # a caller that leaves says nothing about a revision
+            except Exception:
+                self._rollouts.seen(adapter, witness.outcome(failed=True))
+                raise
+            self._rollouts.seen(adapter, witness.outcome())
+        if choice.shadow:
+            self._shadows.send_copy(choice.shadow, scope, fields, witness.body)
+
+    async def _passed_on(self, adapter: AdapterRevision, scope: Scope, body: bytes, send: Send) -> bool:
+        """Whether a replica that holds the adapter has answered, where this one would have to evict or to wait."""
+        if self._peers is None or self._pool.is_at_hand(adapter) or was_forwarded(scope):
+            return False
+        address = await self._peers.holder_of(adapter)
+        return address is not None and await self._peers.pass_on(address, scope, body, send)
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         client = Client(body, receive)
@@ -83,32 +121,6 @@ class EngineCall:
             await asyncio.wait({running}, timeout=_ABORT_TIMEOUT_S)
             running.cancel()
             raise
-
-
-class Client:
-    """The caller's side of a request whose body was already read."""
-
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
-        self._receive = receive
-        self._gone = asyncio.Event()
-
-    def left(self) -> None:
-        self._gone.set()
-
-    async def receive(self) -> Message:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        if self._gone.is_set():
-            return _DISCONNECT
-        message, gone = asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._gone.wait())
-        try:
-            await asyncio.wait({message, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return message.result() if message.done() else _DISCONNECT
-        finally:
-            message.cancel()
-            gone.cancel()
 
 
 class DeadEngineGuard:
@@ -163,20 +175,15 @@ async def read_body(receive: Receive, limit_bytes: int) -> bytes:
             return b"".join(pieces)
 
 
-def parse_fields(body: bytes) -> dict[str, Any]:
+def parse_fields(body: bytes) -> Fields:
     """The top level of a JSON object, values unparsed. Raises InvalidBody."""
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
         return _fields.decode(body)
     raise InvalidBody("The request body must be a JSON object.")
 
 
-def requested_model(fields: dict[str, Any]) -> str | None:
+def requested_model(fields: Fields) -> str | None:
     """The `model` of a request; None where it is absent, which means the base model. Raises InvalidBody."""
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
         return _string.decode(fields["model"]) if "model" in fields else None
     raise InvalidBody("`model` must be a string.")
-
-
-def with_content_length(scope: Scope, length: int) -> Scope:
-    headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-    return {**scope, "headers": [*headers, (b"content-length", str(length).encode())]}

@@ -11,8 +11,12 @@ ServeError                    500 server_error
 ├── AdapterRejected           422 adapter_rejected        not for this base, damaged, or more than the engine takes
 ├── TransitionRefused         409 transition_refused      the catalogue's state does not allow the step
 ├── PublishFailed             409 publish_failed          a replica could not load or prove it; nothing changed
+├── SplitRefused              409 split_refused           a canary or shadow that would change nothing, or isn't there
 ├── PublishUnconfirmed        504 publish_unconfirmed     the alias moved; a replica did not confirm in time
-├── AdaptersExhausted         503 adapters_exhausted      every slot is in use by running requests
+├── AdaptersExhausted         503 adapters_exhausted      no place to load one more: all are in use by requests
+├── AdapterQueueFull          503 adapter_queue_full      too many requests wait for an adapter slot already
+├── AdapterWaitTooLong        503 adapter_wait_too_long   no adapter slot came free in time
+├── CallerQueueFull           429 caller_queue_full       too many requests of this caller wait already
 ├── AdapterUnavailable        503 adapter_unavailable     it is in the catalogue, but could not be loaded
 ├── StoreUnavailable          503 store_unavailable       catalogue or adapter store out of reach, or full
 ├── ReplicaUnreachable        503 replica_unreachable     a replica does not answer the admin API
@@ -31,7 +35,10 @@ ServeError                    500 server_error
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection
+
+_NAMED_MODELS = 20
 
 
 class ServeError(Exception):
@@ -55,7 +62,9 @@ class UnknownModel(InvalidRequest):
     status, code, param = 404, "model_not_found", "model"
 
     def __init__(self, model: str, known: Collection[str]) -> None:
-        super().__init__(f"The model `{model}` does not exist. Models here: {', '.join(sorted(known))}.")
+        named = ", ".join(heapq.nsmallest(_NAMED_MODELS, known))
+        rest = f" and {len(known) - _NAMED_MODELS} more: see GET /v1/models" if len(known) > _NAMED_MODELS else ""
+        super().__init__(f"The model `{model}` does not exist. Models here: {named}{rest}.")
 
 
 class UnknownRoute(InvalidRequest):
@@ -106,6 +115,10 @@ class PublishFailed(InvalidRequest):
     status, code = 409, "publish_failed"
 
 
+class SplitRefused(InvalidRequest):
+    status, code = 409, "split_refused"
+
+
 class PublishUnconfirmed(ServeError):
     status, code = 504, "publish_unconfirmed"
 
@@ -118,7 +131,35 @@ class AdaptersExhausted(Unavailable):
     code = "adapters_exhausted"
 
     def __init__(self, capacity: int) -> None:
-        super().__init__(f"All {capacity} adapter slots of this replica are in use by running requests; try again.")
+        super().__init__(
+            f"All {capacity} adapters that this replica can hold are in use by running requests; try again."
+        )
+
+
+class AdapterQueueFull(Unavailable):
+    code = "adapter_queue_full"
+
+    def __init__(self, limit: int, retry_after_s: int) -> None:
+        super().__init__(f"{limit} requests wait for an adapter slot of this replica already; try again later.")
+        self.retry_after_s = retry_after_s
+
+
+class AdapterWaitTooLong(Unavailable):
+    code = "adapter_wait_too_long"
+
+    def __init__(self, waited_s: float, retry_after_s: int) -> None:
+        super().__init__(f"No adapter slot of this replica came free within {waited_s:g} s; try again later.")
+        self.retry_after_s = retry_after_s
+
+
+class CallerQueueFull(ServeError):
+    status, type, code = 429, "rate_limit_error", "caller_queue_full"
+
+    def __init__(self, limit: int, retry_after_s: int) -> None:
+        super().__init__(
+            f"{limit} requests of this caller wait for an adapter slot already; send fewer at once, or try again later."
+        )
+        self.retry_after_s = retry_after_s
 
 
 class AdapterUnavailable(Unavailable):

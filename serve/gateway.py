@@ -19,8 +19,11 @@ from serve.config import ServeSettings
 from serve.engine import Engine
 from serve.engine_call import EngineCall
 from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, UnknownModel, UnknownRoute
+from serve.forward import Peers
+from serve.names import AdapterRevision, RequestedModel
 from serve.openai import ENGINE_ROUTES, error_response, model_card, model_list
 from serve.residency import AdapterPool
+from serve.rollout import Rollouts
 from serve.vllm_routes import VllmRoutes
 
 logger = logging.getLogger(__name__)
@@ -36,12 +39,18 @@ class Gateway:
         pool: AdapterPool,
         catalogue: Callable[[], Catalogue],
         admin: Admin,
+        rollouts: Rollouts | None = None,
+        peers: Peers | None = None,
     ) -> None:
+        """`rollouts` is what the replica's reports tell of; `peers` are the other replicas, if there are any."""
         self._engine = engine
         self._catalogue = catalogue
         self._base_model = settings.engine.model_name
         self._started = int(time.time())
-        call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway.max_body_bytes)
+        self._peers = peers
+        self._listed: tuple[int, bytes] = (-1, b"")
+        rollouts = rollouts or Rollouts(admin.give_up)
+        call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway.max_body_bytes, rollouts, peers)
         self._http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
         self._http.router.redirect_slashes = False  # a path is public as it is listed, or not at all
 
@@ -49,6 +58,8 @@ class Gateway:
         if scope["type"] == "lifespan":
             await self._engine.api(scope, receive, send)
         elif scope["type"] == "http":
+            if self._peers:
+                self._peers.learn_address(scope)
             await self._http(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
@@ -69,21 +80,27 @@ class Gateway:
         return Response(status_code=200)
 
     async def _list_models(self, _: Request) -> Response:
-        return JSONResponse(model_list(self._models().values()))
+        catalogue = self._catalogue()
+        if self._listed[0] != catalogue.epoch:  # thousands of adapters, and seldom a new one
+            cards = [self._base_card(), *(self._card(current) for current in sorted(catalogue.current))]
+            self._listed = (catalogue.epoch, bytes(JSONResponse(model_list(cards)).body))
+        return Response(self._listed[1], media_type="application/json")
 
     async def _get_model(self, request: Request) -> Response:
-        models = self._models()
         name = request.path_params["name"]
-        if name not in models:
-            raise UnknownModel(name, models)
-        return JSONResponse(models[name])
+        if name == self._base_model:
+            return JSONResponse(self._base_card())
+        catalogue = self._catalogue()
+        current = catalogue.resolve(RequestedModel(name))
+        if current is None:
+            raise UnknownModel(name, {self._base_model, *(it.name for it in catalogue.current)})
+        return JSONResponse(self._card(current))
 
-    def _models(self) -> dict[str, dict[str, object]]:
-        base = {self._base_model: model_card(self._base_model, self._base_model, None, self._started)}
-        return base | {
-            current.name: model_card(current.name, current.engine_name, self._base_model, self._started)
-            for current in sorted(self._catalogue().current)
-        }
+    def _base_card(self) -> dict[str, object]:
+        return model_card(self._base_model, self._base_model, None, self._started)
+
+    def _card(self, current: AdapterRevision) -> dict[str, object]:
+        return model_card(current.name, current.engine_name, self._base_model, self._started)
 
 
 async def _serve_error(_: Request, error: Exception) -> Response:

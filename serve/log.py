@@ -22,6 +22,7 @@ from serve.entry import Cause, Entry
 from serve.errors import PublishFailed, StateInvalid, StoreUnavailable, TransitionRefused, UnknownModel
 from serve.names import AdapterRevision
 from serve.objects import Objects
+from serve.split import Split
 
 SNAPSHOT_EVERY = 128
 _SNAPSHOTS_KEPT = 2  # the one before stays for readers that have just listed it
@@ -114,6 +115,16 @@ class CatalogueLog:
             if revision is None or not revision.staged or (staged_until and revision.until != staged_until):
                 return None
             return Entry.now("abandon", candidate, cause)
+
+        return self.append(decide)
+
+    def split(self, candidate: Candidate, split: Split, cause: Cause = _NOBODY) -> Catalogue:
+        """Give a staged revision a share. Raises PublishFailed if it is not, or no longer, staged."""
+
+        def decide(catalogue: Catalogue) -> Entry:
+            if candidate.adapter not in catalogue.staged:
+                raise PublishFailed(f"{candidate.adapter} is not staged any more: a publish or a retire was faster.")
+            return Entry.now("split", candidate, cause, split=split)
 
         return self.append(decide)
 

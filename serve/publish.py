@@ -68,7 +68,7 @@ class Control:
         replica could be asked whether it follows.
         """
         started = time.monotonic()
-        await self._stage(candidate, cause, self._lease())
+        await self.hold(candidate, cause, self.lease())
         staged = time.monotonic()
         catalogue = await asyncio.to_thread(self.log.promote, candidate, cause)
         return await self._moved(candidate, catalogue, "is published", started, staged)
@@ -77,7 +77,7 @@ class Control:
         """Have every replica hold and prove it, reachable as NAME@REVISION; the alias stays where it is until a
         promote. Raises PublishFailed."""
         started = time.monotonic()
-        catalogue, reports = await self._stage(candidate, cause, None)
+        catalogue, reports = await self.hold(candidate, cause, None)
         return _published(candidate, catalogue, reports, time.monotonic() - started, 0)
 
     async def promote(self, name: str, revision: str, cause: Cause = _NOBODY) -> Published:
@@ -89,7 +89,7 @@ class Control:
                 raise TransitionRefused(f"{found.candidate.adapter} is {found.state}: publish it again.")
             return await self.publish(found.candidate, cause)
         try:
-            _check_holding(await self.replicas.sync(found.candidate.adapter.engine_name), found.candidate.adapter)
+            check_holding(await self.replicas.sync(found.candidate.adapter.engine_name), found.candidate.adapter)
         except (PublishFailed, ReplicaUnreachable) as error:
             raise PublishFailed(f"{found.candidate.adapter} was not promoted and stays staged. {error}") from error
         staged = time.monotonic()
@@ -105,9 +105,9 @@ class Control:
         if not target.is_promoted:
             raise TransitionRefused(f"{candidate.adapter} is {target.state}, it never served: promote it.")
         try:
-            _check_holding(await self.replicas.sync(), candidate.adapter)
+            check_holding(await self.replicas.sync(), candidate.adapter)
         except PublishFailed:
-            await self._stage(candidate, cause, self._lease())
+            await self.hold(candidate, cause, self.lease())
         except ReplicaUnreachable as error:
             raise PublishFailed(f"{name} was not rolled back. {error}") from error
         staged = time.monotonic()
@@ -120,7 +120,7 @@ class Control:
         if not found.staged:
             raise TransitionRefused(f"{found.candidate.adapter} is {found.state}, not staged: nothing to abandon.")
         catalogue = await asyncio.to_thread(self.log.abandon, found.candidate, cause)
-        return await self._confirm(f"{found.candidate.adapter} is abandoned", catalogue.epoch)
+        return await self.confirm(f"{found.candidate.adapter} is abandoned", catalogue.epoch)
 
     async def retire(self, name: str, cause: Cause = _NOBODY) -> Sequence[ReplicaReport]:
         """Take an alias away everywhere; running requests finish. Its files and its history stay.
@@ -129,7 +129,7 @@ class Control:
         could be asked whether it follows.
         """
         catalogue = await asyncio.to_thread(self.log.retire, name, cause)
-        return await self._confirm(f"{name} is retired", catalogue.epoch)
+        return await self.confirm(f"{name} is retired", catalogue.epoch)
 
     async def pin(self, name: str, revision: str | None, cause: Cause = _NOBODY) -> AdapterRevision:
         """Keep a revision, or the current one, resident on every replica until it is unpinned. If one replica can't
@@ -137,7 +137,7 @@ class Control:
         adapter = (await self._find(name, revision)).candidate.adapter
         await asyncio.to_thread(self.log.pin, adapter, self.most_pinned, cause)
         try:
-            _check_holding(await self.replicas.sync(adapter.engine_name), adapter)
+            check_holding(await self.replicas.sync(adapter.engine_name), adapter)
         except (PublishFailed, ReplicaUnreachable) as error:
             await asyncio.to_thread(self.log.unpin, adapter, Cause(cause.by, str(error)))
             raise PublishFailed(f"{adapter} was not pinned. {error}") from error
@@ -146,10 +146,10 @@ class Control:
     async def unpin(self, name: str, revision: str | None, cause: Cause = _NOBODY) -> AdapterRevision:
         adapter = (await self._find(name, revision)).candidate.adapter
         catalogue = await asyncio.to_thread(self.log.unpin, adapter, cause)
-        await self._confirm(f"{adapter} is unpinned", catalogue.epoch)
+        await self.confirm(f"{adapter} is unpinned", catalogue.epoch)
         return adapter
 
-    async def _stage(
+    async def hold(
         self, candidate: Candidate, cause: Cause, until: datetime | None
     ) -> tuple[Catalogue, Sequence[ReplicaReport]]:
         """Every replica holds it when this returns. Raises PublishFailed after giving it up with the reason."""
@@ -157,7 +157,7 @@ class Control:
         catalogue = await asyncio.to_thread(self.log.stage, candidate, cause, until)
         try:
             reports = await self.replicas.sync(adapter.engine_name)
-            _check_holding(reports, adapter)
+            check_holding(reports, adapter)
         except (PublishFailed, ReplicaUnreachable) as error:
             await asyncio.to_thread(self.log.abandon, candidate, Cause(cause.by, str(error)))
             raise PublishFailed(f"{adapter} was not published, the alias still points where it did. {error}") from error
@@ -166,10 +166,11 @@ class Control:
     async def _moved(
         self, candidate: Candidate, catalogue: Catalogue, done: str, started: float, staged: float
     ) -> Published:
-        reports = await self._confirm(f"{candidate.adapter} {done}", catalogue.epoch)
+        reports = await self.confirm(f"{candidate.adapter} {done}", catalogue.epoch)
         return _published(candidate, catalogue, reports, staged - started, time.monotonic() - staged)
 
-    async def _confirm(self, done: str, epoch: int) -> Sequence[ReplicaReport]:
+    async def confirm(self, done: str, epoch: int) -> Sequence[ReplicaReport]:
+        """Have every replica follow to `epoch`. Raises PublishUnconfirmed, saying what was `done` nevertheless."""
         try:
             reports = await self.replicas.sync()
         except ReplicaUnreachable as error:
@@ -199,7 +200,8 @@ class Control:
             raise TransitionRefused(f"{name} has no revision before the current one: there is nothing to go back to.")
         return before[0]
 
-    def _lease(self) -> datetime:
+    def lease(self) -> datetime:
+        """Until when a revision stays staged whose coordinator dies."""
         return datetime.now(UTC) + timedelta(seconds=_LEASE_TIMEOUTS * self.sync_timeout_s)
 
 
@@ -208,7 +210,8 @@ def most_pinned(resident: int) -> int:
     return max(0, resident - 2)
 
 
-def _check_holding(reports: Sequence[ReplicaReport], adapter: AdapterRevision) -> None:
+def check_holding(reports: Sequence[ReplicaReport], adapter: AdapterRevision) -> None:
+    """Raises PublishFailed with the reason of each replica that does not hold it, or if there is none."""
     name = adapter.engine_name
     if not reports:
         raise PublishFailed("No replica is running.")

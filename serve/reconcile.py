@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Set
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -46,18 +48,37 @@ def diff(
     """What to load and what to let go; `unproven` are resident revisions that are still to be proven.
 
     Staged and pinned revisions are loaded whatever it takes, since a publish waits for them and a pin says so; current
-    ones and those before them only into free places, since a request would load them anyway.
+    ones and those before them only into free places, what changed last first, since a request would load them anyway.
+    Many registered adapters cost no more than few, beyond one look at which names there are.
     """
-    previous = catalogue.previous(keep_previous)
     staged = sorted(catalogue.staged - (resident - unproven))
     pinned = sorted(catalogue.pinned - catalogue.staged - resident)
     asked = {*staged, *pinned, *resident}
-    others = [it for it in dict.fromkeys((*sorted(catalogue.current), *previous)) if it not in asked]
+    others = (it for it in _loaded_ahead(catalogue, keep_previous) if it not in asked)
     return Plan(
         stage=tuple(staged),
-        load=(*pinned, *others[: max(0, free - len(staged) - len(pinned))]),
-        retire=frozenset(resident - catalogue.staged - catalogue.pinned - catalogue.current - set(previous)),
+        load=(*pinned, *islice(others, max(0, free - len(staged) - len(pinned)))),
+        retire=frozenset(it for it in resident if not _is_wanted(catalogue, it, keep_previous)),
     )
+
+
+def _loaded_ahead(catalogue: Catalogue, keep_previous: int) -> Iterator[AdapterRevision]:
+    """Current ones, then those before them, each with what changed last first."""
+    latest = list(catalogue.adapters)[::-1]
+    for name in latest:
+        if current := catalogue.adapters[name].current:
+            yield current.candidate.adapter
+    for name in latest:
+        for revision in catalogue.adapters[name].previous(keep_previous):
+            yield revision.candidate.adapter
+
+
+def _is_wanted(catalogue: Catalogue, adapter: AdapterRevision, keep_previous: int) -> bool:
+    revision = catalogue.revision(adapter)
+    if revision is None:
+        return False
+    state = catalogue.adapters[adapter.name]
+    return revision.staged or revision.pinned or revision in (state.current, *state.previous(keep_previous))
 
 
 class ReplicaReport(BaseModel):
@@ -69,8 +90,12 @@ class ReplicaReport(BaseModel):
     epoch: int
     resident: tuple[str, ...]  # engine names, as the engine itself lists them
     running_requests: int  # as the engine itself counts them
+    waiting_requests: int = 0  # that wait for an adapter slot
     failures: dict[str, str]  # engine name → reason, of loads and proofs that did not work
     repairs: tuple[str, ...] = ()  # when the engine was found to hold something else than it should, latest last
+    address: str | None = None  # where it listens itself, once it has answered a request
+    passed_on_requests: int = 0  # that a replica which holds their adapter has answered
+    splits: dict[str, dict[str, Any]] = {}  # name → what it saw of a canary or shadow
 
 
 @dataclass
@@ -86,6 +111,9 @@ class Reconciler:
     prove: Prove
     keep_previous: int = 1
     catalogue: Catalogue = field(default_factory=Catalogue)
+    address: Callable[[], str | None] = lambda: None
+    passed_on: Callable[[], int] = int
+    splits: Callable[[], dict[str, dict[str, Any]]] = dict
     _latest: Catalogue = field(default_factory=Catalogue)  # what is being followed right now
     _proven: set[AdapterRevision] = field(default_factory=set)  # on this engine
     _failures: dict[AdapterRevision, ServeError] = field(default_factory=dict)
@@ -143,8 +171,12 @@ class Reconciler:
             epoch=self.catalogue.epoch,
             resident=tuple(sorted(adapter.engine_name for adapter in resident)),
             running_requests=self.engine.running_requests,
+            waiting_requests=self.pool.turns.waiting,
             failures={adapter.engine_name: str(error) for adapter, error in sorted(self._failures.items())},
             repairs=tuple(self._repairs),
+            address=self.address(),
+            passed_on_requests=self.passed_on(),
+            splits=self.splits(),
         )
 
     async def _apply(self, latest: Catalogue) -> None:
@@ -178,7 +210,7 @@ class Reconciler:
         self._failures.pop(adapter, None)
         try:
             await self.pool.load(adapter)
-            async with self.pool.use(adapter):
+            async with self.pool.use(adapter, patient=True):
                 await self.prove(candidate)
             self._proven.add(adapter)
         except ServeError as error:

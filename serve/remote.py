@@ -13,6 +13,7 @@ from convert.artifact import Artifact
 from serve.entry import CALLER_HEADER
 from serve.errors import AdminRefused, ServerNotRunning
 from serve.intake import take_artifact
+from serve.split import Kind
 from serve.state import StateDir
 
 TOKEN_VARIABLE = "GRAFT_ADMIN_TOKEN"  # noqa: S105  (the name of a variable)
@@ -61,6 +62,14 @@ class AdminClient:
         if revision is None and (previous := self.show(name)["previous"]):
             revision = previous.partition("@")[2]
         return self.change("rollback", name, revision, reason)
+
+    def begin_split(self, kind: Kind, name: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A canary or shadow; `body` holds the revision, its terms and the reason."""
+        return self.call("POST", f"{_of(name)}/{kind}", body)
+
+    def end_split(self, kind: Kind, name: str, reason: str = "") -> dict[str, Any]:
+        told = f"?reason={quote(reason, safe='')}" if reason else ""
+        return self.call("DELETE", f"{_of(name)}/{kind}{told}")
 
     def retire(self, name: str, reason: str = "") -> dict[str, Any]:
         return self.call("DELETE", f"{_of(name)}?reason={quote(reason, safe='')}")

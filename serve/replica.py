@@ -9,17 +9,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import serve as ray_serve
+from ray.util import get_node_ip_address
 
 from serve.admin import Admin
 from serve.admission import Admission
 from serve.config import ServeSettings
+from serve.engine import Engine
 from serve.errors import ReplicaUnreachable
+from serve.forward import Peers
 from serve.gateway import Gateway
 from serve.probe import Prover
 from serve.publish import Control, most_pinned
 from serve.reconcile import Reconciler, ReplicaReport
 from serve.residency import AdapterPool
+from serve.rollout import Rollouts
 from serve.state import StateDir
+from serve.store import AdapterStore
+from serve.waiting import WaitLimits
 
 DEPLOYMENT = "EngineReplica"
 
@@ -39,36 +45,56 @@ class EngineReplica:
         context = ray_serve.get_replica_context()
         state = StateDir(self._settings.state_url or self._settings.state_dir, self._settings.state_dir)
         self._log, self._store = state.log, state.store
-        self._pool = AdapterPool(self._engine, self._store, self._settings.engine.max_resident_adapters)
+        self._pool = pool_of(self._engine, self._store, self._settings)
+        self._replicas = RayReplicas(context.app_name, self._settings.sync_timeout_s)
+        self._admin = self._make_admin()
+        self._rollouts = Rollouts(self._admin.give_up)
+        replica = context.replica_id.unique_id
+        self._peers = Peers(replica, get_node_ip_address(), self._replicas.report)
         self._reconciler = Reconciler(
-            context.replica_id.unique_id,
+            replica,
             self._log,
             self._engine,
             self._pool,
             Prover(self._engine, self._store, self._settings.admission).prove,
             self._settings.keep_previous,
+            address=lambda: self._peers.address,
+            passed_on=lambda: self._peers.passed_on,
+            splits=self._rollouts.summaries,
         )
-        self._replicas = RayReplicas(context.app_name, self._settings.sync_timeout_s)
         await self._reconciler.start()
         self._following = asyncio.create_task(self._follow())
 
     async def __serve_build_asgi_app__(self) -> Gateway:
+        return Gateway(
+            self._settings,
+            self._engine,
+            self._pool,
+            lambda: self._reconciler.catalogue,
+            self._admin,
+            self._rollouts,
+            self._peers if self._settings.replicas > 1 else None,
+        )
+
+    def _make_admin(self) -> Admin:
         settings = self._settings
-        admin = Admin(
+        return Admin(
             settings.gateway.admin_tokens,
             settings.engine,
             settings.admission,
             Admission(settings.engine, settings.admission),
             self._store,
-            Control(
-                self._log, self._replicas, settings.sync_timeout_s, most_pinned(settings.engine.max_resident_adapters)
-            ),
+            Control(self._log, self._replicas, settings.sync_timeout_s, most_pinned(settings.engine.adapter_capacity)),
         )
-        return Gateway(settings, self._engine, self._pool, lambda: self._reconciler.catalogue, admin)
 
     async def sync(self, awaited: str | None = None) -> dict[str, Any]:
         """Follow the catalogue now; the ReplicaReport as plain data."""
         report = await self._reconciler.sync(awaited)
+        return report.model_dump()
+
+    async def report(self) -> dict[str, Any]:
+        """What it holds now, without following anything."""
+        report = await self._reconciler.report()
         return report.model_dump()
 
     async def check_health(self) -> None:
@@ -97,6 +123,19 @@ class EngineReplica:
                 failing = True
 
 
+def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings) -> AdapterPool:
+    gateway = settings.gateway
+    limits = WaitLimits(
+        max_waiting=gateway.max_waiting_requests,
+        max_waiting_per_caller=gateway.max_waiting_per_caller,
+        max_wait_s=gateway.max_wait_s,
+        turn_s=gateway.adapter_turn_s,
+    )
+    return AdapterPool(
+        engine, store, settings.engine.adapter_capacity, slots=settings.engine.max_active_adapters, limits=limits
+    )
+
+
 class RayReplicas:
     """serve.publish.Replicas through Ray Serve's broadcast."""
 
@@ -105,7 +144,14 @@ class RayReplicas:
         self._timeout_s = timeout_s
 
     async def sync(self, awaited: str | None = None) -> Sequence[ReplicaReport]:
-        response = self._handle.broadcast("sync", awaited)
+        return await self._all("sync", awaited)
+
+    async def report(self) -> Sequence[ReplicaReport]:
+        """What every one holds, as it is. Raises ReplicaUnreachable if one does not answer."""
+        return await self._all("report")
+
+    async def _all(self, method: str, *args: object) -> Sequence[ReplicaReport]:
+        response = self._handle.broadcast(method, *args)
         try:
             reports = await response.results_async(timeout_s=self._timeout_s)
         except Exception as error:

@@ -18,7 +18,8 @@ def listed(catalogue: Catalogue) -> list[dict[str, Any]]:
 def shown(name: str, state: AdapterState) -> dict[str, Any]:
     """One name with all its revisions, latest first."""
     revisions = [revision_view(it) for it in reversed(state.revisions.values())]  # type: ignore[call-overload]
-    return _summary(name, state) | {"revisions": revisions}
+    split = state.split.model_dump() if state.split else None
+    return _summary(name, state) | {"split": split, "revisions": revisions}
 
 
 def revision_view(revision: Revision) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def told(entries: Iterable[tuple[int, Entry]]) -> list[dict[str, Any]]:
             "verb": entry.verb,
             "revision": entry.candidate.adapter.engine_name,
             "reason": entry.reason,
+            "split": entry.split.model_dump() if entry.split else None,
         }
         for number, entry in entries
     ]

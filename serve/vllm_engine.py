@@ -154,7 +154,7 @@ def _lora_args(settings: EngineSettings) -> list[str]:
         *("--max-lora-rank", str(settings.max_lora_rank)),
         *("--max-loras", str(settings.max_active_adapters)),
         # One more than the pool ever holds: the engine must never evict by itself.
-        *("--max-cpu-loras", str(max(settings.max_resident_adapters, settings.max_active_adapters) + 1)),
+        *("--max-cpu-loras", str(settings.adapter_capacity + 1)),
     ]
 
 

@@ -21,6 +21,9 @@ from tests.convert import parts
 
 REPLICAS = 2
 ENGINE_OPTIONS = ("--vllm-arg=--max-model-len=2048", f"--vllm-arg=--kv-cache-memory-bytes={64 << 20}")
+# Few slots, so that a handful of adapters is more than fits.
+SLOTS, RESIDENT = 2, 4
+SLOT_OPTIONS = ("--max-active-adapters", str(SLOTS), "--max-resident-adapters", str(RESIDENT))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,7 +73,7 @@ def server(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     served = [story.artifacts["french"], story.artifacts["german"]]
     callers = home / "callers"
     callers.mkdir()
-    options = ("--replicas", str(REPLICAS), "--adapter-root", str(callers), *ENGINE_OPTIONS)
+    options = ("--replicas", str(REPLICAS), "--adapter-root", str(callers), *SLOT_OPTIONS, *ENGINE_OPTIONS)
     with running_server(served, home / "state", *options, log=home / "server.log") as url:
         yield Server(url, home / "state", callers)
 

@@ -166,10 +166,10 @@ def test_a_rollback_goes_back_step_by_step_and_never_to_what_was_rolled_back_fro
     published(log, first, second, third)
 
     assert log.roll_back(second).resolve(ALIAS) == second.adapter
-    assert log.read().previous(9) == (first.adapter,)
-    assert log.roll_back(first).previous(9) == ()
+    assert [it.candidate for it in log.read().adapters["pirate"].previous(9)] == [first]
+    assert log.roll_back(first).adapters["pirate"].previous(9) == ()
     newest = published(log, candidate("pirate", "4"))
-    assert newest.previous(9) == (first.adapter,)
+    assert [it.candidate for it in newest.adapters["pirate"].previous(9)] == [first]
     assert newest.resolve(RequestedModel("pirate", third.revision)) == third.adapter
 
 

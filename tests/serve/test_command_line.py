@@ -172,3 +172,16 @@ def test_every_token_of_the_state_directory_opens_the_admin_api_under_its_label(
     (tmp_path / "ci.token").write_text("secret\n")
 
     assert directory.admin_tokens() == {"admin": sha256(directory.admin_token()), "ci": sha256("secret")}
+
+
+@pytest.mark.parametrize("kind", ["canary", "shadow"])
+@pytest.mark.parametrize("arguments", [(), ("0123456789ab", "--end")], ids=["neither", "both"])
+def test_a_split_is_either_begun_or_ended(tmp_path: Path, kind: str, arguments: tuple[str, ...]) -> None:
+    result = serve(kind, "pirate", *arguments, "--state", tmp_path)
+
+    assert result.returncode == 2
+    assert "either a REVISION or --end" in " ".join(result.stderr.split())
+
+
+def test_a_split_needs_a_running_server(tmp_path: Path) -> None:
+    assert_refused(serve("canary", "pirate", "0123456789ab", "--state", tmp_path), "server_not_running", "No server")

@@ -369,8 +369,12 @@ async def test_replicas_are_listed_with_what_their_engines_hold(client: httpx.As
                 "epoch": 2,
                 "resident": [OLD.adapter.engine_name],
                 "running_requests": 0,
+                "waiting_requests": 0,
                 "failures": {},
                 "repairs": [],
+                "address": None,
+                "passed_on_requests": 0,
+                "splits": {},
             }
         ]
     }

@@ -1,0 +1,115 @@
+"""What is compared: Graft, and vLLM's own API servers, on the same model with the same room for adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from convert.artifact import Artifact
+from examples.server import free_port, running_server, stop
+from serve.candidate import Candidate
+from serve.intake import take_artifact
+from serve.state import StateDir
+
+START_TIMEOUT_S = 300
+COMMON_ARGS = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(128 << 20))
+
+
+@dataclass(frozen=True)
+class Room:
+    slots: int
+    resident: int
+
+
+@dataclass(frozen=True)
+class Graft:
+    """A running server, operated through its admin API."""
+
+    url: str
+    state: StateDir
+
+    async def publish(self, client: httpx.AsyncClient, candidate: Candidate) -> dict[str, float]:
+        headers = {"authorization": f"Bearer {self.state.admin_token()}"}
+        body = {"candidate": candidate.model_dump()}
+        response = await client.post(f"{self.url}/admin/v1/adapters", json=body, headers=headers, timeout=120)
+        response.raise_for_status()
+        answer: dict[str, float] = response.json()
+        return answer
+
+    def store(self, artifact: Path) -> None:
+        take_artifact(Artifact.open(artifact), None, self.state.store)
+
+
+@contextlib.contextmanager
+def graft(artifacts: Sequence[Path], home: Path, replicas: int, room: Room) -> Iterator[Graft]:
+    home.mkdir(parents=True, exist_ok=True)
+    print(f"starting Graft with {replicas} engines …", flush=True)
+    options = (
+        *("--replicas", str(replicas), "--base-name", "base"),
+        *("--keep-previous", "0"),  # so that every swap loads what it swaps in, as it does on the other side
+        *("--max-active-adapters", str(room.slots), "--max-resident-adapters", str(room.resident)),
+        *(f"--vllm-arg={name}={value}" for name, value in zip(COMMON_ARGS[::2], COMMON_ARGS[1::2], strict=True)),
+    )
+    with running_server(artifacts, home / "state", *options, log=home / "graft.log") as url:
+        yield Graft(url, StateDir(home / "state"))
+
+
+@contextlib.contextmanager
+def bare(model: Path, home: Path, count: int, room: Room) -> Iterator[list[str]]:
+    """`count` of vLLM's API servers that let adapters be loaded; their URLs."""
+    home.mkdir(parents=True, exist_ok=True)
+    print(f"starting {count} bare vLLM servers …", flush=True)
+    ports = [free_port() for _ in range(count)]
+    with contextlib.ExitStack() as stack:
+        for number, port in enumerate(ports):
+            log = stack.enter_context((home / f"bare-{number}.log").open("w"))
+            command = [
+                *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+                *("--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
+                *("--enable-lora", "--max-lora-rank", "16", "--max-loras", str(room.slots)),
+                *("--max-cpu-loras", str(room.resident + 1), *COMMON_ARGS),
+            ]
+            server = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(), start_new_session=True)
+            stack.callback(stop, server)
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        for url in urls:
+            _wait_for(url)
+        yield urls
+
+
+async def load_bare(client: httpx.AsyncClient, url: str, name: str, path: Path, inplace: bool = False) -> float:
+    """Seconds that vLLM's own load call takes."""
+    began = time.monotonic()
+    body = {"lora_name": name, "lora_path": str(path), "load_inplace": inplace}
+    response = await client.post(f"{url}/v1/load_lora_adapter", json=body, timeout=60)
+    response.raise_for_status()
+    return time.monotonic() - began
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+
+
+def _wait_for(url: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health").is_success:
+                return
+        time.sleep(0.2)
+    raise RuntimeError(f"vLLM at {url} did not come up")

@@ -1,0 +1,106 @@
+"""A cold request goes to the replica that holds its adapter, if that one isn't busier.
+
+HAProxy picks a replica without knowing adapters. A replica that would have to push an adapter out, or let a request
+wait for a slot, passes the request on to a holder: one more hop, for such requests only and never a second one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+import httpx
+from starlette.types import Scope, Send
+
+from serve.errors import ServeError
+from serve.names import AdapterRevision
+from serve.reconcile import ReplicaReport
+
+FORWARDED_HEADER = b"x-graft-forwarded"
+
+_FRESH_S = 1.0
+_ASK_TIMEOUT_S = 0.25
+_CONNECT_TIMEOUT_S = 1.0
+# A holder with up to this many requests more than twice ours is still better than a load.
+_SPARE_REQUESTS = 4
+_OF_ONE_HOP = frozenset({b"host", b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
+
+
+@dataclass
+class Peers:
+    """What the other replicas hold, asked for when it matters and at most once a second."""
+
+    replica: str
+    host: str  # where the others reach this machine
+    ask: Callable[[], Awaitable[Sequence[ReplicaReport]]]
+    address: str | None = None
+    passed_on: int = 0  # requests that another replica answered for this one
+    _reports: Sequence[ReplicaReport] = ()
+    _asked_s: float = -_FRESH_S
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _client: httpx.AsyncClient = field(
+        default_factory=lambda: httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S), limits=httpx.Limits(max_connections=None)
+        )
+    )
+
+    def learn_address(self, scope: Scope) -> None:
+        """Ray Serve tells a replica the port that it listens on with the first request only."""
+        if self.address is None and scope.get("server"):
+            self.address = f"{self.host}:{scope['server'][1]}"
+
+    async def holder_of(self, adapter: AdapterRevision) -> str | None:
+        """Where a replica listens that would run it at once; None if there is none, or nobody knows in time."""
+        await self._refresh()
+        own = next((it.running_requests for it in self._reports if it.replica == self.replica), 0)
+        fit = [
+            it
+            for it in self._reports
+            if it.address and it.replica != self.replica and adapter.engine_name in it.resident
+            if not it.waiting_requests and it.running_requests <= 2 * own + _SPARE_REQUESTS
+        ]
+        return min(fit, key=lambda it: it.running_requests).address if fit else None
+
+    async def pass_on(self, address: str, scope: Scope, body: bytes, send: Send) -> bool:
+        """Have the replica at `address` answer; False if it can't, and nothing was sent yet."""
+        request = self._client.build_request(
+            "POST",
+            httpx.URL(f"http://{address}{scope['path']}", query=scope.get("query_string", b"")),
+            headers=[*(it for it in scope["headers"] if it[0] not in _OF_ONE_HOP), (FORWARDED_HEADER, b"1")],
+            content=body,
+        )
+        try:
+            response = await self._client.send(request, stream=True)
+        except httpx.HTTPError:
+            return False
+        async with contextlib.aclosing(response):
+            if response.status_code == 503:
+                return False
+            self.passed_on += 1
+            headers = [(name.lower(), value) for name, value in response.headers.raw]
+            await send({
+                "type": "http.response.start",
+                "status": response.status_code,
+                "headers": [it for it in headers if it[0] not in _OF_ONE_HOP],
+            })  # fmt: skip
+            async for chunk in response.aiter_raw():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        return True
+
+    async def _refresh(self) -> None:
+        async with self._asking:
+            now = asyncio.get_running_loop().time()
+            if now - self._asked_s < _FRESH_S:
+                return
+            self._asked_s = now
+            self._reports = ()
+            with contextlib.suppress(ServeError, TimeoutError):
+                async with asyncio.timeout(_ASK_TIMEOUT_S):
+                    self._reports = await self.ask()
+
+
+def was_forwarded(scope: Scope) -> bool:
+    return any(name == FORWARDED_HEADER for name, _ in scope["headers"])

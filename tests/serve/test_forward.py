@@ -1,0 +1,215 @@
+"""Two replicas with engines that have no model, each behind a real HTTP server of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from serve.admin import Admin
+from serve.admission import Admission
+from serve.config import EngineSettings, GatewaySettings, ServeSettings
+from serve.errors import ReplicaUnreachable
+from serve.forward import Peers
+from serve.gateway import Gateway
+from serve.log import CatalogueLog
+from serve.publish import Control
+from serve.reconcile import Reconciler, ReplicaReport
+from serve.residency import AdapterPool
+from serve.store import AdapterStore
+from tests.serve.conftest import BASE, believe, candidate
+from tests.serve.fakes import FakeEngine, respond
+
+ADAPTERS = [candidate(f"adapter-{number}", "w") for number in range(4)]
+FIRST, SECOND = ADAPTERS[:2]
+CAPACITY = 2
+
+
+@dataclass
+class Replica:
+    number: int
+    engine: FakeEngine
+    pool: AdapterPool
+    reconciler: Reconciler
+    peers: Peers
+    url: str
+
+    async def ask(self, name: str) -> str:
+        """Which replica answered; it says so itself."""
+        async with httpx.AsyncClient() as client:
+            response = await client.post(f"{self.url}/v1/completions", json={"model": name, "stream": True})
+        assert response.status_code == 200, response.text
+        return response.text
+
+
+@dataclass
+class Fleet:
+    replicas: list[Replica]
+    reachable: bool = True
+    asked: int = 0
+
+    async def report(self) -> Sequence[ReplicaReport]:
+        self.asked += 1
+        if not self.reachable:
+            raise ReplicaUnreachable("no answer")
+        return [await replica.reconciler.report() for replica in self.replicas]
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path, log: CatalogueLog, store: AdapterStore) -> AsyncIterator[Fleet]:
+    """Two replicas; each has told its address and holds nothing."""
+    for adapter in ADAPTERS:
+        log.stage(adapter)
+        log.promote(adapter)
+    fleet = Fleet([])
+    async with serving(0, fleet, log, store, tmp_path), serving(1, fleet, log, store, tmp_path):
+        yield fleet
+
+
+@asynccontextmanager
+async def serving(number: int, fleet: Fleet, log: CatalogueLog, store: AdapterStore, root: Path) -> AsyncIterator[None]:
+    engine = FakeEngine()
+
+    async def say_who(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        model = json.loads((await receive())["body"])["model"]
+        assert model in {it.engine_name for it in engine.resident}
+        await respond(send, 200, f"replica {number}, {model}, {headers.get(b'x-graft-caller', b'').decode()}".encode())
+
+    engine.handler = say_who
+    pool = AdapterPool(engine, store, CAPACITY)
+    peers = Peers(f"replica-{number}", "127.0.0.1", fleet.report)
+    reconciler = Reconciler(f"replica-{number}", log, engine, pool, believe, address=lambda: peers.address)
+    reconciler.catalogue = log.read()
+    settings = ServeSettings(
+        engine=EngineSettings(model_path=root, model_name="small-llama", fingerprint=BASE),
+        gateway=GatewaySettings(admin_tokens={"admin": "0" * 64}),
+        state_dir=root,
+    )
+    admin = Admin(
+        settings.gateway.admin_tokens,
+        settings.engine,
+        settings.admission,
+        Admission(settings.engine, settings.admission),
+        store,
+        Control(log, fleet),  # type: ignore[arg-type]
+    )
+    gateway = Gateway(settings, engine, pool, lambda: reconciler.catalogue, admin, peers=peers)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server = uvicorn.Server(uvicorn.Config(gateway, log_level="error", lifespan="off"))
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        async with httpx.AsyncClient() as client:
+            while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
+                await asyncio.sleep(0.01)
+            await client.get(f"{url}/health")
+        fleet.replicas.append(Replica(number, engine, pool, reconciler, peers, url))
+        yield
+        server.should_exit = True
+        await task
+
+
+async def fill(replica: Replica, *names: str) -> None:
+    for name in names:
+        await replica.ask(name)
+
+
+async def test_a_cold_request_goes_to_the_replica_that_holds_its_adapter(fleet: Fleet) -> None:
+    here, there = fleet.replicas
+    await fill(there, "adapter-0")
+    await fill(here, "adapter-2", "adapter-3")
+
+    assert (await here.ask("adapter-0")).startswith(f"replica 1, {FIRST.adapter.engine_name}")
+
+    assert here.engine.resident == {ADAPTERS[2].adapter, ADAPTERS[3].adapter}, "nothing was evicted"
+    assert (here.peers.passed_on, there.peers.passed_on) == (1, 0)
+
+
+async def test_what_fits_here_is_loaded_here(fleet: Fleet) -> None:
+    here, there = fleet.replicas
+    await fill(there, "adapter-0")
+
+    assert (await here.ask("adapter-0")).startswith("replica 0")
+
+
+async def test_what_nobody_holds_is_loaded_here_even_if_another_one_has_to_leave(fleet: Fleet) -> None:
+    here, _ = fleet.replicas
+    await fill(here, "adapter-2", "adapter-3")
+
+    assert (await here.ask("adapter-0")).startswith("replica 0")
+
+
+async def test_a_busier_holder_is_left_alone(fleet: Fleet) -> None:
+    here, there = fleet.replicas
+    await fill(there, "adapter-0")
+    await fill(here, "adapter-2", "adapter-3")
+    there.engine.running_requests = 50
+
+    assert (await here.ask("adapter-0")).startswith("replica 0")
+
+
+async def test_a_forwarded_request_is_not_forwarded_again(fleet: Fleet) -> None:
+    here, there = fleet.replicas
+    await fill(there, "adapter-0")
+    await fill(here, "adapter-2", "adapter-3")
+
+    async with httpx.AsyncClient() as client:
+        response = await client.post(
+            f"{here.url}/v1/completions", json={"model": "adapter-0"}, headers={"x-graft-forwarded": "1"}
+        )
+
+    assert response.text.startswith("replica 0")
+
+
+async def test_a_holder_that_died_is_done_without(fleet: Fleet) -> None:
+    here, there = fleet.replicas
+    await fill(there, "adapter-0")
+    await fill(here, "adapter-2", "adapter-3")
+    there.peers.address = "127.0.0.1:1"
+
+    assert (await here.ask("adapter-0")).startswith("replica 0")
+
+
+async def test_replicas_that_can_not_be_asked_are_done_without(fleet: Fleet) -> None:
+    here, there = fleet.replicas
+    await fill(there, "adapter-0")
+    await fill(here, "adapter-2", "adapter-3")
+    fleet.reachable = False
+
+    assert (await here.ask("adapter-0")).startswith("replica 0")
+
+
+async def test_the_others_are_asked_at_most_once_a_second_and_only_when_it_matters(fleet: Fleet) -> None:
+    here, there = fleet.replicas
+    await fill(there, "adapter-0")
+    await fill(here, "adapter-2", "adapter-3", "adapter-2")
+    assert fleet.asked == 0
+
+    await asyncio.gather(*(here.ask("adapter-0") for _ in range(20)))
+
+    assert fleet.asked == 1
+
+
+async def test_the_callers_headers_arrive(fleet: Fleet) -> None:
+    here, there = fleet.replicas
+    await fill(there, "adapter-0")
+    await fill(here, "adapter-2", "adapter-3")
+
+    async with httpx.AsyncClient() as client:
+        response = await client.post(
+            f"{here.url}/v1/completions", json={"model": "adapter-0"}, headers={"x-graft-caller": "me"}
+        )
+
+    assert response.text.endswith(", me")
+    assert response.headers.get_list("x-graft-model") == [FIRST.adapter.engine_name]
+    assert response.headers["content-type"] == "application/json"
