@@ -8,13 +8,13 @@ RUN = $(VENV)/bin/python
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo serve test lint unit bench-routes bench-swap clean
+.PHONY: help environment demo serve test lint unit bench-convert bench-routes bench-swap clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
 environment: ## Create or update .venv from the lock (seconds when nothing changed)
-	@$(PYTHON) deploy/environment/create.py --venv $(VENV)
+	@$(PYTHON) deploy/environment/create.py --venv $(VENV) --with quantizers
 
 demo: environment ## The whole tour: fine-tune, convert, serve, ask, hot-swap under load
 	@$(RUN) -m examples.demo
@@ -27,6 +27,9 @@ test: environment lint ## Lint, types, layering and all tests, with real engines
 
 unit: environment ## The tests that start no engine
 	@$(RUN) -m pytest -m "not engine"
+
+bench-convert: environment ## A merge beside cp: speed, memory; what the exact route loses (minutes, 22 GB of disk)
+	@$(RUN) -m benchmarks.convert
 
 bench-routes: environment ## What each way of conversion keeps: KL, size (minutes)
 	@$(RUN) -m benchmarks.routes

@@ -18,11 +18,13 @@ from benchmarks.record import Figure, write_result
 from convert.artifact import size_bytes
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
-from convert.conversion import Request, convert
+from convert.conversion import Destination, convert
 from convert.detect import Training
 from convert.nf4 import Nf4
+from convert.preparation import Request
 from convert.progress import silent
 from convert.quality import Reference, Text, measure, reference
+from convert.routes.choose import Wish
 from examples.behaviours import BEHAVIOURS
 from examples.demo import BASE_NAME, CODE_WORDS, MODEL, QUESTIONS, checkpoint, make_checkpoints
 
@@ -63,11 +65,10 @@ def main() -> None:
 
 
 def ways(source: Path) -> tuple[Way, ...]:
-    def graft(**request: Any) -> Callable[[Path], tuple[Path, Path | None]]:
+    def graft(trained_on: Training | None = None, **wish: Any) -> Callable[[Path], tuple[Path, Path | None]]:
         def make(home: Path) -> tuple[Path, Path | None]:
-            artifact = convert(
-                Request(checkpoint=source, base=MODEL, destination=home, name="bench", measure=False, **request)
-            )
+            request = Request(checkpoint=source, base=MODEL, wish=Wish(**wish), trained_on=trained_on, measure=False)
+            artifact = convert(request, Destination(home, "bench"))
             return home / "model", artifact.adapter_path
 
         return make

@@ -1,4 +1,8 @@
-"""The command line: `python -m convert inspect | run | verify`."""
+"""The command line: `python -m convert inspect | plan | run | compare | verify`.
+
+Exit status: 0 done; 1 an error of the input, told as `error[code]: …`; 2 a wrong use of the command; 3 a limit was not
+kept and nothing was published; 4 the artifact is not what it should be.
+"""
 
 from __future__ import annotations
 
@@ -8,54 +12,46 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from convert import options
 from convert.artifact import Artifact, Name
 from convert.detect import Training
 from convert.errors import CheckpointUnsupported, ConvertError
-from convert.routes.ways import DtypeOption, QuantizeOption, RouteOption
 
 if TYPE_CHECKING:
+    from convert.preparation import Request
     from convert.progress import Progress
 
 app = typer.Typer(
     help="From a LoRA or QLoRA checkpoint to an artifact that can be served.",
+    epilog="Exit status: 0 done; 1 wrong input; 2 wrong use; 3 a limit not kept; 4 an artifact is not what it says.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
 _TRAININGS = {"4bit": Training.QLORA, "full": Training.LORA}
-
-CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="Directory with adapter_config.json and adapter_model.safetensors.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")]
+_STATUS = {"quality_gate_failed": 3, "artifact_invalid": 4, "verification_failed": 4}
 
 
 @app.command()
-def inspect(
-    checkpoint: CheckpointPath,
-    base: Annotated[
-        Path | None,
-        typer.Option(metavar="BASE", help="Base model directory or artifact: adds sizes and checks the match."),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Say what a checkpoint is and which ways there are to serve it. Reads no weights, writes nothing."""
-    from convert import inspection, report
+def inspect(checkpoint: options.Checkpoint, base: options.OptionalBase = None, as_json: options.Json = False) -> None:
+    """Say what a checkpoint is and which ways there are to serve it. Writes nothing."""
+    from convert import inspection
+    from convert.report import inspection as shown
+    from convert.report.page import print_page
 
     with _told_errors():
         found = inspection.inspect(checkpoint, base)
         if as_json:
-            _print_json(report.inspection_document(found))
+            _print_json(shown.inspection_document(found))
         else:
-            report.print_page(report.inspection_page(found))
+            print_page(shown.inspection_page(found))
         if found.problems:
             raise CheckpointUnsupported(
                 f"{checkpoint} can't be converted: {len(found.problems)} problems, listed above."
@@ -63,97 +59,205 @@ def inspect(
 
 
 @app.command()
+def plan(
+    checkpoint: options.Checkpoint,
+    base: options.Base,
+    route: options.Route = "auto",
+    quantize: options.Quantize = "auto",
+    merge_onto: options.MergeOnto = "auto",
+    rank: options.Rank = None,
+    steps: options.Steps = 60,
+    method: options.Method = "rtn",
+    calibration: options.Calibration = None,
+    dtype: options.Dtype = "auto",
+    target: options.Target = None,
+    trained_on: options.TrainedOn = None,
+    text: options.Text = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+) -> None:
+    """Say what `run` would write, tensor by tensor, and what it would take. Writes nothing."""
+    request = _request(**_without(locals(), "as_json"))
+    from convert import planning
+    from convert.report import plan as shown
+    from convert.report.page import print_page
+
+    with _told_errors(), _progress_bar() as progress:
+        found = planning.planned(request, progress)
+    if as_json:
+        _print_json(shown.plan_document(found))
+    else:
+        print_page(shown.plan_page(found))
+
+
+@app.command()
 def run(
-    checkpoint: CheckpointPath,
-    base: Annotated[
-        Path,
-        typer.Option(
-            metavar="BASE",
-            help="Directory of the model the adapter was trained on, or an artifact with its 4-bit form.",
-        ),
-    ],
+    checkpoint: options.Checkpoint,
+    base: options.Base,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the artifact appears; must not exist yet.")],
     name: Annotated[
         str | None, typer.Option(help="Name under which it is served. Default: the name of DIR, in lower case.")
     ] = None,
-    route: Annotated[
-        RouteOption,
-        typer.Option(help="Keep the adapter separate, or merge it. auto: QLoRA stays separate, LoRA is merged."),
-    ] = "auto",
-    quantize: Annotated[
-        QuantizeOption,
-        typer.Option(help="How linear layers are stored. auto: NF4, wherever it keeps what was learnt."),
-    ] = "auto",
-    dtype: Annotated[
-        DtypeOption,
-        typer.Option(
-            help="16-bit type of a merged model that is not quantized. float16 rounds 8 times finer than bfloat16, "
-            "and holds weights up to 65504. auto: the base's own."
-        ),
-    ] = "auto",
-    trained_on: Annotated[
-        Literal["4bit", "full"] | None,
-        typer.Option(
-            help="What the base was in training, when the checkpoint doesn't say: 4bit is QLoRA, full is LoRA."
-        ),
-    ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help='Held-out JSON lines to measure on: {"text": …} or {"messages": […]}. Default: a short text.',
-        ),
-    ] = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(min=0.0, metavar="X", help="Publish nothing if the mean KL is above X nats per token."),
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Compare the result with the model as trained.")
-    ] = True,
-    as_json: JsonOption = False,
+    route: options.Route = "auto",
+    quantize: options.Quantize = "auto",
+    merge_onto: options.MergeOnto = "auto",
+    rank: options.Rank = None,
+    steps: options.Steps = 60,
+    method: options.Method = "rtn",
+    calibration: options.Calibration = None,
+    dtype: options.Dtype = "auto",
+    target: options.Target = None,
+    trained_on: options.TrainedOn = None,
+    text: options.Text = None,
+    canaries: options.CanaryFile = None,
+    max_kl: options.MaxKl = None,
+    min_retention: options.MinRetention = None,
+    min_gain: options.MinGain = None,
+    measure: options.Measure = True,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Convert a checkpoint to an artifact. It appears at DIR whole, or not at all."""
+    request = _request(**_without(locals(), "out", "name", "as_json"))
     served_name = _name(name, out)
-    from convert import conversion, report
+    from convert import conversion
+    from convert.report import artifact as shown
+    from convert.report.page import print_page
 
-    request = conversion.Request(
-        checkpoint=checkpoint,
-        base=base,
-        destination=out,
-        name=served_name,
-        route=route,
-        quantize=quantize,
-        dtype=dtype,
-        trained_on=_TRAININGS[trained_on] if trained_on else None,
-        text=text,
-        max_kl=max_kl,
-        measure=measure,
-    )
     signal.signal(signal.SIGTERM, _terminate)
     with _told_errors(), _progress_bar() as progress:
-        artifact = conversion.convert(request, progress)
+        artifact = conversion.convert(request, conversion.Destination(out, served_name), progress)
     if as_json:
-        _print_json(report.artifact_document(artifact))
+        _print_json(shown.artifact_document(artifact))
     else:
-        report.print_page(report.artifact_page(artifact))
+        print_page(shown.artifact_page(artifact))
+
+
+@app.command()
+def compare(
+    checkpoint: options.Checkpoint,
+    base: options.Base,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where comparison.html and .json appear; must not exist yet.")
+    ],
+    way: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROUTE:STORED[:WEIGHTS]",
+            help="A way to compare, as merge:none or merge:nf4:original; can be given more than once. "
+            "Default: all that are offered.",
+        ),
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Also start each in vLLM, and measure how fast it decodes.")
+    ] = False,
+    rank: options.Rank = None,
+    steps: options.Steps = 60,
+    method: options.Method = "rtn",
+    calibration: options.Calibration = None,
+    target: options.Target = None,
+    trained_on: options.TrainedOn = None,
+    text: options.Text = None,
+    canaries: options.CanaryFile = None,
+    max_kl: options.MaxKl = None,
+    min_retention: options.MinRetention = None,
+    min_gain: options.MinGain = None,
+    as_json: options.Json = False,
+) -> None:
+    """Make and measure the ways side by side, and draw size against loss. Keeps nothing but the page."""
+    request = _request(**_without(locals(), "out", "way", "speed", "as_json"))
+    from convert import survey
+    from convert.report.page import print_page
+    from convert.report.survey import survey_page
+
+    signal.signal(signal.SIGTERM, _terminate)
+    with _told_errors(), _progress_bar() as progress:
+        surveyed = survey.survey(request, way, speed=speed, progress=progress)
+        survey.write_report(surveyed, out)
+    if as_json:
+        _print_json(json.loads((out / survey.DOCUMENT).read_bytes()))
+    else:
+        print_page(survey_page(surveyed, out))
 
 
 @app.command()
 def verify(
     artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory with a manifest.json.")],
-    as_json: JsonOption = False,
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="ARTIFACT", help="The artifact with the base, where it lies in another one."),
+    ] = None,
+    engine: Annotated[
+        bool,
+        typer.Option(
+            "--engine/--no-engine", help="Start it in vLLM and compare with its golden answers, or only hash."
+        ),
+    ] = True,
+    speed: Annotated[bool, typer.Option("--speed", help="Also measure how fast it decodes.")] = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Hash every file of an artifact and compare with its manifest."""
-    from convert import report
+    """Hash every file of an artifact, serve it with vLLM, and compare both with what its manifest says."""
+    if engine:
+        _verify_in_engine(artifact, base, speed=speed, as_json=as_json)
+        return
+    from convert.report import artifact as shown
 
     with _told_errors():
         opened = Artifact.open(artifact)
         opened.verify()
     if as_json:
-        _print_json(report.artifact_document(opened))
+        _print_json(shown.artifact_document(opened))
     else:
         typer.echo(f"{artifact} is what its manifest says ({opened.manifest.name}).")
+
+
+def _verify_in_engine(artifact: Path, base: Path | None, *, speed: bool, as_json: bool) -> None:
+    from convert.report.page import print_page
+    from convert.verification.page import verification_page
+    from convert.verification.verify import VerifyOptions
+    from convert.verification.verify import verify as verify_artifact
+
+    signal.signal(signal.SIGTERM, _terminate)
+    with _told_errors():
+        with _progress_bar() as progress:
+            found = verify_artifact(
+                Artifact.open(artifact),
+                Artifact.open(base) if base else None,
+                VerifyOptions(speed_streams=(1, 8) if speed else ()),
+                progress,
+            )
+        if as_json:
+            _print_json(found.document())
+        else:
+            print_page(verification_page(found))
+        found.require_passed()
+
+
+def _without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _request(checkpoint: Path, base: Path, trained_on: options.Training | None, **rest: Any) -> Request:
+    from convert.preparation import Request
+    from convert.quality import Gate
+    from convert.routes.choose import Wish
+
+    limits = {name: rest.pop(name, None) for name in ("max_kl", "min_retention", "min_gain")}
+    wish = Wish(
+        route=rest.pop("route", "auto"),
+        quantize=rest.pop("quantize", "auto"),
+        onto=rest.pop("merge_onto", "auto"),
+        dtype=rest.pop("dtype", "auto"),
+        force=rest.pop("force", False),
+    )
+    return Request(
+        checkpoint=checkpoint,
+        base=base,
+        wish=wish,
+        trained_on=_TRAININGS[trained_on] if trained_on else None,
+        gate=Gate(**limits),
+        **rest,
+    )
 
 
 def _name(name: str | None, out: Path) -> str:
@@ -175,7 +279,7 @@ def _told_errors() -> Iterator[None]:
         yield
     except ConvertError as error:
         typer.echo(f"error[{error.code}]: {error}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(_STATUS.get(error.code, 1)) from None
 
 
 @contextmanager
@@ -192,7 +296,7 @@ def _progress_bar() -> Iterator[Progress]:
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
+            bars.update(tasks[what], completed=done, total=total)
 
         yield show
 
@@ -203,7 +307,7 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
-    """As Ctrl-C does: through the clean-up of everything that is open."""
+    """Through the clean-up of everything that is open. Unlike after Ctrl-C, finished shards stay for the next run."""
     raise SystemExit(128 + signum)
 
 

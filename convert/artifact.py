@@ -2,6 +2,7 @@
 
     DIR/manifest.json      this contract
     DIR/model/             a complete model directory: the merged model, or the 4-bit base of the adapter
+    DIR/checkpoint/        a recovered LoRA checkpoint; only where one was made
     DIR/golden.json        prompts with the answers that a server of this artifact must give
     DIR/adapter/           adapter_config.json and adapter_model.safetensors (PEFT's layout); only where
                            the adapter stays separate
@@ -27,6 +28,9 @@ MANIFEST = "manifest.json"
 MODEL_DIR = "model"
 ADAPTER_DIR = "adapter"
 GOLDEN = "golden.json"
+# Some chat templates, Llama 3.2's among them, write today's date into every chat. Golden answers must not depend on
+# the day: these are the arguments that their templates were given, and that a server which is compared must give.
+GOLDEN_CHAT_ARGUMENTS: Mapping[str, str] = {"date_string": "26 Jul 2024"}
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A name becomes a directory, a metric label and the `model` of a request: `@` and `:` are left out on purpose.
@@ -166,6 +170,9 @@ class Manifest(_Part):
     base: Base | None = None
     model: Model
     adapter: Adapter | None
+    checkpoint: FileDigests | None = Field(
+        default=None, description="Files of checkpoint/, a recovered LoRA that can be trained on."
+    )
     quality: Quality | None
     trials: tuple[Trial, ...] = ()
     recovery: Recovery | None = None

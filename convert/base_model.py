@@ -1,20 +1,21 @@
 """The base model: the frozen weights an adapter was trained on.
 
-Either a model directory in Hugging Face's layout (config.json and safetensors), in 16 or 32 bits or with its
-linear layers stored as NF4 by bitsandbytes; or an artifact, whose model/ is such a directory.
+Either a model directory in Hugging Face's layout (config.json and safetensors), in 16 or 32 bits or with its linear
+layers stored as NF4 by bitsandbytes or in 8 or 4 bits by compressed-tensors; or an artifact, whose model/ is such a
+directory.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert import nf4
+from convert import compressed, nf4
 from convert.artifact import MANIFEST, Artifact
+from convert.compressed import Compressed
 from convert.errors import BaseMismatch, BaseUnreadable
 from convert.formats import (
     CHAT_TEMPLATE_FILES,
@@ -27,7 +28,6 @@ from convert.formats import (
     OTHER_WEIGHTS,
     TOKENIZER_FILES,
 )
-from convert.nf4 import Nf4
 from convert.scheme import Scheme
 from convert.tensors import DTYPES, FLOATS, Tensors, TensorSpec, read_json
 
@@ -38,7 +38,6 @@ CONFIG = "config.json"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
-_MAX_STATE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,9 @@ class BaseModel:
                 f"for example with: hf download {path} --local-dir DIR"
             )
         config = read_json(root / CONFIG, BaseUnreadable)
-        _require_known_quantization(root, config)
         tensors = Tensors.open(root, MODEL_STEM, BaseUnreadable)
-        linears = _linears(root, tensors)
+        linears = _linears(root, tensors, _compressed(root, config, tensors))
+        _require_known(root, tensors, linears)
         _require_whole(root, config, tensors, linears)
         quantized = [linear.settings for linear in linears.values() if linear.settings]
         return cls(root, config, tensors, linears, quantized[0] if quantized else None, artifact)
@@ -120,10 +119,8 @@ class BaseModel:
     @property
     def others(self) -> tuple[TensorSpec, ...]:
         """Everything that is not a linear layer's weight: embeddings, norms, biases."""
-        linear = {linear.weight for linear in self.linears.values()}
-        return tuple(
-            spec for name, spec in self.tensors.specs.items() if not any(owner in linear for owner in _owners(name))
-        )
+        stored = {name for linear in self.linears.values() for name in _stored_names(linear)}
+        return tuple(spec for name, spec in self.tensors.specs.items() if name not in stored)
 
     @property
     def tokenizer_files(self) -> tuple[Path, ...]:
@@ -138,9 +135,8 @@ class BaseModel:
         return self._present(GENERATION_FILES)
 
     def stored(self, linear: Linear) -> tuple[TensorSpec, ...]:
-        """The tensors a linear layer's weight is stored in: one, or the parts of NF4."""
-        names = [linear.weight, *(f"{linear.weight}.{part}" for part in nf4.PARTS)]
-        return tuple(self.tensors.specs[name] for name in names if name in self.tensors)
+        """The tensors a linear layer's weight is stored in: one, or the parts of its scheme."""
+        return tuple(self.tensors.specs[name] for name in _stored_names(linear))
 
     def read(self, linear: Linear) -> torch.Tensor:
         """The weight (out, in): as stored in floats, or dequantized to float32."""
@@ -158,9 +154,9 @@ class BaseModel:
     def read_as_trained(self, linear: Linear, quantizer: Scheme | None) -> torch.Tensor:
         """The float32 weight an adapter was trained against: after NF4 and back, where `quantizer` is given.
 
-        The head is never quantized, and a weight stored as NF4 has been already.
+        The head is never quantized, and a base stored as NF4 has been already: what it holds in floats was left so.
         """
-        if quantizer is None or linear.settings or linear.is_head:
+        if quantizer is None or self.settings or linear.is_head:
             return self.read(linear).float()
         parts = quantizer.quantize(linear.module, self.read_for_quantizing(linear))
         return quantizer.dequantize(linear.module, parts)
@@ -200,88 +196,67 @@ def _model_of(artifact: Artifact) -> Path:
     return artifact.model_path
 
 
-def _require_known_quantization(root: Path, config: Mapping[str, Any]) -> None:
+def _compressed(root: Path, config: Mapping[str, Any], tensors: Tensors) -> Compressed | None:
+    """The scheme of compressed-tensors that the configuration names. Raises BaseUnreadable for what can't be read."""
     quantization = config.get("quantization_config")
     if quantization is None:
-        return
+        return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method == compressed.METHOD:
+        return compressed.recognised(root, quantization, tensors)
     if method != "bitsandbytes":
-        raise BaseUnreadable(f"{root} is quantized by {method!r}. Give the original model, or one stored as NF4.")
-    if quantization.get("bnb_4bit_quant_type") != "nf4" or not quantization.get("load_in_4bit"):
-        kind = quantization.get("bnb_4bit_quant_type") if quantization.get("load_in_4bit") else "8-bit"
         raise BaseUnreadable(
-            f"{root} is stored as {kind} by bitsandbytes. Give the original model, or one stored as NF4."
+            f"{root} is quantized by {method!r}. Give the original model, or one stored as NF4 or by "
+            f"{compressed.METHOD} as {', '.join(compressed.NAMES)}."
         )
+    nf4.require_nf4(root, quantization)
+    return None
 
 
-def _owners(name: str) -> tuple[str, ...]:
-    """The names of the weight a tensor may be a part of: itself, or `X.weight` of `X.weight.absmax`."""
-    return (name, *(name.removesuffix(f".{part}") for part in nf4.PARTS if name.endswith(f".{part}")))
+def _linears(root: Path, tensors: Tensors, settings: Compressed | None) -> dict[str, Linear]:
+    modules = sorted({module for name in tensors.specs if (module := _module(name))})
+    return {module: _linear(root, tensors, module, settings) for module in modules}
 
 
-def _linears(root: Path, tensors: Tensors) -> dict[str, Linear]:
-    linears: dict[str, Linear] = {}
-    unknown: list[str] = []
-    for name, spec in tensors.specs.items():
-        module = name.removesuffix(".weight")
-        if name.endswith(".weight") and (LAYER_LINEAR.fullmatch(module) or module == HEAD):
-            linears[module] = _linear(root, tensors, module, spec)
-        elif name != EMBEDDING and not OTHER_WEIGHTS.fullmatch(name) and _owners(name)[-1] == name:
-            unknown.append(name)
+def _module(name: str) -> str | None:
+    """The linear layer whose weight this is, or whose codes these are."""
+    module, _, part = name.rpartition(".")
+    is_linear = LAYER_LINEAR.fullmatch(module) or module == HEAD
+    return module if is_linear and part in ("weight", "weight_packed") else None
+
+
+def _linear(root: Path, tensors: Tensors, module: str, settings: Compressed | None) -> Linear:
+    if settings and module != HEAD:
+        return Linear(module, *compressed.stored_shape(root, tensors, module, settings), settings)
+    if f"{module}.weight.{nf4.STATE}" in tensors:
+        quantizer, shape = nf4.stored_layer(root, tensors, module)
+        return Linear(module, *shape, quantizer)
+    spec = tensors.specs.get(f"{module}.weight")
+    if spec is None or spec.dtype not in FLOATS or len(spec.shape) != 2 or 0 in spec.shape:
+        found = f"{spec.dtype} {list(spec.shape)}" if spec else "packed"
+        raise BaseUnreadable(
+            f"{root}: '{module}.weight' is {found}; expected a matrix of bfloat16, float16 or float32, or NF4 with "
+            "its quant_state. Give the original model, or one stored as NF4."
+        )
+    return Linear(module, spec.shape[0], spec.shape[1], None)
+
+
+def _require_known(root: Path, tensors: Tensors, linears: Mapping[str, Linear]) -> None:
+    stored = {name for linear in linears.values() for name in _stored_names(linear)}
+    unknown = [
+        name for name in tensors.specs if name not in stored and name != EMBEDDING and not OTHER_WEIGHTS.fullmatch(name)
+    ]
     if unknown:
         raise BaseUnreadable(
             f"{root} is not built like Llama: {len(unknown)} tensors have no place there "
             f"({', '.join(map(repr, sorted(unknown)[:3]))}…). Llama, Mistral and Qwen2 are supported."
         )
-    return linears
 
 
-def _linear(root: Path, tensors: Tensors, module: str, spec: TensorSpec) -> Linear:
-    if f"{spec.name}.{nf4.STATE}" in tensors:
-        return _quantized(root, tensors, module)
-    if spec.dtype not in FLOATS or len(spec.shape) != 2 or 0 in spec.shape:
-        raise BaseUnreadable(
-            f"{root}: {spec.name!r} is {spec.dtype} {list(spec.shape)}; expected a matrix of bfloat16, float16 or "
-            "float32, or NF4 with its quant_state. Give the original model, or one stored as NF4."
-        )
-    return Linear(module, spec.shape[0], spec.shape[1], None)
-
-
-def _quantized(root: Path, tensors: Tensors, module: str) -> Linear:
-    """An NF4 layer whose parts all have the sizes its state says: the dequantizer is native code."""
-    name = f"{module}.weight"
-    shape, dtype = _state(root, tensors, name)
-    settings = Nf4(double=f"{name}.nested_absmax" in tensors, dtype=dtype)
-    for expected in settings.specs(module, shape):
-        if not expected.name.endswith(nf4.STATE) and tensors.specs.get(expected.name) != expected:
-            raise BaseUnreadable(
-                f"{root}: {expected.name!r} should be {expected.dtype} {list(expected.shape)} in NF4 "
-                f"of shape {list(shape)}. Copy or save the model again."
-            )
-    return Linear(module, shape[0], shape[1], settings)
-
-
-def _state(root: Path, tensors: Tensors, name: str) -> tuple[tuple[int, int], str]:
-    """Shape and type of the weight before it was quantized."""
-    key = f"{name}.{nf4.STATE}"
-    try:
-        if tensors.specs[key].nbytes > _MAX_STATE_BYTES:
-            raise ValueError("too long")
-        state = json.loads(b"".join(tensors.chunks(key)))
-        rows, columns = state["shape"]
-        if type(rows) is not int or type(columns) is not int or rows < 1 or columns < 1:
-            raise ValueError(f"shape {state['shape']!r}")
-        if state["quant_type"] != "nf4" or state["blocksize"] != 64 or state.get("nested_blocksize", 256) != 256:
-            raise ValueError("not NF4 in blocks of 64")
-        dtype = next(dtype for dtype in FLOATS if DTYPES[dtype][1] == state["dtype"])
-        nested = ("nested_offset" in state, f"{name}.nested_absmax" in tensors)
-        if nested[0] != nested[1] or (nested[0] and type(state["nested_offset"]) is not float):
-            raise ValueError("nested_offset and nested_absmax must come together")
-    except (ValueError, KeyError, TypeError, StopIteration, RecursionError) as cause:
-        raise BaseUnreadable(
-            f"{root}: {key!r} is not what bitsandbytes writes ({cause!r}). Save the model again."
-        ) from None
-    return (rows, columns), dtype
+def _stored_names(linear: Linear) -> tuple[str, ...]:
+    if linear.settings is None:
+        return (linear.weight,)
+    return tuple(spec.name for spec in linear.settings.specs(linear.module, linear.shape))
 
 
 def _require_whole(root: Path, config: Mapping[str, Any], tensors: Tensors, linears: Mapping[str, Linear]) -> None:
@@ -291,10 +266,12 @@ def _require_whole(root: Path, config: Mapping[str, Any], tensors: Tensors, line
     if type(layers) is not int or not 0 < layers <= 10_000:
         raise BaseUnreadable(f"{root / CONFIG} has no valid num_hidden_layers: {layers!r}")
     wanted = [EMBEDDING, "model.norm.weight"]
-    wanted += [f"model.layers.{layer}.{name}.weight" for layer in range(layers) for name in LAYER_LINEARS]
+    modules = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in LAYER_LINEARS]
     if not config.get("tie_word_embeddings", False):
-        wanted.append(f"{HEAD}.weight")
-    if missing := [name for name in wanted if name not in tensors]:
+        modules.append(HEAD)
+    missing = [name for name in wanted if name not in tensors]
+    missing += [f"{module}.weight" for module in modules if module not in linears]
+    if missing:
         raise BaseUnreadable(
             f"{root} is half a model: {len(missing)} tensors are missing ({', '.join(missing[:3])}…). "
             "Copy it again, whole."

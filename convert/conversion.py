@@ -1,7 +1,8 @@
-"""The one verb of this package: a checkpoint and its base go in, a published artifact comes out."""
+"""The main verb of this package: a checkpoint and its base go in, a published artifact comes out."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,187 +12,213 @@ from convert.artifact import (
     MODEL_DIR,
     Adapter,
     Artifact,
+    Base,
     Manifest,
     Model,
     Origin,
-    Quality,
     Route,
+    Trial,
     digest,
     file_digests,
+    file_sha256,
     size_bytes,
 )
-from convert.base_model import BaseModel
+from convert.base_model import CONFIG, BaseModel
 from convert.checkpoint import Checkpoint
-from convert.detect import Detection, Training, detect, told
-from convert.errors import QualityGateFailed
-from convert.plan import ModelPlan, differing_files, plan_model, require_match, require_room
+from convert.errors import ConvertError, QualityGateFailed
+from convert.formats import ADAPTER_CONFIG
+from convert.journal import identity
+from convert.making import CHECKPOINT_DIR
+from convert.plan import differing_files, require_room
+from convert.preparation import Candidate, Job, Request, prepare
 from convert.progress import Progress, silent
-from convert.quality import Text, measure, reference, require_below
-from convert.routes.adapter import NormalAdapter, write_adapter
-from convert.routes.choose import Choice, choose
-from convert.routes.model import write_model
-from convert.routes.ways import DtypeOption, QuantizeOption, RouteOption
-from convert.writer import ArtifactWriter, require_absent
+from convert.quality import Gate
+from convert.trial import Bench, Outcome
+from convert.writer import ArtifactWriter, partial, require_absent
 
-_LIBRARIES = ("bitsandbytes", "graft", "peft", "safetensors", "torch", "transformers")
+_LIBRARIES = ("bitsandbytes", "compressed-tensors", "graft", "peft", "safetensors", "torch", "transformers")
+
+# What `auto` calls good enough where the user sets no limits.
+AUTO_GATE = Gate(max_kl=0.05, min_gain=0.95, lenient=True)
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user asks for."""
+class Destination:
+    """Where the artifact appears, and the name it is served under."""
 
-    checkpoint: Path
-    base: Path
-    destination: Path
+    path: Path
     name: str
-    route: RouteOption = "auto"
-    quantize: QuantizeOption = "auto"
-    dtype: DtypeOption = "auto"
-    trained_on: Training | None = None
-    text: Path | None = None
-    max_kl: float | None = None
-    measure: bool = True
-
-    @property
-    def command(self) -> str:
-        """The command line without its route."""
-        told = {Training.QLORA: " --trained-on 4bit", Training.LORA: " --trained-on full"}
-        word = told.get(self.trained_on, "") if self.trained_on else ""
-        return f"python -m convert run {self.checkpoint} --base {self.base} --out {self.destination}{word}"
 
 
-def convert(request: Request, progress: Progress = silent) -> Artifact:
-    """Check everything, write, measure, and publish by one rename. Raises ConvertError; then nothing is left."""
-    require_absent(request.destination)
-    text = Text.open(request.text)
-    checkpoint = Checkpoint.open(request.checkpoint)
-    checkpoint.require_supported()
-    found = _training(request, checkpoint)
-    base = BaseModel.open(request.base)
-    choice = choose(found, base, request.route, request.quantize, request.command, request.dtype)
-    _require_measurable(request, choice)
-    require_match(checkpoint, base, merging=choice.way.route == "merge")
-    plan = plan_model(base, choice.form, checkpoint) if choice.form else None
-    require_room((plan.weight_bytes if plan else 0) + 2 * checkpoint.weight_bytes, request.destination)
-    with ArtifactWriter(request.destination) as writer:
-        _write(writer, choice, plan, base, checkpoint, progress)
-        quality = None
-        if choice.measured and request.measure:
-            quality = _measure(writer, choice, base, checkpoint, text, progress)
-            require_below(quality, request.max_kl)
-        return writer.publish(_manifest(writer, request, choice, found, base, checkpoint, quality))
+def convert(request: Request, destination: Destination, progress: Progress = silent) -> Artifact:
+    """Check everything, write, measure, and publish by one rename. Raises ConvertError; then nothing is left.
+
+    After kill -9, a crash or SIGTERM the same request goes on where that one stopped (`ArtifactWriter`).
+    Where the form is left open, forms are made and measured one after the other, smallest first, until one passes.
+    """
+    require_absent(destination.path)
+    job = prepare(request, progress)
+    ways = job.open_ways()
+    gate = gate_of(request, len(ways))
+    failed: list[Trial] = []
+    bench = Bench(job, gate, progress)
+    for number, way in enumerate(ways, start=1):
+        is_last = number == len(ways)
+        try:
+            candidate = job.candidate(way)
+        except ConvertError:
+            if is_last:
+                raise
+            continue  # `auto` passes over what this base or target can't carry
+        _require_measurable(request, candidate)
+        _require_room(candidate, job, destination.path)
+        with ArtifactWriter(destination.path, _identity(candidate, job)) as writer:
+            outcome = bench.run(candidate, writer.root, writer.journal)
+            if not outcome.failures or (is_last and gate is AUTO_GATE):
+                golden = bench.write_golden(outcome, writer.root)
+                return writer.publish(_manifest(writer, job, destination.name, outcome, tuple(failed), golden))
+            failed.append(outcome.trial(" ".join(outcome.failures)))
+    raise QualityGateFailed(_refusal(failed))
 
 
-def _training(request: Request, checkpoint: Checkpoint) -> Detection:
-    found = detect(checkpoint)
-    if request.trained_on:
-        found = told(request.trained_on, found)
-    return found.require_known(request.checkpoint)
+def _require_room(candidate: Candidate, job: Job, destination: Path) -> None:
+    """What an interrupted conversion left is used or removed: either way it needs no room of its own."""
+    planned = candidate.plan.weight_bytes if candidate.plan else 0
+    left = size_bytes(partial(destination))
+    require_room(max(planned + 2 * job.checkpoint.weight_bytes - left, 0), destination)
 
 
-def _require_measurable(request: Request, choice: Choice) -> None:
+def _identity(candidate: Candidate, job: Job) -> str:
+    """Of everything the written weights depend on. What only the manifest tells is made anew by every run."""
+    base, checkpoint, plan, request = job.base, job.checkpoint, candidate.plan, job.request
+    inputs = (base.root / CONFIG, *base.tensors.files, checkpoint.root / ADAPTER_CONFIG, *checkpoint.tensors.files)
+    files = (*inputs, *plan.files) if plan else inputs
+    made = (plan.form, plan.steps) if plan else ()
+    corrected = (job.rank, request.steps, request.method, job.calibration)
+    return identity(candidate.way, made, checkpoint.pairs, corrected, request.shard_bytes, versions(), files=files)
+
+
+def gate_of(request: Request, ways: int) -> Gate:
+    """The user's limits; for a form that is found by measuring, those of `auto` where the user sets none."""
+    if ways == 1 or request.gate.is_set:
+        return request.gate
+    return AUTO_GATE
+
+
+def _refusal(failed: list[Trial]) -> str:
+    if len(failed) == 1:
+        told = failed[0].verdict
+    else:
+        told = "No form passes:" + "".join(f"\n  - {it.route}, {it.quantization}: {it.verdict}" for it in failed) + "\n"
+    return f"{told} Nothing was published. Take a way that loses less (`compare` measures them), or allow more."
+
+
+def _require_measurable(request: Request, candidate: Candidate) -> None:
     """A limit that can't be checked must not look as if it had been."""
-    exact = choice.way.route == "adapter" and choice.way.loss.startswith("none")
-    if request.max_kl is None or exact or (choice.measured and request.measure):
+    choice = candidate.choice
+    if not request.gate.is_set or choice.way.is_exact or (choice.measured and request.measure):
         return
     raise QualityGateFailed(
-        "--max-kl needs a measurement, and there is none: "
+        "A limit needs a measurement, and there is none: "
         + ("leave out --no-measure." if choice.measured else "give the full-precision base.")
     )
 
 
-def _write(
-    writer: ArtifactWriter,
-    choice: Choice,
-    plan: ModelPlan | None,
-    base: BaseModel,
-    checkpoint: Checkpoint,
-    progress: Progress,
-) -> None:
-    if plan:
-        write_model(writer.directory(MODEL_DIR), plan, base, checkpoint, progress)
-    if choice.way.route == "adapter":
-        write_adapter(writer.directory(ADAPTER_DIR), checkpoint, base.source(checkpoint.base_name), progress)
-
-
-def _measure(
-    writer: ArtifactWriter,
-    choice: Choice,
-    base: BaseModel,
-    checkpoint: Checkpoint,
-    text: Text,
-    progress: Progress,
-) -> Quality:
-    model = writer.root / MODEL_DIR
-    expected = reference(checkpoint, base, choice.quantizer, model, text, progress)
-    return measure(expected, model, writer.root / ADAPTER_DIR if choice.way.route == "adapter" else None, progress)
-
-
 def _manifest(
-    writer: ArtifactWriter,
-    request: Request,
-    choice: Choice,
-    found: Detection,
-    base: BaseModel,
-    checkpoint: Checkpoint,
-    quality: Quality | None,
+    writer: ArtifactWriter, job: Job, name: str, outcome: Outcome, failed: tuple[Trial, ...], golden: str | None
 ) -> Manifest:
+    choice, checkpoint, base = outcome.candidate.choice, job.checkpoint, job.base
+    adapter = writer.root / ADAPTER_DIR
     return Manifest(
         schema="graft.artifact/1",
-        name=request.name,
+        name=name,
         route=Route(
             name=choice.way.route,
-            requested=request.route,
+            requested=job.request.wish.route,
             merged_onto=choice.form.merged_onto if choice.form else None,
-            reason=_reason(choice, base, checkpoint),
+            reason=_reason(outcome, job, failed),
         ),
-        origin=Origin(
-            layout=checkpoint.layout,
-            training=found.training.value,
-            evidence=found.lines,
-            digest=checkpoint.digest,
-        ),
-        model=_model(writer, choice, base, checkpoint),
-        adapter=_adapter(writer, checkpoint) if choice.way.route == "adapter" else None,
-        quality=quality,
-        versions=_versions(),
+        origin=origin_of(job),
+        base=base_of(checkpoint, base, outcome.made.base_files),
+        model=_model(writer, outcome, job),
+        adapter=_adapter(writer) if adapter.is_dir() else None,
+        checkpoint=file_digests(writer.root / CHECKPOINT_DIR) or None,
+        quality=outcome.quality,
+        trials=failed,
+        recovery=outcome.made.recovery,
+        golden=golden,
+        versions=versions(),
     )
 
 
-def _reason(choice: Choice, base: BaseModel, checkpoint: Checkpoint) -> str:
-    """A shared base is served with its own tokenizer and chat template: say so where the checkpoint has others."""
-    differing = differing_files(checkpoint, base) if choice.form is None else ()
-    if not differing:
-        return choice.reason
-    return f"{choice.reason} Served with the base's {', '.join(differing)}, which the checkpoint has in another form."
+def _reason(outcome: Outcome, job: Job, failed: tuple[Trial, ...]) -> str:
+    """Why this way, why not others, and what of the checkpoint is not served."""
+    parts = [outcome.candidate.choice.reason]
+    if failed:
+        parts.append(
+            "Tried before, and lost too much: "
+            + ", ".join(f"{it.quantization} (KL {it.quality.kl_mean:.2g})" for it in failed if it.quality)
+            + "."
+        )
+    # A shared base is served with its own tokenizer and chat template.
+    differing = differing_files(job.checkpoint, job.base) if outcome.candidate.plan is None else ()
+    if differing:
+        parts.append(f"Served with the base's {', '.join(differing)}, which the checkpoint has in another form.")
+    return " ".join(parts)
 
 
-def _model(writer: ArtifactWriter, choice: Choice, base: BaseModel, checkpoint: Checkpoint) -> Model:
-    if choice.form is None:
-        assert base.artifact, "only an artifact's model is referenced"
-        return base.artifact.manifest.model.model_copy(update={"path": None})
-    files = file_digests(writer.root / MODEL_DIR)
+def origin_of(job: Job) -> Origin:
+    """The checkpoint that went in, for the manifest."""
+    return Origin(
+        layout=job.checkpoint.layout,
+        training=job.found.training.value,
+        evidence=job.found.lines,
+        digest=job.checkpoint.digest,
+    )
+
+
+def base_of(checkpoint: Checkpoint, base: BaseModel, digests: Mapping[str, str]) -> Base:
+    """The base that went in, for the manifest. `digests`: of its weight files, where they are known already."""
+    known = base.artifact.manifest.model.files if base.artifact else digests
+    files = (base.root / CONFIG, *base.tensors.files)
+    revision = checkpoint.config.get("revision")
+    return Base(
+        source=base.source(checkpoint.base_name),
+        revision=revision if isinstance(revision, str) else None,
+        files={path.name: known.get(path.name) or file_sha256(path) for path in files},
+    )
+
+
+def _model(writer: ArtifactWriter, outcome: Outcome, job: Job) -> Model:
+    written = writer.root / MODEL_DIR
+    if not written.is_dir():
+        assert job.base.artifact, "only an artifact's model is referenced"
+        return job.base.artifact.manifest.model.model_copy(update={"path": None})
+    files = writer.digests(MODEL_DIR)
     return Model(
         path="model",
         fingerprint=digest(files),
         files=files,
-        source=base.source(checkpoint.base_name),
-        quantization=choice.form.stored.name if choice.form.stored else "none",
-        size_bytes=size_bytes(writer.root / MODEL_DIR),
+        source=job.base.source(job.checkpoint.base_name),
+        quantization=outcome.quantization,
+        quantizer=outcome.made.quantizer,
+        size_bytes=size_bytes(written),
     )
 
 
-def _adapter(writer: ArtifactWriter, checkpoint: Checkpoint) -> Adapter:
-    files = file_digests(writer.root / ADAPTER_DIR)
+def _adapter(writer: ArtifactWriter) -> Adapter:
+    directory = writer.root / ADAPTER_DIR
+    files = writer.digests(ADAPTER_DIR)
     return Adapter(
         revision=digest(files),
         files=files,
-        rank=NormalAdapter.of(checkpoint.pairs).rank,
-        size_bytes=size_bytes(writer.root / ADAPTER_DIR),
+        rank=max(Checkpoint.open(directory).ranks),
+        size_bytes=size_bytes(directory),
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the libraries that make an artifact."""
     found = {}
     for library in _LIBRARIES:
         try:

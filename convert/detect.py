@@ -1,55 +1,29 @@
 """Was the adapter trained on full-precision weights (LoRA) or on 4-bit weights (QLoRA)?
 
 It decides everything that follows and the adapter's own files don't say it: only what trainers leave beside them
-does. A plain base name proves nothing, since QLoRA usually quantizes while loading; so without evidence, or with
-evidence that contradicts itself, the answer is UNKNOWN. training_args.bin is a pickle and is never opened.
+does (`notes` says where). A plain base name proves nothing, since QLoRA usually quantizes while loading; so without
+evidence, or with evidence that contradicts itself, the answer is UNKNOWN. training_args.bin is a pickle and is never
+opened.
+
+    graft_training.json    {"schema": "graft.training/1", "trained_on": "4bit" | "full",
+                            "quantizer": {"kind": "nf4", "double": true} | null}
+
+beside the adapter says it outright: `recover` writes it, and so may anyone who knows.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from convert.base_model import CONFIG, public_name
+from convert import notes
+from convert.base_model import public_name
 from convert.checkpoint import Checkpoint
-from convert.errors import CheckpointUnreadable, CheckpointUnsupported, ConvertError, TrainingUnknown
-from convert.formats import model_card
-from convert.tensors import read_json
+from convert.errors import CheckpointUnsupported, TrainingUnknown
+from convert.evidence import BASE_LOOKS, NOTE_LOOKS, Evidence, Quantizer, Training, from_stamp
 
-_CARD_BLOCK = re.compile(
-    r"The following `bitsandbytes` quantization config was used during training:\s*\n(?P<lines>(?:\s*- .*\n?)+)"
-)
-_AXOLOTL_BLOCK = re.compile(r"```ya?ml\n(?P<lines>.*?)\n```", re.DOTALL)
-_YAML_SCALAR = re.compile(r"^(?:- )?(\w+):[ \t]*([^\s#]+)", re.MULTILINE)
-_FOUR_BIT_NAME = re.compile(r"[-_](?:bnb[-_]4bit|nf4)$", re.IGNORECASE)
-_OTHER_QUANTIZED_NAME = re.compile(r"[-_](?:gptq|awq|bnb[-_]8bit|fp8|int8|int4)\b", re.IGNORECASE)
-
-
-class Training(Enum):
-    LORA = "lora"
-    QLORA = "qlora"
-    UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True)
-class Quantizer:
-    """How the weights were quantized in training. `double` is None where nothing says it."""
-
-    kind: str = "nf4"
-    double: bool | None = None
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One thing that speaks for one answer."""
-
-    says: Training
-    line: str
-    quantizer: Quantizer | None = None
+__all__ = ["Detection", "Evidence", "Quantizer", "Training", "detect", "told"]
 
 
 @dataclass(frozen=True)
@@ -72,15 +46,28 @@ class Detection:
         if self.quantizer and self.quantizer.kind != "nf4":
             raise CheckpointUnsupported(
                 f"{checkpoint} was trained on a base quantized to {self.quantizer.kind} ({'; '.join(self.lines)}). "
+                f"{_OTHER_QUANTIZERS.get(self.quantizer.kind, '')}"
                 "Only 4-bit NF4 of bitsandbytes can be reproduced so far: train on NF4 "
                 "(bnb_4bit_quant_type='nf4') or on the full-precision model."
             )
         return self
 
 
+# Why a quantizer that could be taken for bitsandbytes' NF4 is none.
+_OTHER_QUANTIZERS: Mapping[str, str] = {
+    "nf4-torchao": "torchao's NF4 rounds its scales otherwise than bitsandbytes', so the weights differ. ",
+}
+
+
 def detect(checkpoint: Checkpoint) -> Detection:
-    """Weigh everything the trainer left. Reads small text files only."""
-    evidence = [found for look in _LOOKS if (found := look(checkpoint))]
+    """Weigh everything the trainer left. Reads small text files only.
+
+    Raises CheckpointUnreadable for a broken stamp.
+    """
+    stamp = from_stamp(checkpoint)
+    evidence = ([stamp] if stamp else []) + _from_notes(checkpoint)
+    if not stamp:  # the base's name can outlive what it says: a recovered adapter still names the 4-bit base
+        evidence += [found for look in BASE_LOOKS if (found := look(checkpoint))]
     lines = tuple(one.line for one in evidence)
     answers = {one.says for one in evidence}
     if len(answers) != 1:
@@ -90,7 +77,8 @@ def detect(checkpoint: Checkpoint) -> Detection:
     doubles = {quantizer.double for quantizer in quantizers} - {None}
     if len(kinds) > 1 or len(doubles) > 1:
         return Detection(Training.UNKNOWN, lines, None)
-    quantizer = Quantizer(kinds.pop(), next(iter(doubles), None)) if kinds else None
+    partial = any(quantizer.partial for quantizer in quantizers)
+    quantizer = Quantizer(kinds.pop(), next(iter(doubles), None), partial) if kinds else None
     return Detection(answers.pop(), lines, quantizer)
 
 
@@ -106,122 +94,14 @@ def _nothing(checkpoint: Checkpoint) -> str:
     return f"no notes of a trainer; the base's name ({name}) proves nothing: it may have been quantized while loading"
 
 
-def _from_swift(checkpoint: Checkpoint) -> Evidence | None:
-    arguments = _document(checkpoint.root / "args.json")
-    if not {"quant_method", "quant_bits"} & arguments.keys():
-        return None
-    method, bits = arguments.get("quant_method"), arguments.get("quant_bits")
-    if not method and not bits:
-        return Evidence(Training.LORA, "args.json: quant_method and quant_bits are null")
-    line = f"args.json: quant_method={method}, quant_bits={bits}"
-    if method not in (None, "bnb", "bitsandbytes"):
-        return Evidence(Training.QLORA, line, Quantizer(str(method)))
-    kind = arguments.get("bnb_4bit_quant_type") or "nf4"
-    return Evidence(Training.QLORA, line, _quantizer(bits, kind, arguments.get("bnb_4bit_use_double_quant")))
-
-
-def _from_base_config(checkpoint: Checkpoint) -> Evidence | None:
-    """The base that the adapter names, where it is a directory on this machine."""
-    if not checkpoint.base_name or not (path := Path(checkpoint.base_name) / CONFIG).is_file():
-        return None
-    quantization = _document(path).get("quantization_config")
-    if not isinstance(quantization, dict):
-        return None
-    name = public_name(checkpoint.base_name)
-    return _from_settings(quantization, f"{CONFIG} of its base {name}: quantization_config")
-
-
-def _from_base_name(checkpoint: Checkpoint) -> Evidence | None:
-    name = public_name(checkpoint.base_name or "")
-    if _FOUR_BIT_NAME.search(name):
-        return Evidence(Training.QLORA, f"its base is named {name}", Quantizer())
-    if other := _OTHER_QUANTIZED_NAME.search(name):
-        return Evidence(Training.QLORA, f"its base is named {name}", Quantizer(other[0].strip("-_").lower()))
-    return None
-
-
-def _from_model_card(checkpoint: Checkpoint) -> Evidence | None:
-    """The block that older PEFT wrote into README.md."""
-    block = _CARD_BLOCK.search(model_card(checkpoint.root))
-    return _from_settings(_scalars(block["lines"]), "README.md: quantization config of PEFT") if block else None
-
-
-def _from_axolotl(checkpoint: Checkpoint) -> Evidence | None:
-    """The YAML that axolotl writes into README.md."""
-    for block in _AXOLOTL_BLOCK.finditer(model_card(checkpoint.root)):
-        settings = _scalars(block["lines"])
-        if settings.get("adapter") == "qlora" or settings.keys() & {"load_in_4bit", "load_in_8bit"}:
-            settings.setdefault("load_in_4bit", settings.get("adapter") == "qlora")
-            return _from_settings(settings, "README.md: axolotl configuration")
-    return None
-
-
-def _from_llama_factory(checkpoint: Checkpoint) -> Evidence | None:
-    try:
-        text = (checkpoint.root / "training_args.yaml").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    settings = _scalars(text)
-    if "quantization_bit" not in settings:
-        return None
-    bits, method = settings["quantization_bit"], settings.get("quantization_method") or "bnb"
-    if not bits:
-        return Evidence(Training.LORA, "training_args.yaml: quantization_bit is null")
-    line = f"training_args.yaml: quantization_bit={bits}"
-    if method not in ("bnb", "bitsandbytes"):
-        return Evidence(Training.QLORA, f"{line}, quantization_method={method}", Quantizer(str(method)))
-    # LLaMA-Factory's own defaults: nf4, double quantization on.
-    kind, double = settings.get("quantization_type") or "nf4", settings.get("double_quantization", True)
-    return Evidence(Training.QLORA, line, _quantizer(bits, kind, double))
-
-
-_LOOKS: tuple[Callable[[Checkpoint], Evidence | None], ...] = (
-    _from_swift,
-    _from_axolotl,
-    _from_llama_factory,
-    _from_model_card,
-    _from_base_config,
-    _from_base_name,
-)
-
-
-def _from_settings(settings: Mapping[str, Any], where: str) -> Evidence | None:
-    """BitsAndBytesConfig's own words, or another quantizer's `quant_method`."""
-    method = settings.get("quant_method") or "bitsandbytes"
-    if method != "bitsandbytes":
-        return Evidence(Training.QLORA, f"{where}: quant_method={method}", Quantizer(str(method)))
-    if settings.get("load_in_4bit"):
-        kind = settings.get("bnb_4bit_quant_type") or "nf4"
-        double = settings.get("bnb_4bit_use_double_quant")
-        return Evidence(Training.QLORA, f"{where}: load_in_4bit, {kind}", _quantizer(4, kind, double))
-    if settings.get("load_in_8bit"):
-        return Evidence(Training.QLORA, f"{where}: load_in_8bit", Quantizer("8-bit"))
-    if "load_in_4bit" in settings:
-        return Evidence(Training.LORA, f"{where}: load_in_4bit is false")
-    return None
-
-
-def _quantizer(bits: object, kind: object, double: object) -> Quantizer:
-    if str(bits or 4) != "4":
-        return Quantizer(f"{bits}-bit")
-    return Quantizer(str(kind), None if double is None else bool(double))
-
-
-def _document(path: Path) -> dict[str, Any]:
-    """A trainer's notes; broken notes are no evidence, and no reason to refuse the adapter beside them."""
-    try:
-        return read_json(path, CheckpointUnreadable)
-    except ConvertError:
-        return {}
-
-
-_SCALARS: Mapping[str, Any] = {"true": True, "false": False, "null": None, "none": None, "~": None}
-
-
-def _scalars(text: str) -> dict[str, Any]:
-    """`name: value` lines of the outermost level. Enough for what is asked here, and no YAML parser to feed."""
-    found = {}
-    for name, value in _YAML_SCALAR.findall(text):
-        plain = value.strip("\"'")
-        found[name] = _SCALARS.get(plain.lower(), plain)
+def _from_notes(checkpoint: Checkpoint) -> list[Evidence]:
+    """What each kind of note says; of two of a kind the nearer one speaks."""
+    places = notes.directories(checkpoint.root)
+    found = []
+    for look in NOTE_LOOKS:
+        for place in places:
+            if evidence := look(place):
+                above = "" if place == checkpoint.root else " (of the run)"
+                found.append(replace(evidence, line=evidence.line + above))
+                break
     return found

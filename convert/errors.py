@@ -7,11 +7,18 @@ ConvertError
 ├── BaseUnreadable           base_unreadable         no model there, or half a model
 ├── BaseMismatch             base_mismatch           the adapter was not trained on this base
 ├── RouteRefused             route_refused           the route would lose what was learnt; names those that don't
-├── QualityGateFailed        quality_gate_failed     measured loss above the limit; nothing was published
-├── TextUnreadable           text_unreadable         the held-out text is missing or in another form
+├── FormatRefused            format_refused          the storage format can't hold these weights; names those that can
+├── TargetUnknown            target_unknown          no such target, or a GPU that vLLM does not run on
+├── QuantizerMissing         quantizer_missing       the packages of the calibrated quantizers are not installed
+├── QuantizerFailed          quantizer_failed        the calibrated quantizer stopped; its own words are in the message
+├── QualityGateFailed        quality_gate_failed     a limit on what may be lost is not kept; nothing was published
+├── TextUnreadable           text_unreadable         held-out text or canaries are missing or in another form
 ├── OutputExists             output_exists           the destination is already there
+├── OutputBusy               output_busy             another process is writing this destination
 ├── OutputUnwritable         output_unwritable       no room or no permission at the destination
-└── ArtifactInvalid          artifact_invalid        not an artifact, or its bytes changed
+├── ArtifactInvalid          artifact_invalid        not an artifact, or its bytes changed
+├── VerificationFailed       verification_failed     the engine doesn't say what the artifact's golden answers say
+└── VerificationImpossible   verification_impossible no engine here, or nothing to compare it with
 
 `code` is stable: scripts may match on it. A message says what was wrong, what was expected and what to do.
 """
@@ -49,6 +56,22 @@ class RouteRefused(ConvertError):
     code = "route_refused"
 
 
+class FormatRefused(ConvertError):
+    code = "format_refused"
+
+
+class TargetUnknown(ConvertError):
+    code = "target_unknown"
+
+
+class QuantizerMissing(ConvertError):
+    code = "quantizer_missing"
+
+
+class QuantizerFailed(ConvertError):
+    code = "quantizer_failed"
+
+
 class QualityGateFailed(ConvertError):
     code = "quality_gate_failed"
 
@@ -61,9 +84,21 @@ class OutputExists(ConvertError):
     code = "output_exists"
 
 
+class OutputBusy(ConvertError):
+    code = "output_busy"
+
+
 class OutputUnwritable(ConvertError):
     code = "output_unwritable"
 
 
 class ArtifactInvalid(ConvertError):
     code = "artifact_invalid"
+
+
+class VerificationFailed(ConvertError):
+    code = "verification_failed"
+
+
+class VerificationImpossible(ConvertError):
+    code = "verification_impossible"

@@ -1,4 +1,4 @@
-"""What can be said of a checkpoint without reading a weight: what it is, and the ways to serve it."""
+"""What can be said of a checkpoint without loading a model: what it is, and the ways to serve it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 from convert.base_model import BaseModel, public_name
 from convert.checkpoint import Checkpoint
 from convert.detect import Detection, Training, detect, told
+from convert.edits import Edits
 from convert.errors import CheckpointUnsupported, ConvertError
-from convert.plan import plan_model, require_match
-from convert.routes.choose import choose
-from convert.routes.ways import QuantizeOption, Way, default_way, ways_for
+from convert.match import require_match
+from convert.plan import plan_model
+from convert.preparation import scheme_of
+from convert.routes.choose import Wish, choose, with_baked
+from convert.routes.ways import Way, ways_for
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def inspect(root: Path, base_root: Path | None) -> Inspection:
     checkpoint = Checkpoint.open(root)
     found = detect(checkpoint)
     base = BaseModel.open(base_root) if base_root else None
-    problems = checkpoint.problems + _unsupported_quantizer(root, found)
+    problems = checkpoint.all_problems + _unsupported_quantizer(root, found)
     offers = tuple(_offer(way, checkpoint, found, base, base_root) for way in ways_for(found.training))
     return Inspection(checkpoint, found, problems, () if problems else offers)
 
@@ -64,20 +67,22 @@ def _offer(way: Way, checkpoint: Checkpoint, found: Detection, base: BaseModel |
         known = told(way.training, found)
         trained_on = " --trained-on " + ("4bit" if way.training is Training.QLORA else "full")
     command = f"python -m convert run {checkpoint.root} --base {base_root or 'BASE'} --out DIR{trained_on}"
-    default = way is default_way(found.training)
+    default = way.is_exact and way.training is found.training is Training.QLORA
     flags = "" if default else f" {way.flags}"
-    size, obstacle = _size(way, checkpoint, known, base, command) if base else (None, None)
+    obstacle = "; ".join(checkpoint.problems_for(way.route)) or None
+    size = None
+    if base and not obstacle:
+        size, obstacle = _size(way, checkpoint, known, base)
     return Offer(way, command + flags, default, size, obstacle)
 
 
-def _size(
-    way: Way, checkpoint: Checkpoint, found: Detection, base: BaseModel, command: str
-) -> tuple[int | None, str | None]:
-    quantize: QuantizeOption = "nf4" if way.nf4 else "none"
+def _size(way: Way, checkpoint: Checkpoint, found: Detection, base: BaseModel) -> tuple[int | None, str | None]:
     try:
-        choice = choose(found, base, way.route, quantize, command)
-        require_match(checkpoint, base, merging=way.route == "merge")
-        model = plan_model(base, choice.form, checkpoint).weight_bytes if choice.form else 0
+        choice = choose(way, found, base, Wish(), scheme_of(way.storage, base))
+        require_match(checkpoint, base)
+        edits = Edits.of(checkpoint, base, separate=way.route == "adapter")
+        choice = with_baked(choice, base, edits)
+        model = plan_model(base, choice.form, checkpoint, edits).weight_bytes if choice.form else 0
     except ConvertError as error:
         return None, str(error)
     return model + (checkpoint.weight_bytes if way.route == "adapter" else 0), None

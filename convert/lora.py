@@ -31,3 +31,22 @@ def padded(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, t
 
     missing = rank - a.shape[0]
     return pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
+
+
+def normalised(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """DoRA's sum: each row of `weight` (out, in), in place, brought to the length that `magnitude` (out,) says.
+
+    https://arxiv.org/abs/2402.09353, equation 5: W' = m · (W + D) / ‖W + D‖.
+    """
+    import torch
+
+    return weight.mul_((magnitude.float() / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1))
+
+
+def by_halves(b: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows (heads · head_dim, r) from the order in which rotary embeddings turn neighbours to that which turns halves.
+
+    Within a head: 0, 1, 2, 3, … becomes 0, 2, …, 1, 3, …
+    """
+    rank = b.shape[1]
+    return b.reshape(-1, head_dim // 2, 2, rank).transpose(1, 2).reshape(-1, rank)

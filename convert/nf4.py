@@ -18,21 +18,24 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.tensors import DTYPES, TensorSpec
+from convert.artifact import QuantizationName
+from convert.errors import BaseUnreadable
+from convert.tensors import DTYPES, FLOATS, Tensors, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
 STATE = "quant_state.bitsandbytes__nf4"
-PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
 
-_BLOCK = 64
+BLOCK = 64  # weights with one scale
 _NESTED_BLOCK = 256
 # The longest text of a float: sign, 17 digits, point, exponent. The nested offset is known only after
 # quantizing, and the size of everything before: its JSON is filled up to this length with spaces.
 _LONGEST_FLOAT = -1.2345678901234567e-100
+_MAX_STATE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Nf4:
     dtype: str = "BF16"
 
     @property
-    def name(self) -> str:
+    def name(self) -> QuantizationName:
         return "nf4-double" if self.double else "nf4"
 
     @property
@@ -53,7 +56,7 @@ class Nf4:
     def specs(self, module: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
         name = f"{module}.weight"
         count = math.prod(shape)
-        blocks = math.ceil(count / _BLOCK)
+        blocks = math.ceil(count / BLOCK)
         specs = [
             TensorSpec(name, "U8", (math.ceil(count / 2), 1)),
             TensorSpec(f"{name}.absmax", "U8" if self.double else "F32", (blocks,)),
@@ -79,16 +82,28 @@ class Nf4:
         return {name: codes, **{f"{name}.{part}": tensor for part, tensor in parts.items()}}
 
     def dequantize(self, module: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight: torch.Tensor = dequantize_4bit(parts[f"{module}.weight"], _quant_state(module, parts))
+        return weight
+
+    def scales(self, module: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The float32 factor of every 64 weights, from the parts but the codes."""
+        from bitsandbytes.functional import dequantize_blockwise
+
+        state = _quant_state(module, parts)
+        if not state.nested:
+            return state.absmax.float()
+        scales: torch.Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return scales
+
+    def dequantize_block(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """Some rows of a weight in float32, from their codes and factors; the same bits as `dequantize` gives."""
         import torch
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        name = f"{module}.weight"
-        state = QuantState.from_dict(
-            {part.removeprefix(f"{name}."): tensor for part, tensor in parts.items() if part != name},
-            device=torch.device("cpu"),
-        )
-        state.dtype = torch.float32
-        weight: torch.Tensor = dequantize_4bit(parts[name], state)
+        state = QuantState(scales, torch.Size(shape), dtype=torch.float32, blocksize=BLOCK, quant_type="nf4")
+        weight: torch.Tensor = dequantize_4bit(codes, state)
         return weight
 
     def config(self) -> dict[str, Any]:
@@ -104,10 +119,24 @@ class Nf4:
         return config
 
 
+def _quant_state(module: str, parts: Mapping[str, torch.Tensor]) -> Any:
+    """bitsandbytes' own reading of the parts, to be dequantized to float32."""
+    import torch
+    from bitsandbytes.functional import QuantState
+
+    name = f"{module}.weight"
+    state = QuantState.from_dict(
+        {part.removeprefix(f"{name}."): tensor for part, tensor in parts.items() if part != name},
+        device=torch.device("cpu"),
+    )
+    state.dtype = torch.float32
+    return state
+
+
 def _state_bytes(shape: tuple[int, ...], settings: Nf4) -> int:
     state: dict[str, Any] = {
         "quant_type": "nf4",
-        "blocksize": _BLOCK,
+        "blocksize": BLOCK,
         "dtype": settings.torch_dtype,
         "shape": shape,
     }
@@ -118,3 +147,49 @@ def _state_bytes(shape: tuple[int, ...], settings: Nf4) -> int:
             "nested_offset": _LONGEST_FLOAT,
         }
     return len(json.dumps(state))
+
+
+def require_nf4(root: Path, quantization: Mapping[str, Any]) -> None:
+    """Raises BaseUnreadable for a configuration of bitsandbytes that is not NF4."""
+    if quantization.get("bnb_4bit_quant_type") != "nf4" or not quantization.get("load_in_4bit"):
+        kind = quantization.get("bnb_4bit_quant_type") if quantization.get("load_in_4bit") else "8-bit"
+        raise BaseUnreadable(
+            f"{root} is stored as {kind} by bitsandbytes. Give the original model, or one stored as NF4."
+        )
+
+
+def stored_layer(root: Path, tensors: Tensors, module: str) -> tuple[Nf4, tuple[int, int]]:
+    """Settings and shape of a layer whose parts all have the sizes its state says: the dequantizer is native code."""
+    name = f"{module}.weight"
+    shape, dtype = _state(root, tensors, name)
+    settings = Nf4(double=f"{name}.nested_absmax" in tensors, dtype=dtype)
+    for expected in settings.specs(module, shape):
+        if not expected.name.endswith(STATE) and tensors.specs.get(expected.name) != expected:
+            raise BaseUnreadable(
+                f"{root}: {expected.name!r} should be {expected.dtype} {list(expected.shape)} in NF4 "
+                f"of shape {list(shape)}. Copy or save the model again."
+            )
+    return settings, shape
+
+
+def _state(root: Path, tensors: Tensors, name: str) -> tuple[tuple[int, int], str]:
+    """Shape and type of the weight before it was quantized."""
+    key = f"{name}.{STATE}"
+    try:
+        if tensors.specs[key].nbytes > _MAX_STATE_BYTES:
+            raise ValueError("too long")
+        state = json.loads(b"".join(tensors.chunks(key)))
+        rows, columns = state["shape"]
+        if type(rows) is not int or type(columns) is not int or rows < 1 or columns < 1:
+            raise ValueError(f"shape {state['shape']!r}")
+        if state["quant_type"] != "nf4" or state["blocksize"] != 64 or state.get("nested_blocksize", 256) != 256:
+            raise ValueError("not NF4 in blocks of 64")
+        dtype = next(dtype for dtype in FLOATS if DTYPES[dtype][1] == state["dtype"])
+        nested = ("nested_offset" in state, f"{name}.nested_absmax" in tensors)
+        if nested[0] != nested[1] or (nested[0] and type(state["nested_offset"]) is not float):
+            raise ValueError("nested_offset and nested_absmax must come together")
+    except (ValueError, KeyError, TypeError, StopIteration, RecursionError) as cause:
+        raise BaseUnreadable(
+            f"{root}: {key!r} is not what bitsandbytes writes ({cause!r}). Save the model again."
+        ) from None
+    return (rows, columns), dtype

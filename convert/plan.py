@@ -4,21 +4,23 @@ A model is written step by step, one tensor of the base in memory at a time:
 
     Copied   bytes as they are
     Cast     brought to the 16-bit type of the output
-    Made     a linear layer's weight: read, brought to what the adapter was trained on, the delta added, stored
+    Made     a linear layer's weight: read, brought to what the adapter was trained on, edited, stored
+    Edited   any other weight that the checkpoint changes: read, edited, rounded once
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from convert.base_model import BaseModel, Linear
-from convert.checkpoint import Checkpoint, LoraPair
-from convert.errors import BaseMismatch, BaseUnreadable, CheckpointUnreadable, OutputUnwritable
-from convert.formats import EMBEDDING, HEAD, LAYER_LINEAR, TOKENIZERS
+from convert.checkpoint import Checkpoint
+from convert.edits import HEAD_WEIGHT, Edit, Edits
+from convert.errors import BaseUnreadable, CheckpointUnreadable, OutputUnwritable
+from convert.formats import EMBEDDING, TOKENIZERS
 from convert.nf4 import Nf4
 from convert.scheme import Scheme
 from convert.tensors import DTYPES, TensorSpec, read_json
@@ -62,53 +64,47 @@ class Cast:
 @dataclass(frozen=True)
 class Made:
     linear: Linear
-    pair: LoraPair | None
+    edit: Edit
     stored: Scheme | None
     outputs: tuple[TensorSpec, ...]
 
 
-Step = Copied | Cast | Made
+@dataclass(frozen=True)
+class Edited:
+    """`source` is the weight in the base: of an untied head, the embedding."""
+
+    source: TensorSpec
+    edit: Edit
+    spec: TensorSpec
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (self.spec,)
+
+
+Step = Copied | Cast | Made | Edited
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A model directory to be written."""
+    """A model directory to be written. `settings`: keys of config.json that the edits change."""
 
     form: Form
     steps: tuple[Step, ...]
     files: tuple[Path, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def weight_bytes(self) -> int:
         return sum(spec.nbytes for step in self.steps for spec in step.outputs)
 
 
-def plan_model(base: BaseModel, form: Form, checkpoint: Checkpoint) -> ModelPlan:
+def plan_model(base: BaseModel, form: Form, checkpoint: Checkpoint, edits: Edits | None = None) -> ModelPlan:
     """Every tensor and file of the model directory. Raises BaseUnreadable when no tokenizer is anywhere."""
-    pairs = checkpoint.pairs if form.merged_onto else {}
-    if _is_untouched(base, form):
-        steps: list[Step] = [Copied(spec) for spec in base.tensors.specs.values()]
-    else:
-        steps = [_plain_step(base, spec, form) for spec in base.others]
-        steps += [_linear_step(base, linear, form, pairs.get(module)) for module, linear in base.linears.items()]
-    steps.sort(key=lambda step: step.outputs[0].name)
-    return ModelPlan(form, tuple(steps), _side_files(checkpoint, base))
-
-
-def require_match(checkpoint: Checkpoint, base: BaseModel, *, merging: bool) -> None:
-    """Raises BaseMismatch with everything that says the adapter wasn't trained on this base."""
-    problems = [problem for pair in checkpoint.pairs.values() if (problem := _pair_problem(pair, base))]
-    problems += _vocabulary_problems(checkpoint, base)
-    if merging and HEAD in checkpoint.pairs and base.is_tied:
-        problems.append(
-            f"{HEAD} is adapted but shares its weights with the embedding, so the delta can't be merged into it alone: "
-            "keep the adapter separate with --route adapter"
-        )
-    if problems:
-        listed = "".join(f"\n  - {problem}" for problem in problems[:20])
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        named = f" It names {checkpoint.base_name!r} as its base." if checkpoint.base_name else ""
-        raise BaseMismatch(f"{checkpoint.root} was not trained on {base.root}.{named}{listed}{more}")
+    if edits is None:
+        edits = Edits.of(checkpoint, base, separate=form.merged_onto is None)
+    steps = sorted(_steps(base, form, edits), key=lambda step: step.outputs[0].name)
+    return ModelPlan(form, tuple(steps), _side_files(checkpoint, base), _changed_settings(base, edits))
 
 
 def require_room(needed_bytes: int, destination: Path) -> None:
@@ -132,47 +128,86 @@ def differing_files(checkpoint: Checkpoint, base: BaseModel) -> tuple[str, ...]:
 
 
 def _is_untouched(base: BaseModel, form: Form) -> bool:
-    """Whether the base's weights are written as they are."""
+    """Whether the base's weights are written as they are, where nothing edits them."""
     return form.merged_onto is None and form.stored == base.settings
+
+
+def _steps(base: BaseModel, form: Form, edits: Edits) -> Iterator[Step]:
+    for spec in base.others:
+        edit = edits.of_weights.get(spec.name)
+        yield _edited_step(base, spec, edit, form) if edit else _plain_step(base, spec, form)
+    for module, linear in base.linears.items():
+        # Some tied models store the head a second time; the embedding is what counts.
+        if not (linear.is_head and base.is_tied and edits.touches_embedding):
+            yield from _linear_steps(base, linear, form, edits.of_weights.get(f"{module}.weight"))
+    if edits.untied:
+        source, edit = base.tensors.specs[EMBEDDING], edits.of_weights[HEAD_WEIGHT]
+        yield _edited_step(base, source, edit, form, HEAD_WEIGHT)
 
 
 def _plain_step(base: BaseModel, spec: TensorSpec, form: Form) -> Step:
     """Embeddings, norms and biases stay as they are, except where the whole model changes its type: a float32 model
     is written in 16 bits. A single float32 tensor in a 16-bit model is there on purpose."""
-    dtype = _dtype(base, form)
-    if spec.dtype == base.tensors.specs[EMBEDDING].dtype != dtype:
-        return Cast(TensorSpec(spec.name, dtype, spec.shape))
-    return Copied(spec)
+    dtype = _plain_dtype(base, spec, form)
+    return Copied(spec) if spec.dtype == dtype else Cast(TensorSpec(spec.name, dtype, spec.shape))
+
+
+def _edited_step(base: BaseModel, source: TensorSpec, edit: Edit, form: Form, name: str | None = None) -> Step:
+    shape = edit.saved.shape if edit.saved else source.shape
+    return Edited(source, edit, TensorSpec(name or source.name, _plain_dtype(base, source, form), shape))
+
+
+def _plain_dtype(base: BaseModel, spec: TensorSpec, form: Form) -> str:
+    if _is_untouched(base, form) or spec.dtype != base.tensors.specs[EMBEDDING].dtype:
+        return spec.dtype
+    return _dtype(base, form)
 
 
 def _dtype(base: BaseModel, form: Form) -> str:
     return form.dtype or base.dtype
 
 
-def _linear_step(base: BaseModel, linear: Linear, form: Form, pair: LoraPair | None) -> Step:
+def _linear_steps(base: BaseModel, linear: Linear, form: Form, edit: Edit | None) -> Iterator[Step]:
+    if edit and linear.is_head and not linear.settings:
+        yield _edited_step(base, base.tensors.specs[linear.weight], edit, form)
+        return
+    if not edit and _is_untouched(base, form):
+        yield from map(Copied, base.stored(linear))
+        return
     stored = None if linear.is_head else form.stored
     simulated = form.merged_onto == "dequantized" and not linear.is_head
-    if not (pair or stored or simulated or linear.settings):
-        return _plain_step(base, base.tensors.specs[linear.weight], form)
+    if not (edit or stored or simulated or linear.settings):
+        yield _plain_step(base, base.tensors.specs[linear.weight], form)
+        return
     if stored:
         outputs = stored.specs(linear.module, linear.shape)
     else:
         outputs = (TensorSpec(linear.weight, _dtype(base, form), linear.shape),)
-    return Made(linear, pair, stored, outputs)
+    yield Made(linear, edit or Edit(), stored, outputs)
 
 
-def model_config(base: BaseModel, form: Form) -> dict[str, Any]:
+def model_config(base: BaseModel, plan: ModelPlan) -> dict[str, Any]:
     """config.json of the written model."""
     # _name_or_path is where somebody's disk had the model.
     config = {name: value for name, value in base.config.items() if name != "_name_or_path"}
-    if _is_untouched(base, form):
+    config.update(plan.settings)
+    if _is_untouched(base, plan.form):
         return config
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)
-    config["dtype"] = DTYPES[_dtype(base, form)][1]
-    if form.stored:
-        config["quantization_config"] = form.stored.config()
+    config["dtype"] = DTYPES[_dtype(base, plan.form)][1]
+    if plan.form.stored:
+        config["quantization_config"] = plan.form.stored.config()
     return config
+
+
+def _changed_settings(base: BaseModel, edits: Edits) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    if edits.untied:
+        changed["tie_word_embeddings"] = False
+    if edits.vocabulary != base.vocabulary:
+        changed["vocab_size"] = edits.vocabulary
+    return changed
 
 
 def _side_files(checkpoint: Checkpoint, base: BaseModel) -> tuple[Path, ...]:
@@ -193,70 +228,3 @@ def _side_files(checkpoint: Checkpoint, base: BaseModel) -> tuple[Path, ...]:
 def _has_template(tokenizer: Sequence[Path]) -> bool:
     configs = [path for path in tokenizer if path.name == "tokenizer_config.json"]
     return any("chat_template" in read_json(path, CheckpointUnreadable) for path in configs)
-
-
-def _pair_problem(pair: LoraPair, base: BaseModel) -> str | None:
-    linear = base.linears.get(pair.module)
-    if linear is None:
-        return _missing(pair, base)
-    if (pair.in_features, pair.out_features) != (linear.in_features, linear.out_features):
-        return (
-            f"{pair.module}: the adapter is for {pair.in_features} → {pair.out_features} features, "
-            f"the base has {linear.in_features} → {linear.out_features}"
-        )
-    return None
-
-
-def _missing(pair: LoraPair, base: BaseModel) -> str | None:
-    if pair.module == HEAD and base.is_tied:
-        return _tied_head_problem(pair, base)
-    match = LAYER_LINEAR.fullmatch(pair.module)
-    if match:
-        return f"{pair.module}: the base has only {base.config['num_hidden_layers']} layers"
-    return f"{pair.module}: the base has no such linear layer; it may be of another architecture"
-
-
-def _tied_head_problem(pair: LoraPair, base: BaseModel) -> str | None:
-    rows, columns = base.tensors.specs[EMBEDDING].shape
-    if (pair.out_features, pair.in_features) == (rows, columns):
-        return None
-    return (
-        f"{HEAD}: the adapter is for {pair.in_features} → {pair.out_features} features, the base has {columns} → {rows}"
-    )
-
-
-def _vocabulary_problems(checkpoint: Checkpoint, base: BaseModel) -> list[str]:
-    """A tokenizer that came with the adapter must number tokens as the base does."""
-    path = checkpoint.root / "tokenizer.json"
-    if not path.is_file():
-        return []
-    tokens = _token_ids(path)
-    beyond = sorted(token for token, number in tokens.items() if number >= base.vocabulary)
-    if beyond:
-        return [
-            f"the checkpoint's tokenizer has {len(beyond)} tokens the base has no rows for "
-            f"({', '.join(map(repr, beyond[:3]))}…): it was trained with a resized vocabulary of "
-            f"{max(tokens.values()) + 1}, the base has {base.vocabulary}"
-        ]
-    theirs = base.root / "tokenizer.json"
-    other = _token_ids(theirs) if theirs.is_file() else {}
-    moved = sorted(token for token, number in tokens.items() if other.get(token, number) != number)
-    if moved:
-        return [
-            f"the checkpoint's tokenizer numbers {len(moved)} tokens otherwise ({', '.join(map(repr, moved[:3]))}…)"
-        ]
-    return []
-
-
-def _token_ids(path: Path) -> dict[str, int]:
-    document = read_json(path, CheckpointUnreadable)
-    try:
-        vocabulary = document["model"]["vocab"]
-        if isinstance(vocabulary, list):  # unigram: [token, score] in order
-            tokens = {entry[0]: number for number, entry in enumerate(vocabulary)}
-        else:
-            tokens = {token: int(number) for token, number in vocabulary.items()}
-        tokens |= {token["content"]: int(token["id"]) for token in document.get("added_tokens") or []}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
-        raise CheckpointUnreadable(f"{path} is not a tokenizer of the tokenizers library. Copy it again.") from None
-    return tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from convert.artifact import QuantizationName
 from convert.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ class Scheme(Protocol):
     """One way to store linear layers in few bits. A frozen value: two of the same settings are equal."""
 
     @property
-    def name(self) -> str:
+    def name(self) -> QuantizationName:
         """As manifests and the command line call it."""
         ...
 

@@ -1,7 +1,8 @@
 """Safetensors files written as a stream: the header first, from what is planned, then tensor after tensor.
 
 The order inside a file is that of the safetensors library (large element types first, then by name), which keeps
-every tensor aligned to its type. Tensors may arrive in any order: each has its place.
+every tensor aligned to its type. Tensors may arrive in any order: each has its place. A file whose tensors arrive in
+its own order is hashed while it is written, any other is read once more.
 """
 
 from __future__ import annotations
@@ -10,17 +11,22 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from convert.digests import FileDigest
 from convert.tensors import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-SHARD_BYTES = 2_000_000_000
+# Also what a killed conversion has to make again, at most.
+SHARD_BYTES = 1_000_000_000
+
+_WRITEBACK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -57,15 +63,40 @@ def index(shards: Sequence[Shard]) -> dict[str, object]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
-class ShardWriter:
-    """One open safetensors file. Leaving the context without an error requires that all of it was written."""
+class Threads:
+    """What goes on beside the writing of files, each in the order it was asked for. Leaving waits for all of it."""
 
-    def __init__(self, directory: Path, shard: Shard) -> None:
-        self._path = directory / shard.file
-        self._missing = {spec.name: spec for spec in shard.specs}
-        header, self._offsets = _header(shard.specs)
-        self._stream = self._path.open("xb")
-        self._stream.write(header)
+    def __init__(self) -> None:
+        self.hashing = ThreadPoolExecutor(1)
+        self.disk = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.hashing.shutdown()
+        self.disk.shutdown()
+
+
+class ShardWriter:
+    """One open safetensors file. Leaving the context without an error completes it and makes it durable.
+
+    With `threads` hashing goes on beside writing, and the disk begins with what is written, so that the fsync at the
+    end is short; only `sync`, called in `threads.disk`, may then close the file.
+    """
+
+    def __init__(self, directory: Path, shard: Shard, threads: Threads | None = None) -> None:
+        self.path = directory / shard.file
+        self._specs = {spec.name: spec for spec in shard.specs}
+        self._left = {spec.name: spec.nbytes for spec in shard.specs}
+        header, self._ends = _header(shard.specs)
+        self._stream = self.path.open("xb")
+        self._digest = FileDigest(self.path)
+        self._threads = threads
+        self._written_back = 0
+        self._put(0, header)
 
     def __enter__(self) -> Self:
         return self
@@ -75,38 +106,75 @@ class ShardWriter:
     ) -> None:
         with self._stream:
             if kind is None:
-                assert not self._missing, f"planned and never written: {sorted(self._missing)}"
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
+                self.complete()
+                self.sync()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """One tensor, which must be what was planned."""
         import torch
 
-        spec = self._missing[name]
+        spec = self._specs[name]
         planned = (getattr(torch, DTYPES[spec.dtype][1]), spec.shape)
         assert (tensor.dtype, tuple(tensor.shape)) == planned, (name, tensor.dtype, tensor.shape, spec)
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-        self.copy(name, [memoryview(flat.numpy())])
+        self.append(name, memoryview(flat.numpy()))
 
-    def copy(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-        """One tensor as bytes, in pieces."""
-        spec = self._missing.pop(name)
-        self._stream.seek(self._offsets[name])
-        written = sum(self._stream.write(piece) for piece in pieces)
-        assert written == spec.nbytes, (name, written, spec)
+    def append(self, name: str, piece: bytes | memoryview) -> None:
+        """The next bytes of a tensor."""
+        offset = self._ends[name] - self._left[name]
+        self._left[name] -= len(piece)
+        assert self._left[name] >= 0, (name, self._specs[name])
+        self._put(offset, piece)
+
+    def complete(self) -> str:
+        """Requires that all of it was written. Returns the SHA-256 of the file."""
+        missing = sorted(name for name, left in self._left.items() if left)
+        assert not missing, f"planned and never written: {missing}"
+        self._stream.flush()
+        return self._digest.finish()
+
+    def sync(self) -> None:
+        """Make it durable, and close it."""
+        with self._stream:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _put(self, offset: int, piece: bytes | memoryview) -> None:
+        if self._stream.tell() != offset:
+            self._stream.seek(offset)
+        if self._threads is None:
+            self._stream.write(piece)
+            self._digest.show(offset, piece)
+            return
+        shown = self._threads.hashing.submit(self._digest.show, offset, piece)
+        self._stream.write(piece)
+        shown.result()
+        self._begin_write_back(offset + len(piece), self._threads.disk)
+
+    def _begin_write_back(self, end: int, disk: Executor) -> None:
+        if end - self._written_back >= _WRITEBACK_BYTES:
+            self._stream.flush()
+            disk.submit(_write_back, self._stream.fileno(), self._written_back, end)
+            self._written_back = end
+
+
+def _write_back(descriptor: int, begin: int, end: int) -> None:
+    """The kernel answers DONTNEED on pages that are not on disk yet by beginning to write them, and keeps them."""
+    os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def _header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of the file, and where each tensor begins."""
+    """The first bytes of the file, and where each tensor ends."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offsets = {}
+    ends = {}
     position = 0
     for spec in sorted(specs, key=lambda spec: (-DTYPES[spec.dtype][0], spec.name)):
         end = position + spec.nbytes
         entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [position, end]}
-        offsets[spec.name] = position
-        position = end
+        ends[spec.name] = position = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + start for name, start in offsets.items()}
+    return struct.pack("<Q", len(text)) + text, {name: 8 + len(text) + end for name, end in ends.items()}

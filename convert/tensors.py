@@ -100,6 +100,19 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self.specs
 
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file a tensor is in, and the offset of its first byte there."""
+        place = self._places[name]
+        return place.path, place.offset
+
+    def data_begin(self, path: Path) -> int:
+        """Where the header of one of the files ends."""
+        return min((place.offset for place in self._places.values() if place.path == path), default=0)
+
+    def shorter(self, path: Path, name: str) -> ConvertError:
+        """The error to raise where a file ends before a tensor does, though its header was fine."""
+        return self._error(f"{path} became shorter while {name!r} was read from it")
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own, with the type and shape of its spec."""
         import torch
@@ -123,9 +136,21 @@ class Tensors:
             while left:
                 piece = stream.read(min(left, _READ_BYTES))
                 if not piece:
-                    raise self._error(f"{place.path} became shorter while {name!r} was read from it")
+                    raise self.shorter(place.path, name)
                 left -= len(piece)
                 yield piece
+
+
+def all_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether every element is finite, also after rounding to `dtype`.
+
+    The extremes tell: rounding keeps the order, and a NaN anywhere makes both of them NaN.
+    """
+    import torch
+
+    if tensor.numel() == 0:
+        return True
+    return bool(torch.stack(torch.aminmax(tensor)).to(dtype or tensor.dtype).isfinite().all())
 
 
 def read_json(path: Path, error: type[ConvertError]) -> dict[str, Any]:

@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from convert.artifact import MANIFEST, Artifact, Manifest
-from convert.errors import OutputExists, OutputUnwritable
+from convert.artifact import MANIFEST, Artifact, Manifest, file_sha256
+from convert.errors import OutputBusy, OutputExists, OutputUnwritable
+from convert.journal import Journal
 
 
 def require_absent(destination: Path) -> None:
@@ -23,23 +23,27 @@ def require_absent(destination: Path) -> None:
 
 
 class ArtifactWriter:
-    """A hidden directory `.NAME.partial-PID` beside the destination, locked while it is being written.
+    """A hidden directory `.NAME.partial` beside the destination, locked while it is being written.
 
-    Leaving the context without `publish` removes it. A killed process can't: the next writer for the same destination
-    removes what it left, which it knows by the lock that died with its owner.
+    `making` is the identity of the conversion (`journal.identity`): what an earlier process of the same identity
+    finished and left there is kept, anything else that lies there is removed. None: nothing is kept.
+
+    Leaving the context without `publish` removes the directory: an error, a failed quality gate and Ctrl-C leave
+    nothing behind. Only SystemExit, which is how a supervisor's SIGTERM arrives, keeps what is finished, as kill -9
+    and a power cut do: whoever stops a conversion that way starts it again.
     """
 
-    def __init__(self, destination: Path) -> None:
+    def __init__(self, destination: Path, making: str | None = None) -> None:
         require_absent(destination)
         self.destination = destination
-        self.root = destination.parent / f".{destination.name}.partial-{os.getpid()}"
+        self.root = partial(destination)
+        self._making = making
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
         try:
-            self._remove_abandoned()
-            self.root.mkdir(parents=True)
-            self._lock = _lock(self.root)
+            self._lock = self._locked_root()
+            self.journal = Journal.open(self.root, self._making)
         except OSError as error:
             raise OutputUnwritable(f"{self.destination.parent} can't be written to: {error.strerror}.") from error
         return self
@@ -47,17 +51,26 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.root, ignore_errors=True)
+        if not (isinstance(error, SystemExit) and not self.journal.is_empty):
+            shutil.rmtree(self.root, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
         if isinstance(error, OSError):
             raise OutputUnwritable(f"{self.destination} could not be written: {error}.") from error
 
     def directory(self, name: str) -> Path:
-        """A new directory of the artifact, `model` or `adapter`."""
+        """A directory of the artifact, `model` or `adapter`. What is in it are finished files of the journal."""
         path = self.root / name
-        path.mkdir()
+        path.mkdir(exist_ok=True)
         return path
+
+    def digests(self, name: str) -> dict[str, str]:
+        """SHA-256 of every file of such a directory, by path in it; those in the journal are not read again."""
+        directory = self.root / name
+        files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+        return {
+            path.relative_to(directory).as_posix(): self.journal.sha256(path) or file_sha256(path) for path in files
+        }
 
     def publish(self, manifest: Manifest) -> Artifact:
         """Write the manifest, make everything durable, and rename."""
@@ -65,16 +78,30 @@ class ArtifactWriter:
         for directory in [path for path in self.root.rglob("*") if path.is_dir()] + [self.root]:
             _sync(directory)
         require_absent(self.destination)
+        self.journal.remove()
         self.root.rename(self.destination)
+        _sync(self.destination)
         _sync(self.destination.parent)
         return Artifact.open(self.destination)
 
-    def _remove_abandoned(self) -> None:
-        for path in self.destination.parent.glob(f".{escape(self.destination.name)}.partial-*"):
-            lock = _lock(path)
-            if lock is not None:
-                shutil.rmtree(path)
-                os.close(lock)
+    def _locked_root(self) -> int:
+        """Raises OutputBusy when a living process has it."""
+        while True:
+            require_absent(self.destination)
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = _lock(self.root)
+            if lock is None:
+                raise OutputBusy(
+                    f"Another process is writing {self.destination}. Wait until it is done, or choose another --out."
+                )
+            if _is_at(lock, self.root):
+                return lock
+            os.close(lock)  # its owner published or removed it since it was opened
+
+
+def partial(destination: Path) -> Path:
+    """Where an artifact lies until it is published."""
+    return destination.parent / f".{destination.name}.partial"
 
 
 def write_json(path: Path, document: Mapping[str, object]) -> None:
@@ -103,6 +130,13 @@ def _lock(directory: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sync(directory: Path) -> None:

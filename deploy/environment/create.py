@@ -1,15 +1,18 @@
 """Create the Python environment that Graft runs in: one command, safe to repeat.
 
-    python3 deploy/environment/create.py [--venv .venv] [--lock cpu]
+    python3 deploy/environment/create.py [--venv .venv] [--lock cpu] [--with quantizers]
 
-Installs exactly the packages of the lock, then Graft itself, editable. A second run with nothing
-changed returns at once; a changed lock or project is installed again; an interrupted run is finished
-by the next one. Needs nothing but Python and the pip that its venv module brings.
+Installs exactly the packages of the lock, then Graft itself, editable. `--with quantizers` adds a layer: a
+directory in the environment with the packages that GPTQ and AWQ need in other versions, seen only by the
+process that runs them. A second run with nothing changed returns at once; a changed lock or project is
+installed again; an interrupted run is finished by the next one. Needs nothing but Python and the pip that
+its venv module brings.
 """
 
 import argparse
 import hashlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +24,8 @@ PROJECT = ENVIRONMENT.parents[1]
 OLDEST_PYTHON = (3, 11)
 FIRST_UNSUPPORTED_PYTHON = (3, 13)
 STAMP_NAME = "graft-environment.sha256"
+# Name of a layer, and of its directory in the environment -> its lock.
+LAYERS = {"quantizers": "quantize"}
 SHOWN_LINES = 15
 
 # PyPI's torch for x86 is a CUDA build of several GB, so a CPU environment insists on this one. Some
@@ -52,7 +57,7 @@ def dotted(version: tuple[int, int]) -> str:
 def read_lock(path: Path) -> list[str]:
     """The `name==version` lines of a lock."""
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.lock")))
+        known = ", ".join(sorted({file.stem for file in path.parent.glob("*.lock")} - set(LAYERS.values())))
         raise SetUpError(f"there is no lock {path.stem!r}; known: {known}")
     lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
     pins = [line for line in lines if line]
@@ -170,6 +175,9 @@ def install_lock(pip: Pip, pins: Sequence[str], cpu_only: bool) -> None:
 def create(venv: Path, lock_name: str) -> None:
     """Leave `venv` with the lock and the project installed, whatever state it was in."""
     check_python(sys.version_info[:2])
+    for layer, layer_lock in LAYERS.items():
+        if lock_name == layer_lock:
+            raise SetUpError(f"{lock_name} is no environment but a layer of one: add it with --with {layer}")
     lock = ENVIRONMENT / f"{lock_name}.lock"
     pins = read_lock(lock)
     stamp = stamp_of(lock, PROJECT)
@@ -190,13 +198,42 @@ def create(venv: Path, lock_name: str) -> None:
     print(f"environment: ready after {time.monotonic() - began:.0f} s; use {python_of(venv)}")
 
 
+def create_layer(venv: Path, name: str) -> None:
+    """Leave the layer's packages in a directory of `venv`, whatever state it was in. The environment exists."""
+    lock, directory = ENVIRONMENT / f"{LAYERS[name]}.lock", venv / name
+    pins = read_lock(lock)
+    stamp, stamp_path = layer_stamp(lock), directory / STAMP_NAME
+    if stamp_path.is_file() and stamp_path.read_text() == stamp:
+        print(f"environment: {directory} is up to date")
+        return
+    began = time.monotonic()
+    print(f"environment: installing {len(pins)} packages of {lock.name} into {directory}", flush=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    Pip(python_of(venv)).install(["--target", str(directory), *pins])
+    stamp_path.write_text(stamp)
+    print(f"environment: {name} ready after {time.monotonic() - began:.0f} s")
+
+
+def layer_stamp(lock: Path) -> str:
+    """Changes whenever the layer has to be installed again: with its lock, and with the Python it is compiled for."""
+    digest = hashlib.sha256(repr(sys.version_info[:3]).encode())
+    digest.update(lock.read_bytes())
+    return digest.hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Create the environment that Graft runs in.")
     parser.add_argument("--venv", type=Path, default=PROJECT / ".venv")
     parser.add_argument("--lock", default="cpu", help="which lock beside this script to install")
+    parser.add_argument(
+        "--with", dest="layers", action="append", default=[], choices=sorted(LAYERS), help="a layer to add"
+    )
     options = parser.parse_args()
     try:
         create(options.venv, options.lock)
+        for layer in dict.fromkeys(options.layers):
+            create_layer(options.venv, layer)
     except SetUpError as error:
         sys.exit(f"environment: {error}")
     except KeyboardInterrupt:

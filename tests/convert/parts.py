@@ -19,6 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from convert.base_model import BaseModel
+from convert.compressed import Compressed, CompressedName
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY = 272
 PROMPT = torch.tensor([[1, 17, 99, 140, 3, 250, 61, 8, 200, 33, 77, 5]])
@@ -77,6 +80,23 @@ def load_quantized(base: Path, *, double: bool = True) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=settings).eval()
+
+
+def save_compressed(base: Path, directory: Path, name: CompressedName) -> Path:
+    """The base with its linear layers stored by our own scheme, as the routes write it."""
+    opened = BaseModel.open(base)
+    linears = [linear for linear in opened.linears.values() if not linear.is_head]
+    scheme = Compressed.fitting(name, (linear.in_features for linear in linears), opened.dtype)
+    directory.mkdir()
+    tensors = {spec.name: opened.tensors.read(spec.name) for spec in opened.others}
+    tensors |= {linear.weight: opened.read(linear) for linear in opened.linears.values() if linear.is_head}
+    for linear in linears:
+        tensors |= scheme.quantize(linear.module, opened.read(linear))
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps({**opened.config, "quantization_config": scheme.config()}))
+    for file in (*base.glob("token*"), *base.glob("chat_template*"), *base.glob("generation*")):
+        shutil.copy(file, directory)
+    return directory
 
 
 def save_adapter(base: Path, directory: Path, *, strength: float = 0.2, **settings: Any) -> Path:
@@ -140,6 +160,19 @@ def load_stored(directory: Path) -> Any:
     return dequantized(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16))
 
 
+def float32_of(opened: BaseModel) -> Any:
+    """A float32 model of a directory in any format, with the weights that we say are stored there."""
+    config = {name: value for name, value in opened.config.items() if name != "quantization_config"}
+    model = LlamaForCausalLM(LlamaConfig(**config)).float()
+    weights = {spec.name: opened.tensors.read(spec.name).float() for spec in opened.others}
+    weights |= {linear.weight: opened.read(linear).float() for linear in opened.linears.values()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model.eval()
+
+
 def dequantized(quantized: Any) -> Any:
     """transformers' own `dequantize()` would round the weights to bfloat16."""
     from bitsandbytes.functional import dequantize_4bit
@@ -180,3 +213,7 @@ def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 def tree(root: Path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+
+
+def remove(root: Path) -> None:
+    shutil.rmtree(root)

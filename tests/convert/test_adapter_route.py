@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from convert.artifact import Artifact
-from convert.conversion import Request, convert
 from convert.errors import BaseMismatch
 from tests.convert import parts
+from tests.convert.asking import Request, convert
 
 
 def separate(checkpoint: Path, base: Path, out: Path, **settings: Any) -> Artifact:

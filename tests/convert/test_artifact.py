@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from convert.artifact import MANIFEST, Artifact, digest, file_digests
-from convert.conversion import Request, convert
 from convert.errors import ArtifactInvalid
+from tests.convert.asking import Request, convert
 
 
 @pytest.fixture

@@ -4,10 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from convert.base_model import BaseModel, public_name
+from convert.compressed import NAMES, Compressed, CompressedName, stored_shape
 from convert.errors import BaseUnreadable
+from convert.shards import Shard, ShardWriter
+from convert.tensors import Tensors, TensorSpec
 from tests.convert import parts
 
 
@@ -95,6 +100,153 @@ def test_nf4_parts_of_wrong_size_never_reach_the_native_code(nf4_base: Path, tmp
 
     with pytest.raises(BaseUnreadable, match=r"up_proj\.weight"):
         BaseModel.open(copied)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_base_stored_by_compressed_tensors_reads_as_the_scheme_dequantizes_it(
+    base: Path, untied_base: Path, tmp_path: Path, name: CompressedName
+) -> None:
+    for source in (base, untied_base):
+        original = BaseModel.open(source)
+        stored = BaseModel.open(parts.save_compressed(source, tmp_path / source.name, name))
+
+        assert (stored.quantization, stored.is_quantized, stored.vocabulary) == (name, True, original.vocabulary)
+        assert {spec.name for spec in stored.others} == {spec.name for spec in original.others}
+        assert stored.linears.keys() == original.linears.keys()
+        for module, linear in stored.linears.items():
+            weight = original.read(original.linears[module])
+            if not linear.is_head:
+                assert linear.settings
+                weight = linear.settings.dequantize(module, linear.settings.quantize(module, weight))
+            assert torch.equal(stored.read(linear), weight), module
+
+
+def compressed_copy(base: Path, directory: Path, name: CompressedName, change: object) -> Path:
+    stored = parts.save_compressed(base, directory, name)
+    rewrite(stored, change)
+    return stored
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "value"),
+    [
+        ("w8a8-int8", "weight", torch.ones(128, 64, dtype=torch.bfloat16)),
+        ("w8a8-int8", "weight", torch.ones(0, 64, dtype=torch.int8)),
+        ("w8a8-int8", "weight_scale", torch.ones(128, dtype=torch.bfloat16)),
+        ("w8a8-int8", "weight_scale", torch.ones(127, 1, dtype=torch.bfloat16)),
+        ("w8a8-int8", "weight_scale", torch.ones(128, 1, dtype=torch.float16)),
+        ("w8a8-int8", "weight_scale", None),
+        ("fp8-dynamic", "weight", torch.ones(128, 64, dtype=torch.int8)),
+        ("w4a16", "weight_packed", torch.ones(128, 7, dtype=torch.int32)),
+        ("w4a16", "weight_packed", torch.ones(128, 8, dtype=torch.int64)),
+        ("w4a16", "weight_packed", None),
+        ("w4a16", "weight_scale", torch.ones(128, 2, dtype=torch.bfloat16)),
+        ("w4a16", "weight_scale", None),
+        ("w4a16", "weight_shape", torch.tensor([128, 64, 1])),
+        ("w4a16", "weight_shape", torch.tensor([128, 1 << 40])),
+        ("w4a16", "weight_shape", torch.tensor([128, -64])),
+        ("w4a16", "weight_shape", None),
+    ],
+)
+def test_parts_of_wrong_size_are_refused_before_anything_is_computed(
+    base: Path, tmp_path: Path, name: CompressedName, part: str, value: torch.Tensor | None
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.pop(f"{UP}.{part}")
+        if value is not None:
+            tensors[f"{UP}.{part}"] = value
+
+    with pytest.raises(BaseUnreadable, match=r"up_proj|scales of|half a model"):
+        BaseModel.open(compressed_copy(base, tmp_path / "copy", name, change))
+
+
+def test_a_tensor_that_no_format_has_is_refused(base: Path, tmp_path: Path) -> None:
+    """A zero point, for one, would be dropped and the weights read as others."""
+    copied = compressed_copy(
+        base, tmp_path / "copy", "w4a16", lambda it: it.update({f"{UP}.weight_zero_point": torch.ones(1)})
+    )
+
+    with pytest.raises(BaseUnreadable, match="weight_zero_point"):
+        BaseModel.open(copied)
+
+
+def test_a_quantized_head_is_refused(untied_base: Path, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = torch.ones(parts.VOCABULARY, 64, dtype=torch.int8)
+
+    with pytest.raises(BaseUnreadable, match=r"lm_head\.weight' is I8"):
+        BaseModel.open(compressed_copy(untied_base, tmp_path / "copy", "w8a8-int8", change))
+
+
+@pytest.mark.parametrize(
+    ("group", "top"),
+    [
+        ({"weights": {"symmetric": False}}, {}),
+        ({"weights": {"num_bits": 4}}, {}),
+        ({"weights": {"strategy": "tensor"}}, {}),
+        ({"weights": {"actorder": "group"}}, {}),
+        ({"input_activations": {"dynamic": False}}, {}),
+        ({"output_activations": {"num_bits": 8}}, {}),
+        ({"targets": ["re:.*q_proj"]}, {}),
+        ({}, {"ignore": ["model.layers.0.mlp.up_proj", "lm_head"]}),
+        ({}, {"format": "marlin-24"}),
+        ({}, {"format": ["int-quantized"]}),
+        ({}, {"kv_cache_scheme": {"num_bits": 8}}),
+        ({}, {"transform_config": {"config_groups": {"r1": {}}}}),
+        ({}, {"config_groups": {"group_0": [], "group_1": []}}),
+        ({}, {"config_groups": ["group_0"]}),
+        ({}, {"config_groups": {"group_0": "W8A8"}}),
+    ],
+)
+def test_another_use_of_compressed_tensors_is_refused(
+    base: Path, tmp_path: Path, group: dict[str, object], top: dict[str, object]
+) -> None:
+    stored = parts.save_compressed(base, tmp_path / "stored", "w8a8-int8")
+    quantization = Compressed("w8a8-int8").config()
+    for name, value in group.items():
+        known = quantization["config_groups"]["group_0"][name]
+        quantization["config_groups"]["group_0"][name] = known | value if isinstance(known, dict) else value
+    parts.edit_json(stored / "config.json", quantization_config=quantization | top)
+
+    with pytest.raises(BaseUnreadable, match="in a way that is not read here"):
+        BaseModel.open(stored)
+
+
+def test_how_scales_and_codes_were_found_does_not_matter(base: Path, tmp_path: Path) -> None:
+    stored = parts.save_compressed(base, tmp_path / "stored", "w4a16")
+    quantization = BaseModel.open(stored).config["quantization_config"]
+    quantization["config_groups"]["group_0"]["weights"] |= {"actorder": "static", "observer": "mse"}
+    parts.edit_json(stored / "config.json", quantization_config=quantization | {"version": "0.19.0"})
+
+    assert BaseModel.open(stored).settings == Compressed("w4a16", "BF16", 64)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["weight_packed", "weight_scale", "weight_shape", "weight"]),
+        st.tuples(st.sampled_from(["I8", "I32", "I64", "BF16", "F8_E4M3"]), st.lists(st.integers(0, 9), max_size=3)),
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_hostile_headers_are_refused_or_are_sound(entries: dict[str, tuple[str, list[int]]]) -> None:
+    """Whatever the sizes of a layer's parts: an error of ours, or a layer of exactly those sizes."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as directory:
+        specs = [TensorSpec(f"{UP}.{part}", dtype, tuple(shape)) for part, (dtype, shape) in entries.items()]
+        with ShardWriter(Path(directory), Shard("model.safetensors", tuple(specs))) as file:
+            for spec in specs:
+                file.append(spec.name, memoryview(bytes(spec.nbytes)))
+        tensors = Tensors.open(Path(directory), "model", BaseUnreadable)
+        for scheme in (Compressed("w8a8-int8"), Compressed("w4a16", group_size=32)):
+            try:
+                shape = stored_shape(Path(directory), tensors, UP, scheme)
+            except BaseUnreadable:
+                continue
+            assert all(tensors.specs[spec.name] == spec for spec in scheme.specs(UP, shape))
 
 
 def test_a_hub_id_given_as_base_is_answered_with_how_to_download_it() -> None:

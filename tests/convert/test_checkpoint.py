@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from convert.checkpoint import Checkpoint
 from convert.errors import CheckpointUnreadable, CheckpointUnsupported
@@ -72,13 +75,12 @@ def test_scales_follow_rslora_and_patterns(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("changed", "says"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"bias": "lora_only"}, "bias='none'"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
         ({"lora_bias": True}, "lora_bias=False"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"modules_to_save": ["lm_head"]}, "the file holds no weight of it"),
+        ({"trainable_token_indices": [1]}, "the file holds no rows of them"),
         ({"fan_in_fan_out": True}, "transposed"),
         ({"init_lora_weights": "pissa_niter_16"}, "changed the base weights"),
         ({"init_lora_weights": "olora"}, "changed the base weights"),
@@ -95,10 +97,10 @@ def test_scales_follow_rslora_and_patterns(base: Path, tmp_path: Path) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_settings_no_route_can_follow_are_refused(
-    lora: Path, tmp_path: Path, settings: dict[str, Any], says: str
+    lora: Path, tmp_path: Path, changed: dict[str, Any], says: str
 ) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
-    parts.edit_json(copied / "adapter_config.json", **settings)
+    parts.edit_json(copied / "adapter_config.json", **changed)
 
     with pytest.raises(CheckpointUnsupported) as caught:
         Checkpoint.open(copied).require_supported()
@@ -109,17 +111,13 @@ def test_settings_no_route_can_follow_are_refused(
 @pytest.mark.parametrize(
     ("key", "says"),
     [
-        (f"base_model.model.{MODULE}.lora_magnitude_vector", "DoRA"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "embeddings"),
-        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", "trainable tokens"),
-        ("base_model.model.lm_head.modules_to_save.weight", "modules_to_save"),
-        ("base_model.model.lm_head.weight", "whole weights"),
         (f"base_model.model.{MODULE}.lora_B.bias", "LoRA bias"),
-        (f"base_model.model.{MODULE}.bias", "bias='none'"),
+        ("base_model.model.lm_head.modules_to_save.scale", "neither its weight nor its bias"),
+        ("base_model.model.model.layers.0.mlp.ia3_l", "not a LoRA weight"),
         ("something.else", "not a LoRA weight"),
     ],
 )
-def test_keys_that_are_more_than_lora_are_refused(lora: Path, tmp_path: Path, key: str, says: str) -> None:
+def test_keys_that_are_nothing_known_are_refused(lora: Path, tmp_path: Path, key: str, says: str) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
     parts.edit_weights(copied, lambda tensors: {**tensors, key: torch.ones(2, 2)})
 
@@ -132,7 +130,7 @@ def test_keys_that_are_more_than_lora_are_refused(lora: Path, tmp_path: Path, ke
 
 def test_all_problems_are_told_at_once(lora: Path, tmp_path: Path) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
-    parts.edit_json(copied / "adapter_config.json", use_dora=True, fan_in_fan_out=True)
+    parts.edit_json(copied / "adapter_config.json", lora_bias=True, fan_in_fan_out=True)
     parts.edit_weights(copied, lambda tensors: {**tensors, "x": torch.ones(1)})
 
     assert len(Checkpoint.open(copied).problems) == 3
@@ -143,7 +141,9 @@ def test_half_a_pair_is_refused(lora: Path, tmp_path: Path) -> None:
     lost = f"base_model.model.{MODULE}.lora_B.weight"
     parts.edit_weights(copied, lambda tensors: {name: t for name, t in tensors.items() if name != lost})
 
-    assert Checkpoint.open(copied).problems == (f"{MODULE}: lora_B is missing, half a pair has no meaning",)
+    assert Checkpoint.open(copied).problems == (
+        f"{MODULE}: lora_B is missing, half a pair has no meaning: save the adapter again",
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -211,3 +211,103 @@ def test_notes_beside_the_adapter_do_not_change_its_digest(lora: Path, tmp_path:
     (copied / "trainer_state.json").write_text(json.dumps({"step": 3}))
 
     assert Checkpoint.open(copied).digest == Checkpoint.open(lora).digest
+
+
+def test_modules_without_effect_are_noted(lora: Path, tmp_path: Path) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    parts.edit_weights(copied, lambda ts: {n: t * 0 if "layers.1" in n and "lora_B" in n else t for n, t in ts.items()})
+
+    checkpoint = Checkpoint.open(copied)
+
+    checkpoint.require_supported()
+    assert checkpoint.notes == (
+        "7 of 14 adapted modules have a delta of zero, so nothing was learnt there: model.layers.1.mlp.down_proj, "
+        "model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj, …",
+    )
+
+
+def test_targets_without_weights_are_noted(lora: Path, tmp_path: Path) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    parts.edit_weights(copied, lambda ts: {n: t for n, t in ts.items() if "k_proj" not in n})
+
+    assert Checkpoint.open(copied).notes == ("target_modules names k_proj, the file holds no weights for it",)
+
+
+def test_copies_of_the_base_below_adapted_layers_are_left_out_and_noted(lora: Path, tmp_path: Path) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    below = f"base_model.model.{MODULE}.base_layer.weight"
+    quantized = {f"{below}.absmax": torch.ones(64), below: torch.ones(2048, 1, dtype=torch.uint8)}
+    parts.edit_weights(copied, lambda tensors: tensors | quantized)
+
+    checkpoint = Checkpoint.open(copied)
+
+    assert checkpoint.problems == ()
+    assert checkpoint.contents.saved == {}
+    assert checkpoint.notes == ("copies of the base's own weights below 1 adapted layers are left out",)
+
+
+WORDS = st.sampled_from(
+    [
+        "base_model",
+        "model",
+        "module",
+        "layers",
+        "0",
+        "1",
+        "99",
+        "self_attn",
+        "q_proj",
+        "mlp",
+        "up_proj",
+        "embed_tokens",
+        "lm_head",
+        "norm",
+        "lora_A",
+        "lora_B",
+        "default",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "weight",
+        "bias",
+        "base_layer",
+        "modules_to_save",
+        "token_adapter",
+        "trainable_tokens_delta",
+        "attn",
+        "output_proj",
+        "w1",
+        "lora_a",
+        "lora_b",
+        "output",
+        "_orig_mod",
+        "x",
+    ]
+)
+KEYS = st.lists(WORDS, min_size=1, max_size=9).map(".".join)
+SHAPES = st.sampled_from([(8, 64), (64, 8), (64,), (2, 64), (272, 64), (8, 272), (1, 1, 1), (0, 8), ()])
+SETTINGS = st.sampled_from([None, True, 8, "lm_head", [1, 2], ["lm_head"], {"embed_tokens": [1, 2]}, {"q_proj": 8}])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    keys=st.dictionaries(KEYS, SHAPES, max_size=6),
+    config=st.dictionaries(
+        st.sampled_from(["use_dora", "modules_to_save", "trainable_token_indices", "target_modules", "rank_pattern"]),
+        SETTINGS,
+    ),
+)
+def test_any_keys_and_settings_give_contents_or_problems(
+    lora: Path, tmp_path: Path, keys: dict[str, tuple[int, ...]], config: dict[str, Any]
+) -> None:
+    root = tmp_path / "any"
+    root.mkdir(exist_ok=True)
+    document = json.loads((lora / "adapter_config.json").read_text()) | config
+    (root / "adapter_config.json").write_text(json.dumps(document))
+    save_file({key: torch.ones(shape) for key, shape in keys.items()}, root / "adapter_model.safetensors")
+
+    checkpoint = Checkpoint.open(root)
+
+    assert checkpoint.all_problems or not checkpoint.contents.is_empty
+    for spec in checkpoint.contents.specs:
+        assert spec.name in keys

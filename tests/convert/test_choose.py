@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 
-from convert.conversion import Request, convert
 from convert.detect import Training
 from convert.errors import BaseMismatch, QualityGateFailed, RouteRefused, TrainingUnknown
-from convert.routes.ways import CHOICES, WAYS, default_way, ways_for
+from convert.routes.choose import Wish, ways_asked
+from convert.routes.ways import OFFERED, WAYS, Way
+from convert.targets import EXAMPLES, merged_order, works
+from tests.convert import parts
+from tests.convert.asking import Request, convert
 
 
 def run(checkpoint: Path, base: Path, out: Path, **settings: Any) -> Any:
@@ -17,18 +20,27 @@ def run(checkpoint: Path, base: Path, out: Path, **settings: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("quantize", ["auto", "nf4"])
-def test_a_4_bit_merge_of_a_qlora_is_refused_with_the_commands_that_work(
-    qlora: Path, base: Path, out: Path, quantize: str
-) -> None:
+def test_a_4_bit_merge_of_a_qlora_is_refused_with_the_commands_that_work(qlora: Path, base: Path, out: Path) -> None:
     with pytest.raises(RouteRefused) as caught:
-        run(qlora, base, out, route="merge", quantize=quantize)
+        run(qlora, base, out, route="merge", quantize="nf4")
 
     message = str(caught.value)
     assert "rounds nearly all of the delta away" in message
-    command = f"python -m convert run {qlora} --base {base} --out {out}"
+    command = f"python -m convert run {qlora} --base {base} --out DIR"
     assert f"{command} --route adapter\n" in message
     assert f"{command} --route merge --quantize none\n" in message
+    assert f"{command} --route merge --quantize nf4 --merge-onto original\n" in message
+
+
+def test_a_4_bit_merge_of_a_qlora_is_made_where_it_is_insisted_on_and_tells_what_is_left(
+    base: Path, tmp_path: Path, out: Path
+) -> None:
+    weak = parts.mark_qlora(parts.save_adapter(base, tmp_path / "weak", strength=0.005))
+
+    artifact = run(weak, base, out, route="merge", quantize="nf4", force=True, measure=True)
+
+    assert artifact.manifest.model.quantization == "nf4-double"
+    assert artifact.manifest.quality.retention.mean < 0.5
 
 
 @pytest.mark.parametrize("settings", [{}, {"route": "adapter"}])
@@ -46,7 +58,7 @@ def test_a_16_bit_adapter_of_a_qlora_is_refused(qlora: Path, base: Path, out: Pa
 
 def test_a_refusal_repeats_what_the_user_said_of_the_training(unmarked: Path, base: Path, out: Path) -> None:
     with pytest.raises(RouteRefused, match="--trained-on 4bit --route adapter"):
-        run(unmarked, base, out, route="merge", trained_on=Training.QLORA)
+        run(unmarked, base, out, route="merge", quantize="nf4", trained_on=Training.QLORA)
 
 
 def test_unknown_training_stops_until_the_user_says_it(unmarked: Path, base: Path, out: Path) -> None:
@@ -71,7 +83,7 @@ def test_a_limit_that_cannot_be_measured_is_an_error_not_a_pass(
     lora: Path, base: Path, nf4_base: Path, out: Path
 ) -> None:
     with pytest.raises(QualityGateFailed, match="leave out --no-measure"):
-        run(lora, base, out, max_kl=1.0)
+        run(lora, base, out, max_kl=1.0, quantize="nf4")
     with pytest.raises(QualityGateFailed, match="full-precision base"):
         run(lora, nf4_base, out, route="adapter", max_kl=1.0, measure=True)
 
@@ -80,16 +92,46 @@ def test_a_limit_on_an_exact_way_needs_no_measurement(qlora: Path, base: Path, o
     assert run(qlora, base, out, max_kl=1e-9, measure=True).manifest.route.name == "adapter"
 
 
-def test_every_way_is_chosen_by_its_own_flags() -> None:
-    for way in WAYS:
-        flags = dict(zip(way.flags.split()[::2], way.flags.split()[1::2], strict=True))
-        asked = (way.training, flags["--route"], flags.get("--quantize", "auto"))
-        assert CHOICES[asked] is way  # type: ignore[index]
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way.training.value} {way.flags}")
+def test_every_way_is_chosen_by_its_own_flags(way: Way) -> None:
+    words = way.flags.replace("--force", "").split()
+    flags: dict[str, Any] = dict(zip(words[::2], words[1::2], strict=True))
+    wish = Wish(flags["--route"], flags.get("--quantize", "auto"), flags.get("--merge-onto", "auto"),
+                force="--force" in way.flags)  # fmt: skip
+
+    assert ways_asked(way.training, wish, ("none",), "command") == (way,)
 
 
-@pytest.mark.parametrize("training", [Training.LORA, Training.QLORA])
-def test_the_first_way_offered_is_the_default(training: Training) -> None:
-    assert ways_for(training)[0] is default_way(training)
+def test_what_is_offered_never_rounds_the_delta_away() -> None:
+    assert not any(way.is_same_grid for way in OFFERED)
+
+
+@pytest.mark.parametrize("target", EXAMPLES)
+def test_a_form_left_open_is_looked_for_among_those_that_the_target_serves_ending_in_16_bits(target: str) -> None:
+    order = merged_order(target)
+
+    assert all(works(target, "nf4-double" if name == "nf4" else name, with_adapter=False) for name in order)
+    assert order[-1] == "none"
+    assert len(set(order)) == len(order) >= 2
+
+
+def test_a_qlora_left_open_stays_the_function_that_was_trained() -> None:
+    (way,) = ways_asked(Training.QLORA, Wish(), merged_order("cpu"), "command")
+
+    assert way.is_exact
+
+
+def test_a_lora_left_open_is_tried_in_every_form_and_the_first_that_keeps_it_is_taken(
+    lora: Path, base: Path, out: Path
+) -> None:
+    manifest = run(lora, base, out, measure=True).manifest
+
+    tried = [trial.quantization for trial in manifest.trials]
+    forms = ["nf4-double", "w8a8-int8", "none"]
+    assert [*tried, manifest.model.quantization] == forms[: len(tried) + 1]
+    assert all(trial.quality.kl_mean > 0.05 or trial.quality.gain_kept < 0.95 for trial in manifest.trials)
+    assert manifest.quality.kl_mean <= 0.05 or manifest.model.quantization == "none"
+    assert all(name in manifest.route.reason for name in tried)
 
 
 def test_inspecting_is_possible_without_the_model_libraries() -> None:
@@ -97,7 +139,7 @@ def test_inspecting_is_possible_without_the_model_libraries() -> None:
     import sys
 
     program = (
-        "import sys, convert.__main__, convert.inspection, convert.report\n"
+        "import sys, convert.__main__, convert.inspection, convert.report.inspection\n"
         "print({'torch', 'transformers'} & sys.modules.keys())"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -28,7 +28,7 @@ def test_inspect_says_what_it_is_and_gives_the_commands(qlora: Path, base: Path)
     command = f"python -m convert run {qlora} --base {base} --out DIR"
     assert f"1  {command}\n" in result.stdout
     assert f"2  {command} --route merge --quantize none\n" in result.stdout
-    assert "Not offered: a 4-bit merge." in result.stdout
+    assert "Not offered: a merge back into the same 4 bits." in result.stdout
 
 
 def test_inspect_of_unknown_training_offers_both(unmarked: Path) -> None:
@@ -45,10 +45,14 @@ def test_inspect_as_json_is_one_document(lora: Path, base: Path) -> None:
 
     assert (document["training"], document["layout"], document["ranks"]) == ("lora", "ms-swift", [8])
     assert [(way["route"], way["stored"], way["default"]) for way in document["ways"]] == [
-        ("merge", "NF4", True),
         ("merge", "16-bit", False),
-        ("adapter", "NF4", False),
+        ("merge", "W8A8 int8", False),
+        ("merge", "FP8", False),
+        ("merge", "W4A16", False),
+        ("merge", "NF4", False),
         ("adapter", "16-bit", False),
+        ("adapter", "NF4", False),
+        ("rebase", "NF4", False),
     ]
     assert all(way["output_bytes"] > 0 for way in document["ways"])
 
@@ -56,17 +60,17 @@ def test_inspect_as_json_is_one_document(lora: Path, base: Path) -> None:
 def test_inspect_shows_which_ways_a_base_cannot_carry(lora: Path, nf4_base: Path) -> None:
     ways = json.loads(invoke("inspect", lora, "--base", nf4_base, "--json").stdout)["ways"]
 
-    assert [way["obstacle"] is None for way in ways] == [False, False, True, False]
+    assert [way["route"] + way["stored"] for way in ways if way["obstacle"] is None] == ["adapterNF4"]
 
 
 def test_inspect_of_what_cannot_be_converted_lists_the_problems_and_fails(lora: Path, tmp_path: Path) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
-    parts.edit_json(copied / "adapter_config.json", use_dora=True)
+    parts.edit_json(copied / "adapter_config.json", fan_in_fan_out=True)
 
     result = invoke("inspect", copied)
 
     assert result.exit_code == 1
-    assert "use_dora=True" in result.stdout
+    assert "fan_in_fan_out=True" in result.stdout
     assert result.stderr.startswith("error[checkpoint_unsupported]: ")
 
 
@@ -80,7 +84,7 @@ def test_run_publishes_and_says_what_is_next(lora: Path, base: Path, out: Path) 
 
 
 def test_a_visible_loss_is_called_one(lora: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.report._MUCH", 0.01)
+    monkeypatch.setattr("convert.report.artifact._MUCH", 0.01)
 
     pages = {
         stored: invoke("run", lora, "--base", base, "--out", tmp_path / stored, "--quantize", stored).stdout
@@ -97,7 +101,15 @@ def test_run_as_json_prints_the_manifest_and_nothing_else(qlora: Path, base: Pat
     assert document.pop("artifact") == str(out)
     manifest = Manifest.model_validate(document)
     assert manifest == Manifest.model_validate_json((out / "manifest.json").read_bytes())
-    assert manifest.versions.keys() == {"bitsandbytes", "graft", "peft", "safetensors", "torch", "transformers"}
+    assert manifest.versions.keys() == {
+        "bitsandbytes",
+        "compressed-tensors",
+        "graft",
+        "peft",
+        "safetensors",
+        "torch",
+        "transformers",
+    }
     assert manifest.name == "tiny"
 
 
@@ -140,7 +152,9 @@ def broken(checkpoint: Path, tmp_path: Path, **settings: Any) -> Path:
         ("base_unreadable", ["{qlora}", "--base", "{qlora}"]),
         ("base_unreadable", ["{qlora}", "--base", "nowhere"]),
         ("base_mismatch", ["{lora}", "--base", "{nf4_base}"]),
-        ("route_refused", ["{qlora}", "--base", "{base}", "--route", "merge"]),
+        ("route_refused", ["{qlora}", "--base", "{base}", "--route", "merge", "--quantize", "nf4"]),
+        ("target_unknown", ["{qlora}", "--base", "{base}", "--target", "toaster"]),
+        ("format_refused", ["{lora}", "--base", "{base}", "--quantize", "w4a16", "--target", "cpu"]),
         ("quality_gate_failed", ["{lora}", "--base", "{base}", "--max-kl", "0.000001"]),
         ("text_unreadable", ["{lora}", "--base", "{base}", "--text", "nowhere.jsonl"]),
     ],
@@ -153,7 +167,7 @@ def test_every_mistake_is_one_message_with_a_stable_code_and_nothing_on_disk(
 
     result = invoke("run", *[argument.format(**places) for argument in arguments], "--out", out)
 
-    assert result.exit_code == 1
+    assert result.exit_code == (3 if code == "quality_gate_failed" else 1)
     assert result.stderr.startswith(f"error[{code}]: ")
     assert result.stdout == ""
     assert isinstance(result.exception, SystemExit)
@@ -162,12 +176,12 @@ def test_every_mistake_is_one_message_with_a_stable_code_and_nothing_on_disk(
 
 def test_verify_tells_a_whole_artifact_from_a_damaged_one(qlora: Path, base: Path, out: Path) -> None:
     invoke("run", qlora, "--base", base, "--out", out)
-    assert invoke("verify", out).exit_code == 0
+    assert invoke("verify", out, "--no-engine").exit_code == 0
 
     (out / "model" / "config.json").write_text("{}")
     result = invoke("verify", out)
 
-    assert result.exit_code == 1
+    assert result.exit_code == 4
     assert "error[artifact_invalid]" in result.stderr
     assert "model/config.json has other bytes" in result.stderr
 
@@ -175,10 +189,10 @@ def test_verify_tells_a_whole_artifact_from_a_damaged_one(qlora: Path, base: Pat
 def test_verify_of_something_else(base: Path) -> None:
     result = invoke("verify", base)
 
-    assert result.exit_code == 1
+    assert result.exit_code == 4
     assert "is not an artifact" in result.stderr
 
 
 def test_help_explains_every_command() -> None:
-    assert {"inspect", "run", "verify"} <= set(invoke("--help").stdout.split())
+    assert {"inspect", "plan", "run", "compare", "verify"} <= set(invoke("--help").stdout.split())
     assert "must not exist yet" in " ".join(re.findall(r"\w+", invoke("run", "--help").stdout))

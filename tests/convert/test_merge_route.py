@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.artifact import Artifact
-from convert.conversion import Request, convert
 from convert.errors import BaseMismatch
 from tests.convert import parts
+from tests.convert.asking import Request, convert
 
 MODEL_FILES = {
     "model/config.json",
@@ -206,13 +206,6 @@ def test_the_head_of_a_qlora_was_in_full_precision_in_training_too(
     assert quality.kl_mean < 1e-4
 
 
-def test_a_tied_head_cannot_be_merged_into(base: Path, tmp_path: Path, out: Path) -> None:
-    headed = parts.mark_lora(parts.save_adapter(base, tmp_path / "headed", target_modules=["lm_head", "q_proj"]))
-
-    with pytest.raises(BaseMismatch, match="shares its weights with the embedding"):
-        merged(headed, base, out)
-
-
 def test_tied_embeddings_stay_tied(lora: Path, base: Path, out: Path) -> None:
     merged(lora, base, out)
 
@@ -244,14 +237,9 @@ def test_rslora_and_patterns_are_merged_with_the_scale_of_each_module(base: Path
     assert parts.divergence(expected, parts.logits(parts.load_float32(out / "model"))) < 1e-4
 
 
-def test_large_models_are_written_in_shards_that_transformers_reads(
-    lora: Path, base: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from convert.routes import model
-
+def test_large_models_are_written_in_shards_that_transformers_reads(lora: Path, base: Path, out: Path) -> None:
     whole = merged(lora, base, out.parent.parent / "whole", quantize="nf4")
-    monkeypatch.setattr(model.write_model, "__defaults__", (40_000,))
-    merged(lora, base, out, quantize="nf4")
+    merged(lora, base, out, quantize="nf4", shard_bytes=40_000)
 
     assert "model/model.safetensors.index.json" in parts.tree(out)
     assert len(list((out / "model").glob("*.safetensors"))) > 2

@@ -11,11 +11,12 @@ import pytest
 
 from convert.base_model import BaseModel
 from convert.checkpoint import Checkpoint
-from convert.conversion import Request, convert
 from convert.errors import BaseMismatch, BaseUnreadable, OutputUnwritable
+from convert.match import require_match
 from convert.nf4 import Nf4
-from convert.plan import Form, plan_model, require_match
+from convert.plan import Form, plan_model
 from tests.convert import parts
+from tests.convert.asking import Request, convert
 
 
 def run(checkpoint: Path, base: Path, out: Path, **settings: Any) -> Any:
@@ -80,7 +81,24 @@ def test_a_tokenizer_with_tokens_beyond_the_base_is_refused(lora: Path, base: Pa
     (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
 
     with pytest.raises(BaseMismatch, match=r"'<\|new\|>'.*resized vocabulary of 301, the base has 272"):
-        require_match(Checkpoint.open(copied), BaseModel.open(base), merging=False)
+        require_match(Checkpoint.open(copied), BaseModel.open(base))
+
+
+def test_added_tokens_that_the_base_has_rows_for_are_no_resized_vocabulary(
+    lora: Path, base: Path, tmp_path: Path
+) -> None:
+    padded = parts.copy(base, tmp_path / "padded")
+    tokenizer = json.loads((padded / "tokenizer.json").read_text())
+    last = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    number = tokenizer["model"]["vocab"].pop(last)
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    (padded / "tokenizer.json").write_text(json.dumps(tokenizer))
+    copied = parts.copy(lora, tmp_path / "copy")
+    tokenizer["added_tokens"].append({"id": number, "content": "<|im_end|>"})
+    (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (copied / "added_tokens.json").write_text(json.dumps({"<|im_end|>": number, "<s>": 0}))
+
+    require_match(Checkpoint.open(copied), BaseModel.open(padded))
 
 
 def test_a_tokenizer_that_numbers_tokens_otherwise_is_refused(lora: Path, base: Path, tmp_path: Path) -> None:
@@ -92,7 +110,7 @@ def test_a_tokenizer_that_numbers_tokens_otherwise_is_refused(lora: Path, base: 
     (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
 
     with pytest.raises(BaseMismatch, match="numbers 2 tokens otherwise"):
-        require_match(Checkpoint.open(copied), BaseModel.open(base), merging=False)
+        require_match(Checkpoint.open(copied), BaseModel.open(base))
 
 
 def test_a_base_without_a_tokenizer_is_refused(lora: Path, base: Path, tmp_path: Path, out: Path) -> None:

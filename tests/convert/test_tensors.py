@@ -187,10 +187,44 @@ def test_any_damage_to_a_file_gives_tensors_or_an_error_for_the_user(
     read_all_or_be_told(tmp_path)
 
 
+FILES = st.sampled_from(
+    ["one.safetensors", "two.safetensors", "../one.safetensors", "/etc/passwd", "one.bin", "", "\0"]
+)
+INDEX = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=6) | FILES,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["weight_map", "metadata", "a", "b"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(index=INDEX | st.builds(lambda entries: {"weight_map": entries}, st.dictionaries(st.sampled_from("abc"), FILES)))
+def test_any_index_gives_tensors_of_its_directory_or_an_error_for_the_user(tmp_path: Path, index: object) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir(exist_ok=True)
+    for place in (tmp_path, inside):
+        save_file({"a": SAMPLE["a"]}, place / "one.safetensors")
+    (inside / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    read_all_or_be_told(inside)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=60))
+def test_any_bytes_as_an_index_are_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+
+    with pytest.raises(ConvertError):
+        opened(tmp_path)
+
+
 def read_all_or_be_told(directory: Path) -> None:
     try:
         tensors = opened(directory)
     except ConvertError:
         return
+    assert {path.parent for path in tensors.files} <= {directory}
     for name, spec in tensors.specs.items():
         assert tuple(tensors.read(name).shape) == spec.shape

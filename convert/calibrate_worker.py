@@ -1,0 +1,115 @@
+"""The program that calls llm-compressor, in a process and a set of packages of its own: see `convert.calibrated`.
+
+Run as a file, with nothing else of this package. The first line of standard input is the request, a JSON object:
+
+    model, out   directories          method   "gptq" or "awq"
+    group        a quantization group of compressed-tensors: targets, weights, activations
+    dtype        torch's name of the type that is written
+    rows         lists of token ids; they are used as they are, in this order
+
+Standard output has JSON objects, one a line: {"step": n, "of": m} while it calibrates, at last
+{"library": "llm-compressor 0.14.0.1"}. Everything that the libraries print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_SEED = 0
+_RECIPE = "recipe.yaml"
+
+
+def main() -> None:
+    request = json.loads(sys.stdin.readline())
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+
+        def tell(message: dict[str, Any]) -> None:
+            answers.write(json.dumps(message) + "\n")
+            answers.flush()
+
+        quantize(request, tell)
+        tell({"library": f"llm-compressor {version('llmcompressor')}"})
+
+
+def quantize(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+    """Calibrate, quantize and save weights and configuration."""
+    import torch
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(_SEED)
+    # bfloat16 products are several times slower than float32 on most CPUs.
+    dtype = "auto" if torch.cuda.is_available() else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=dtype, local_files_only=True)
+    _report_steps(model.config.num_hidden_layers, tell)
+    oneshot(model=model, recipe=_recipe(request), dataset=_rows(request["rows"]))
+    _save(model, Path(request["out"]), getattr(torch, request["dtype"]))
+
+
+def _recipe(request: dict[str, Any]) -> list[Any]:
+    from compressed_tensors.quantization import QuantizationScheme
+
+    settings: dict[str, Any] = {
+        "config_groups": {"group_0": QuantizationScheme.model_validate(request["group"])},
+        "ignore": ["lm_head"],
+    }
+    if request["method"] == "gptq":
+        from llmcompressor.modifiers.gptq import GPTQModifier
+
+        return [GPTQModifier(**settings)]
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    _allow_awq_without_accelerator()
+    return [AWQModifier(), QuantizationModifier(**settings)]
+
+
+def _rows(rows: list[list[int]]) -> Any:
+    """One row a batch: nothing is padded, cut or shuffled."""
+    import torch
+
+    batches = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=int)} for row in rows]
+    return torch.utils.data.DataLoader(batches, batch_size=None, shuffle=False)
+
+
+def _allow_awq_without_accelerator() -> None:
+    """AWQ pins its inputs for copies to an accelerator; where there is none torch refuses that, and it isn't needed."""
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda self, *_, **__: None
+
+
+def _report_steps(layers: int, tell: Callable[[dict[str, Any]], None]) -> None:
+    """llm-compressor ends an epoch with every layer, and one more with what is behind the last."""
+    from llmcompressor.core import LifecycleCallbacks
+
+    end_of_layer, done = LifecycleCallbacks.sequential_epoch_end, 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal done
+        result = end_of_layer(*arguments, **options)
+        done = min(done + 1, layers)
+        tell({"step": done, "of": layers})
+        return result
+
+    LifecycleCallbacks.sequential_epoch_end = counted
+
+
+def _save(model: Any, out: Path, dtype: Any) -> None:
+    model.to(dtype)
+    model.save_pretrained(out, save_compressed=True, max_shard_size="2GB")
+    # A list of the settings, which config.json and the manifest tell.
+    (out / _RECIPE).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
