@@ -119,7 +119,7 @@ def engine(model: Path, log: Path, *options: str) -> Iterator[Engine]:
 
 
 class SaturatingInt8(torch.nn.Module):
-    """oneDNN's int8 product on a CPU without VNNI, exactly: two products are added in 16 bits, which they can exceed."""
+    """oneDNN's int8 product on a CPU without VNNI, exactly: two products are added in 16 bits, which can overflow."""
 
     def __init__(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
         super().__init__()
