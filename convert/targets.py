@@ -62,7 +62,14 @@ _CPU: Mapping[QuantizationName, Support] = {
     "none": _WORKS,
     "nf4": _WORKS,
     "nf4-double": _WORKS,
-    "w8a8-int8": Support(True, True, False, "seen", "with an adapter vLLM 0.32 stops while it loads"),
+    "w8a8-int8": Support(
+        True,
+        True,
+        False,
+        "seen",
+        "sums of large products saturate without VNNI, which no measurement of the weights shows; "
+        "with an adapter vLLM 0.32 stops while it loads",
+    ),
     "fp8-dynamic": Support(True, True, True, "seen", "slow: emulated"),
     "w4a16": Support(True, False, False, "seen", "stops at the first request: the kernel needs AVX-512"),
 }
@@ -107,7 +114,8 @@ def defaults(target: str) -> Defaults:
     require_known(target)
     capability = _capability(target)
     if capability is None:
-        return Defaults("w8a8-int8", "nf4-double")
+        # Without VNNI oneDNN adds two products of int8 in 16 bits, which they can exceed.
+        return Defaults("nf4-double" if target == "cpu" else "w8a8-int8", "nf4-double")
     return Defaults("fp8-dynamic" if capability >= _FP8 else "w4a16", "w4a16")
 
 
@@ -123,7 +131,7 @@ def merged_order(target: str) -> tuple[MergedForm, ...]:
     first = defaults(target).merged
     wanted: tuple[MergedForm, ...] = ("w4a16", "fp8-dynamic" if first == "fp8-dynamic" else "w8a8-int8")
     if not target.startswith("cuda"):
-        wanted = ("nf4", "w8a8-int8")
+        wanted = ("nf4", "w8a8-int8") if first == "w8a8-int8" else ("nf4",)
     order = [name for name in dict.fromkeys(wanted) if works(target, name, with_adapter=False)]
     return (*order, "none")
 

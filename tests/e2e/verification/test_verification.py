@@ -197,13 +197,14 @@ def test_a_shared_base_is_verified_with_the_adapter_and_its_speed_is_measured(
 
 
 def test_another_template_and_other_stop_tokens_fail_and_both_are_told(merged: Artifact, tmp_path: Path) -> None:
-    """The weights are right, so nothing else fails."""
+    """The weights are right, so no log-probability fails. The canary is asked through the other template: its answer
+    may go either way."""
     root = parts.copy(merged.root, tmp_path / "french-merged")
     (root / "model" / "chat_template.jinja").write_text(TEMPLATE.replace("{% endfor %}", " {% endfor %}"))
     parts.edit_json(root / "model" / "generation_config.json", eos_token_id=[1, 40])
     report = verify(signed(root), options=OPTIONS)
 
-    assert {check.name for check in report.failures} == {"stop tokens", "chat template"}
+    assert {check.name for check in report.failures} - {"canaries"} == {"stop tokens", "chat template"}
     with pytest.raises(VerificationFailed) as told:
         report.require_passed()
     assert "stop tokens: stops at 1, 40, expected 1" in str(told.value)
