@@ -4,7 +4,9 @@
 every linear layer, then takes turns: `cp` + fsync of the model, the merge onto the original weights, the merge onto
 its NF4 form, each in a process of its own and in alternating order, so that what the disk does at that moment meets
 all of them. Input is in the page cache where memory allows that, for all sides alike, and what was written before has
-reached the disk when the clock starts. PEFT's load, merge and save run once.
+reached the disk when the clock starts. PEFT's load, merge and save run once. `other_processes` says how many cores were
+somebody else's meanwhile (the kernel's writeback among them): a merge takes several times the processor time of `cp`,
+so a busy machine slows it down more.
 
 The floor of the exact route's KL is the self-noise of bfloat16: the KL between the function as trained in float32 and
 the same function as its trainer computes it (4-bit base and adapter by bitsandbytes and PEFT, in bfloat16). Below
@@ -24,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ class Sample:
     seconds: float
     cpu_seconds: float
     peak_bytes: int = 0
+    others: float = 0.0  # cores that other processes kept busy
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,13 @@ def run_sides(inputs: Inputs, out: Path, rounds: int) -> dict[str, list[Sample]]
 
 def run_side(side: str, inputs: Inputs, out: Path) -> Sample:
     os.sync()
+    began, busy, own = time.perf_counter(), busy_seconds(), children_seconds()
     sample = copy(inputs.original, out) if side == "cp" else in_process(side, inputs, out)
+    others = (busy_seconds() - busy - children_seconds() + own) / (time.perf_counter() - began)
+    sample = replace(sample, others=max(others, 0.0))
     shutil.rmtree(out)
-    print(
-        f"{side}: {sample.seconds:.1f} s, {sample.cpu_seconds:.1f} CPU-s, {sample.peak_bytes / 1e6:.0f} MB", flush=True
-    )
+    told = f"{sample.cpu_seconds:.1f} CPU-s, {sample.peak_bytes / 1e6:.0f} MB, others {sample.others:.1f} cores"
+    print(f"{side}: {sample.seconds:.1f} s, {told}", flush=True)
     return sample
 
 
@@ -139,6 +144,12 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def busy_seconds() -> float:
+    """Of all processors together, in user and system mode, since the machine started."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split(maxsplit=4)[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
 def speed_figures(samples: dict[str, list[Sample]]) -> dict[str, Figure]:
     """Ratios are of speeds, each between runs of the same turn."""
 
@@ -152,6 +163,7 @@ def speed_figures(samples: dict[str, list[Sample]]) -> dict[str, Figure]:
         "merge_w16_vs_cp": Figure.of(ratio("original"), "speed ratio", ">= 0.8"),
         "merge_dq_vs_cp": Figure.of(ratio("dequantized"), "speed ratio", ">= 0.6"),
         "peft_vs_cp": Figure(copied / samples["peft"][0].seconds, "speed ratio"),
+        "other_processes": Figure.of([it.others for runs in samples.values() for it in runs], "cores"),
         **seconds,
         **cpu,
     }

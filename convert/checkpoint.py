@@ -32,7 +32,7 @@ from convert.formats import (
 )
 from convert.keys import NATIVE_TARGETS
 from convert.pairs import LoraPair
-from convert.tensors import Tensors, read_json
+from convert.tensors import Tensors, all_finite, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -197,7 +197,7 @@ class Checkpoint:
         problems = [
             f"{spec.name!r} holds NaN or Inf: take an earlier checkpoint of the run"
             for spec in self.contents.specs
-            if not self.tensors.read(spec.name).isfinite().all()
+            if not all_finite(self.tensors.read(spec.name))
         ]
         pairs = (*self.pairs.values(), *self.contents.embeddings.values())
         idle = [pair.module for pair in pairs if not self._has_effect(pair)]

@@ -11,7 +11,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -63,21 +63,38 @@ def index(shards: Sequence[Shard]) -> dict[str, object]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
+class Threads:
+    """What goes on beside the writing of files, each in the order it was asked for. Leaving waits for all of it."""
+
+    def __init__(self) -> None:
+        self.hashing = ThreadPoolExecutor(1)
+        self.disk = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.hashing.shutdown()
+        self.disk.shutdown()
+
+
 class ShardWriter:
     """One open safetensors file. Leaving the context without an error completes it and makes it durable.
 
-    `background`: one thread that lets the disk begin with what is written, so that the fsync at the end is short. Only
-    `sync`, called there too, may then close the file.
+    With `threads` hashing goes on beside writing, and the disk begins with what is written, so that the fsync at the
+    end is short; only `sync`, called in `threads.disk`, may then close the file.
     """
 
-    def __init__(self, directory: Path, shard: Shard, background: Executor | None = None) -> None:
+    def __init__(self, directory: Path, shard: Shard, threads: Threads | None = None) -> None:
         self.path = directory / shard.file
         self._specs = {spec.name: spec for spec in shard.specs}
         self._left = {spec.name: spec.nbytes for spec in shard.specs}
         header, self._ends = _header(shard.specs)
         self._stream = self.path.open("xb")
         self._digest = FileDigest(self.path)
-        self._background = background
+        self._threads = threads
         self._written_back = 0
         self._put(0, header)
 
@@ -128,12 +145,19 @@ class ShardWriter:
     def _put(self, offset: int, piece: bytes | memoryview) -> None:
         if self._stream.tell() != offset:
             self._stream.seek(offset)
+        if self._threads is None:
+            self._stream.write(piece)
+            self._digest.show(offset, piece)
+            return
+        shown = self._threads.hashing.submit(self._digest.show, offset, piece)
         self._stream.write(piece)
-        self._digest.show(offset, piece)
-        end = offset + len(piece)
-        if self._background and end - self._written_back >= _WRITEBACK_BYTES:
+        shown.result()
+        self._begin_write_back(offset + len(piece), self._threads.disk)
+
+    def _begin_write_back(self, end: int, disk: Executor) -> None:
+        if end - self._written_back >= _WRITEBACK_BYTES:
             self._stream.flush()
-            self._background.submit(_write_back, self._stream.fileno(), self._written_back, end)
+            disk.submit(_write_back, self._stream.fileno(), self._written_back, end)
             self._written_back = end
 
 

@@ -141,6 +141,18 @@ class Tensors:
                 yield piece
 
 
+def all_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether every element is finite, also after rounding to `dtype`.
+
+    The extremes tell: rounding keeps the order, and a NaN anywhere makes both of them NaN.
+    """
+    import torch
+
+    if tensor.numel() == 0:
+        return True
+    return bool(torch.stack(torch.aminmax(tensor)).to(dtype or tensor.dtype).isfinite().all())
+
+
 def read_json(path: Path, error: type[ConvertError]) -> dict[str, Any]:
     """The JSON object in a file; raises `error` naming the file when there is none."""
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +31,7 @@ from convert.routes.stream import (
     blocks,
     require_finite,
 )
-from convert.shards import SHARD_BYTES, Shard, ShardWriter, index, split
+from convert.shards import SHARD_BYTES, Shard, ShardWriter, Threads, index, split
 from convert.tensors import DTYPES
 from convert.writer import copy_file, write_json
 
@@ -95,7 +95,7 @@ class _Files:
 
     def __init__(self, directory: Path, journal: Journal | None) -> None:
         self._directory, self._journal = directory, journal
-        self._disk = ThreadPoolExecutor(1)
+        self._threads = Threads()
         self._synced: list[Future[None]] = []
         self._open: tuple[Shard, ShardWriter] | None = None
 
@@ -105,7 +105,7 @@ class _Files:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._disk:
+        with self._threads:
             if kind is None:
                 self._finish()
         if self._open:
@@ -117,7 +117,7 @@ class _Files:
         """The next bytes of a tensor of this shard."""
         if self._open is None or self._open[0] is not shard:
             self._finish()
-            self._open = shard, ShardWriter(self._directory, shard, self._disk)
+            self._open = shard, ShardWriter(self._directory, shard, self._threads)
         self._open[1].append(name, piece)
 
     def _finish(self) -> None:
@@ -127,7 +127,7 @@ class _Files:
         sha256 = file.complete()
         if self._journal:
             self._journal.note(file.path, sha256)
-        self._synced.append(self._disk.submit(file.sync))
+        self._synced.append(self._threads.disk.submit(file.sync))
         self._open = None
 
 

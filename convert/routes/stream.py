@@ -23,7 +23,7 @@ from convert.base_model import BaseModel, Linear
 from convert.errors import BaseMismatch
 from convert.nf4 import Nf4
 from convert.reader import TensorReader
-from convert.tensors import DTYPES, TensorSpec
+from convert.tensors import DTYPES, TensorSpec, all_finite
 
 if TYPE_CHECKING:
     import torch
@@ -252,19 +252,11 @@ def rows_of_block(shape: tuple[int, int]) -> int:
 
 
 def require_finite(name: str, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> None:
-    """Raises BaseMismatch unless every element is finite, also after rounding to `dtype`.
-
-    The extremes tell: rounding keeps the order, and a NaN anywhere makes both of them NaN.
-    """
-    import torch
-
-    if tensor.numel() == 0:
-        return
-    kind = dtype or tensor.dtype
-    if not torch.stack(torch.aminmax(tensor)).to(kind).isfinite().all():
+    """Raises BaseMismatch unless every element is finite, also after rounding to `dtype`."""
+    if not all_finite(tensor, dtype):
         raise BaseMismatch(
-            f"{name}: weights are not finite in {kind}: the base is broken, or its weights or their sum with "
-            "the delta are too large for this type; --dtype bfloat16 holds larger ones."
+            f"{name}: weights are not finite in {dtype or tensor.dtype}: the base is broken, or its weights or their "
+            "sum with the delta are too large for this type; --dtype bfloat16 holds larger ones."
         )
 
 

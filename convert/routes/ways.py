@@ -71,6 +71,8 @@ class Way:
             words.append("--merge-onto original")
         if self.is_same_grid:
             words.append("--merge-onto dequantized --force")
+        if self.route == "recover":
+            words.append("--calibration FILE")
         return " ".join(words)
 
     @property

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +117,13 @@ class Made:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from convert.routes import model
-        from convert.shards import Shard, ShardWriter
+        from convert.shards import Shard, ShardWriter, Threads
 
         self.files: list[str] = []
 
-        def opened(directory: Path, shard: Shard, background: Executor) -> ShardWriter:
+        def opened(directory: Path, shard: Shard, threads: Threads) -> ShardWriter:
             self.files.append(f"model/{shard.file}")
-            return ShardWriter(directory, shard, background)
+            return ShardWriter(directory, shard, threads)
 
         monkeypatch.setattr(model, "ShardWriter", opened)
 

@@ -31,7 +31,7 @@ def test_a_merged_lora_is_served_in_four_bits_and_leaves_no_process_behind(
     mark = f"GRAFT_TEST={tmp_path}"
     monkeypatch.setenv(*mark.split("="))
     lora = parts.mark_lora(parts.copy(story.checkpoints["german"], tmp_path / "lora"))
-    convert(lora, story.base, tmp_path / "merged")
+    convert(lora, story.base, tmp_path / "merged", "--quantize", "nf4")
     merged = parts.load_float32(tmp_path / "merged" / "model")
 
     with running_server([tmp_path / "merged"], tmp_path / "state", *ENGINE_OPTIONS, log=tmp_path / "log") as url:
