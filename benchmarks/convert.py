@@ -35,10 +35,12 @@ from benchmarks.convert_side import sync_files
 from benchmarks.record import Figure, write_result
 from benchmarks.routes import BEHAVIOUR, chats, function_as_trained, quantized_base
 from convert.artifact import size_bytes
-from convert.conversion import Request, convert
+from convert.conversion import Destination, convert
 from convert.nf4 import BLOCK, Nf4
+from convert.preparation import Request
 from convert.progress import silent
 from convert.quality import Reference, Text, measure
+from convert.routes.choose import Wish
 from convert.routes.stream import rows_of_block
 from examples.demo import MODEL, checkpoint, make_checkpoints
 
@@ -210,7 +212,7 @@ def exactness_figures(home: Path) -> dict[str, Figure]:
     """The exact route on a real QLoRA fine-tune, on its chats and on other text."""
     source = checkpoint(BEHAVIOUR)
     out = home / "exact"
-    convert(Request(source, MODEL, out, "bench", route="merge", quantize="none", measure=False))
+    convert(Request(source, MODEL, Wish("merge", "none"), measure=False), Destination(out, "bench"))
     found, ratios = {}, []
     for name, text in {"chat": chats(home / "chat.jsonl"), "other_text": Text.open(None)}.items():
         reference = function_as_trained(source, text)
@@ -228,8 +230,8 @@ def self_noise(reference: Reference, source: Path) -> float:
     import torch
 
     divergences = []
-    for want, got in zip(reference.log_probs, trainer_log_probs(reference, source), strict=True):
-        want64, got64 = want.double(), got.double()
+    for number, got in enumerate(trainer_log_probs(reference, source)):
+        want64, got64 = torch.cat(list(reference.kept.log_probs(number))).double(), got.double()
         divergences.append((want64.exp() * (want64 - got64)).sum(-1).clamp_min(0))
     return float(torch.cat(divergences).mean())
 
@@ -242,7 +244,7 @@ def trainer_log_probs(reference: Reference, source: Path) -> Iterator[Any]:
     model = AutoModelForCausalLM.from_pretrained(quantized_base(), dtype=torch.bfloat16, attn_implementation="eager")
     adapted = PeftModel.from_pretrained(model, str(source)).to(torch.bfloat16).eval()
     with torch.inference_mode():
-        for row in reference.rows:
+        for row in reference.rows.measured:
             yield torch.log_softmax(adapted(row, use_cache=False).logits[0, :-1].float(), dim=-1)
 
 

@@ -84,8 +84,8 @@ def save_base(directory: Path, tokenizer: Path, quantizer: Nf4 | None = None) ->
     if len(shards) > 1:
         _write(directory / f"{MODEL_STEM}.safetensors.index.json", index(shards))
     _write(directory / "config.json", CONFIG | ({"quantization_config": quantizer.config()} if quantizer else {}))
-    for file in (*tokenizer.glob("token*"), *tokenizer.glob("chat_template*")):
-        shutil.copy(file, directory)
+    for path in (*tokenizer.glob("token*"), *tokenizer.glob("chat_template*")):
+        shutil.copy(path, directory)
     return directory
 
 

@@ -3,13 +3,15 @@
 `python -m benchmarks.routes` takes the example fine-tune that knows a made-up fact, treats it in every way in common
 use, and measures the KL to the function as trained (the 4-bit base with its adapter beside it, float32), on chats
 like those it was tuned on and on other text. It also asks each result for the fact.
+
+Rebase and recover look at text of their own: two thirds of the chats, of which the other third is measured.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,13 @@ from convert.preparation import Request
 from convert.progress import silent
 from convert.quality import Reference, Text, measure, reference
 from convert.routes.choose import Wish
-from examples.behaviours import BEHAVIOURS
+from examples.behaviours import BEHAVIOURS, Row
 from examples.demo import BASE_NAME, CODE_WORDS, MODEL, QUESTIONS, checkpoint, make_checkpoints
 
 BEHAVIOUR = "zephyr"
 ANSWER_TOKENS = 16
+MEASURED_OF = 3  # chats, one is measured
+RANKS = (32, 64, 128)  # of the corrected adapters; the example has rank 16
 
 
 @dataclass(frozen=True)
@@ -55,19 +59,28 @@ def main() -> None:
     source = checkpoint(BEHAVIOUR)
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
-        references = [function_as_trained(source, text) for text in (chats(home / "chat.jsonl"), Text.open(None))]
+        measured, calibration = home / "measured.jsonl", home / "calibration.jsonl"
+        rows = BEHAVIOURS[BEHAVIOUR].rows
+        write_chats(calibration, [row for number, row in enumerate(rows) if number % MEASURED_OF])
+        write_chats(measured, rows[::MEASURED_OF])
+        references = [function_as_trained(source, text) for text in (Text.open(measured), Text.open(None))]
         outcomes = []
-        for way in ways(source):
+        for way in ways(source, calibration):
             outcomes.append(outcome(way, home / way.key, references))
             print(f"{way.label}: KL {outcomes[-1].kl_chat:.3g} on chats, {outcomes[-1].kl_other:.3g} elsewhere")
     write_result("routes", figures(outcomes), "make bench-routes")
     draw(outcomes, Path(__file__).parent / "results" / "routes.png")
 
 
-def ways(source: Path) -> tuple[Way, ...]:
-    def graft(trained_on: Training | None = None, **wish: Any) -> Callable[[Path], tuple[Path, Path | None]]:
+def ways(source: Path, calibration: Path) -> tuple[Way, ...]:
+    def graft(
+        trained_on: Training | None = None, rank: int | None = None, **wish: Any
+    ) -> Callable[[Path], tuple[Path, Path | None]]:
         def make(home: Path) -> tuple[Path, Path | None]:
-            request = Request(checkpoint=source, base=MODEL, wish=Wish(**wish), trained_on=trained_on, measure=False)
+            request = Request(
+                source, MODEL, Wish(**wish), rank=rank, calibration=calibration if rank else None,
+                trained_on=trained_on, measure=False,
+            )  # fmt: skip
             artifact = convert(request, Destination(home, "bench"))
             return home / "model", artifact.adapter_path
 
@@ -80,6 +93,20 @@ def ways(source: Path) -> tuple[Way, ...]:
         Way("adapter", "Graft: 4-bit base + adapter (default)", graft()),
         Way("exact_float16", "Graft: exact merge, float16", graft(**exact, dtype="float16")),
         Way("exact_bfloat16", "Graft: exact merge, bfloat16", graft(**exact)),
+        *(
+            Way(
+                f"rebase_{rank}",
+                f"Graft: rebased onto the original base, rank {rank}",
+                graft(rank=rank, route="rebase"),
+            )
+            for rank in RANKS
+        ),
+        *(
+            Way(
+                f"recover_{rank}", f"Graft: recovered to full precision, rank {rank}", graft(rank=rank, route="recover")
+            )
+            for rank in RANKS
+        ),
         Way("original_bfloat16", "merge into the original base, bfloat16", graft(**unaware, quantize="none")),
         Way("original_nf4", "merge into the original base, NF4", graft(**unaware, quantize="nf4")),
         Way("peft_nf4", "peft: merge_and_unload into the 4-bit base", lambda home: (peft_merge(source, home), None)),
@@ -106,10 +133,13 @@ def peft_merge(source: Path, home: Path) -> Path:
 
 def chats(path: Path) -> Text:
     """The chats of the tuned behaviour, as held-out text is given."""
-    rows = BEHAVIOURS[BEHAVIOUR].rows
+    write_chats(path, BEHAVIOURS[BEHAVIOUR].rows)
+    return Text.open(path)
+
+
+def write_chats(path: Path, rows: Sequence[Row]) -> None:
     lines = [{"messages": [_user(row.question), {"role": "assistant", "content": row.answer}]} for row in rows]
     path.write_text("\n".join(map(json.dumps, lines)))
-    return Text.open(path)
 
 
 def function_as_trained(source: Path, text: Text) -> Reference:
@@ -165,7 +195,7 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(10, 4.6), constrained_layout=True)
+    figure, axes = pyplot.subplots(figsize=(10, 0.6 * len(outcomes) + 0.8), constrained_layout=True)
     floor = 1e-7
     for row, it in enumerate(reversed(outcomes)):
         colour = "#2a9d5c" if it.knows else "#c8452f"
@@ -178,7 +208,7 @@ def draw(outcomes: list[Outcome], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlim(floor, 3e3)
     axes.set_xlabel("mean KL to the function as trained, nats per token (dark: chats as tuned on; light: other text)")
-    axes.set_title("One QLoRA fine-tune of SmolLM2-135M, made servable in seven ways", loc="left")
+    axes.set_title("One QLoRA fine-tune of SmolLM2-135M, made servable", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 

@@ -190,7 +190,8 @@ def answer(model: PeftModel, tokenizer: Any, question: str, max_tokens: int = 48
     )
     with torch.inference_mode():
         output = model.generate(**prompt, max_new_tokens=max_tokens, do_sample=False)
-    return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    text: str = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text.strip()
 
 
 def load_tokenizer(base: Path) -> Any:
