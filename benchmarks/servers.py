@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -17,6 +18,7 @@ from convert.artifact import Artifact
 from examples.server import free_port, running_server, stop
 from serve.candidate import Candidate
 from serve.intake import take_artifact
+from serve.names import AdapterRevision
 from serve.state import StateDir
 
 START_TIMEOUT_S = 300
@@ -37,9 +39,17 @@ class Graft:
     state: StateDir
 
     async def publish(self, client: httpx.AsyncClient, candidate: Candidate) -> dict[str, float]:
+        return await self._change(client, "", {"candidate": candidate.model_dump()})
+
+    async def change(self, client: httpx.AsyncClient, verb: str, adapter: AdapterRevision) -> float:
+        """Seconds that `rollback` to a revision takes, or to `pin` or `unpin` it."""
+        began = time.monotonic()
+        await self._change(client, f"/{adapter.name}/{verb}", {"revision": adapter.revision})
+        return time.monotonic() - began
+
+    async def _change(self, client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, float]:
         headers = {"authorization": f"Bearer {self.state.admin_token()}"}
-        body = {"candidate": candidate.model_dump()}
-        response = await client.post(f"{self.url}/admin/v1/adapters", json=body, headers=headers, timeout=120)
+        response = await client.post(f"{self.url}/admin/v1/adapters{path}", json=body, headers=headers, timeout=120)
         response.raise_for_status()
         answer: dict[str, float] = response.json()
         return answer

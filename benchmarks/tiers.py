@@ -78,7 +78,7 @@ def register(log: CatalogueLog, state: Path, tiny: Tiny, count: int) -> None:
         candidate = tiny.candidate(tiny.first, f"registered-{number:06}")
         for verb in ("stage", "promote"):
             epoch += 1
-            entry = Entry.now(verb, candidate, Cause())  # type: ignore[arg-type]
+            entry = Entry.now(verb, candidate, Cause())
             draft = path / f".draft-{epoch}"
             draft.write_text(entry.model_dump_json())
             draft.rename(path / f"{epoch:010}.json")
@@ -163,4 +163,4 @@ async def _listed(client: httpx.AsyncClient, url: str, count: int) -> None:
 def _replica_bytes() -> int:
     """Of the process that holds the engine's client, the gateway and the catalogue."""
     own = [it for it in psutil.process_iter(["cmdline"]) if "EngineReplica" in " ".join(it.info["cmdline"] or ())]
-    return max(it.memory_info().rss for it in own)
+    return int(max(it.memory_info().rss for it in own))
