@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import tempfile
 import types
 import uuid
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp
+from vllm.config import LoRAConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -23,6 +25,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from serve.config import EngineSettings
+from serve.empty_adapter import save_empty_adapter
 from serve.errors import AdapterUnavailable, EngineStartFailed
 from serve.names import AdapterRevision
 
@@ -42,6 +45,7 @@ class VllmEngine:
         self._models = api.state.openai_serving_models
         self._requests: dict[AdapterRevision, LoRARequest] = {}
         self._next_id = 1
+        self._reserved: frozenset[int] = frozenset()
 
     @classmethod
     async def start(cls, settings: EngineSettings) -> VllmEngine:
@@ -57,7 +61,10 @@ class VllmEngine:
         await init_app_state(engine, api.state, args, tasks)
         # vLLM's handler for a dead engine sets `.should_exit` on its HTTP server; here Ray Serve owns that.
         api.state.server = types.SimpleNamespace()
-        return cls(engine, api)
+        started = cls(engine, api)
+        if _leaks_last_slot(engine.vllm_config.lora_config):
+            await started._close_last_slot()
+        return started
 
     @property
     def api(self) -> ASGIApp:
@@ -129,10 +136,27 @@ class VllmEngine:
     async def unload_strangers(self) -> int:
         if self._engine.vllm_config.lora_config is None:
             return 0
-        strangers = set(await self._engine.list_loras()) - {it.lora_int_id for it in self._requests.values()}
+        known = self._reserved.union(it.lora_int_id for it in self._requests.values())
+        strangers = set(await self._engine.list_loras()) - known
         for number in strangers:
             await self._engine.remove_lora(number)
         return len(strangers)
+
+    async def _close_last_slot(self) -> None:
+        """Put an adapter that changes nothing there for good. Slots are filled in their order: the last one that is
+        loaded is in the last one, and the others leave again."""
+        model = self._engine.model_config
+        out_features = model.get_head_size() * model.hf_text_config.num_attention_heads
+        slots = range(self._next_id, self._next_id + self._engine.vllm_config.lora_config.max_loras)
+        self._next_id = slots.stop
+        with tempfile.TemporaryDirectory() as directory:
+            save_empty_adapter(Path(directory), model.get_hidden_size(), out_features)
+            for number in slots:
+                await self._engine.add_lora(LoRARequest(f"nobody-{number}", number, directory))
+        await self._engine.pin_lora(slots[-1])
+        self._reserved = frozenset(slots[-1:])
+        for number in slots[:-1]:
+            await self._engine.remove_lora(number)
 
     async def check_health(self) -> None:
         await self._engine.check_health()
@@ -155,21 +179,31 @@ def command_line(settings: EngineSettings) -> list[str]:
     return [
         *("--model", str(settings.model_path), "--served-model-name", settings.model_name),
         *platform,
-        *_lora_args(settings),
+        *_lora_args(settings, 2 if current_platform.is_cpu() else 0),
         *settings.vllm_args,
     ]
 
 
-def _lora_args(settings: EngineSettings) -> list[str]:
+def _lora_args(settings: EngineSettings, more_slots: int) -> list[str]:
+    """`more_slots`: see `_leaks_last_slot`; one that is closed, and one to spare, since vLLM's scheduler takes the
+    closed one for usable and a batch without room for its adapters would stop the engine."""
     if settings.max_lora_rank == 0:
         return []
+    slots = settings.max_active_adapters + more_slots
     return [
         "--enable-lora",
         *("--max-lora-rank", str(settings.max_lora_rank)),
-        *("--max-loras", str(settings.max_active_adapters)),
-        # One more than the pool ever holds: the engine must never evict by itself.
-        *("--max-cpu-loras", str(settings.adapter_capacity + 1)),
+        *("--max-loras", str(slots)),
+        # More than the pool ever holds: the engine must never evict by itself.
+        *("--max-cpu-loras", str(max(settings.adapter_capacity + 1 + more_slots, slots))),
     ]
+
+
+def _leaks_last_slot(lora: LoRAConfig | None) -> bool:
+    """On a CPU vLLM 0.32 takes the index of "no adapter", -1, for the last slot: requests for the base model that meet
+    an adapter's requests in a batch are answered with the adapter in that slot
+    (https://github.com/vllm-project/vllm/pull/48421). Its GPU kernels know better."""
+    return lora is not None and bool(current_platform.is_cpu())
 
 
 class _Parser(FlexibleArgumentParser):

@@ -109,6 +109,25 @@ async def test_a_stream_that_began_before_the_swap_ends_on_its_own_revision(serv
     await publish(story.artifacts["french"], server.state)
 
 
+async def test_the_base_model_answers_as_itself_while_adapters_run(server: Server, story: Story) -> None:
+    """vLLM alone answers it on a CPU with the adapter in the last slot, in any batch they share."""
+    asked = endless(story.base.name, 20) | {"temperature": 0}
+    async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
+
+        async def said(body: dict[str, Any]) -> str:
+            return str(
+                (await client.post("/v1/completions", json=body)).raise_for_status().json()["choices"][0]["text"]
+            )
+
+        alone = await said(asked)
+        others = [asyncio.create_task(said(endless(name, 600))) for name in ("french", "german") for _ in range(4)]
+        beside = [await said(asked) for _ in range(6)]
+
+        assert not any(other.done() for other in others), "nothing ran beside it"
+        assert set(beside) == {alone}
+        assert alone not in [(await other)[: len(alone)] for other in others]
+
+
 async def test_nobody_stops_an_engine_by_asking_for_prompt_logprobs(server: Server) -> None:
     """vLLM alone would stop at the first of these that meets another request in its batch."""
     async with httpx.AsyncClient(timeout=300) as client:
