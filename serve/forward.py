@@ -20,7 +20,7 @@ from serve.reconcile import ReplicaReport
 
 FORWARDED_HEADER = b"x-graft-forwarded"
 
-_FRESH_S = 1.0
+FRESH_S = 1.0  # what is known of the others may be this old
 _ASK_TIMEOUT_S = 0.25
 _CONNECT_TIMEOUT_S = 1.0
 # A holder with up to this many requests more than twice ours is still better than a load.
@@ -38,7 +38,7 @@ class Peers:
     address: str | None = None
     passed_on: int = 0  # requests that another replica answered for this one
     _reports: Sequence[ReplicaReport] = ()
-    _asked_s: float = -_FRESH_S
+    _asked_s: float = -FRESH_S
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
     _client: httpx.AsyncClient = field(
         default_factory=lambda: httpx.AsyncClient(
@@ -93,7 +93,7 @@ class Peers:
     async def _refresh(self) -> None:
         async with self._asking:
             now = asyncio.get_running_loop().time()
-            if now - self._asked_s < _FRESH_S:
+            if now - self._asked_s < FRESH_S:
                 return
             self._asked_s = now
             self._reports = ()

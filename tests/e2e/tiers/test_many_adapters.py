@@ -14,6 +14,7 @@ import pytest
 
 from convert.artifact import Artifact
 from serve.candidate import Candidate
+from serve.forward import FRESH_S
 from serve.state import StateDir
 from serve.store import AdapterStore
 from tests.e2e.conftest import REPLICAS, RESIDENT, Server, Story
@@ -109,11 +110,13 @@ async def test_every_adapter_answers_as_itself_while_they_push_each_other_out(se
 
 async def test_a_cold_request_is_answered_by_the_replica_that_holds_its_adapter(server: Server, many: Operator) -> None:
     before = sum(report["passed_on_requests"] for report in await many.replicas())
-    async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
-        expected = {kind: said(await ask(client, kind)) for kind in ("french", "german")}
-        for name in NAMES:
-            for _ in range(4):  # the proxy takes the replicas in turn, and one of them holds it after the first
-                assert said(await ask(client, name)) == expected[name.partition("-")[0]]
+    for name in NAMES[:4]:  # the first ones were pushed out again by the last ones, on both
+        for number in range(5):
+            # A connection of its own each, so that the proxy takes the replicas in turn.
+            async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
+                assert (await ask(client, name))["model"].startswith(f"{name}@")
+            if number == 0:
+                await asyncio.sleep(FRESH_S)  # what it loaded just now, the other one does not know yet
 
     reports = await many.replicas()
     assert all(report["address"] for report in reports)
