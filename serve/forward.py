@@ -21,6 +21,7 @@ from serve.reconcile import ReplicaReport
 FORWARDED_HEADER = b"x-graft-forwarded"
 
 FRESH_S = 1.0  # what is known of the others may be this old
+_LOOPBACK = "127.0.0.1"
 _ASK_TIMEOUT_S = 0.25
 _CONNECT_TIMEOUT_S = 1.0
 # A holder with up to this many requests more than twice ours is still better than a load.
@@ -61,7 +62,7 @@ class Peers:
             if it.address and it.replica != self.replica and adapter.engine_name in it.resident
             if not it.waiting_requests and it.running_requests <= 2 * own + _SPARE_REQUESTS
         ]
-        return min(fit, key=lambda it: it.running_requests).address if fit else None
+        return self._from_here(min(fit, key=lambda it: it.running_requests).address) if fit else None
 
     async def pass_on(self, address: str, scope: Scope, body: bytes, send: Send) -> bool:
         """Have the replica at `address` answer; False if it can't, and nothing was sent yet."""
@@ -89,6 +90,12 @@ class Peers:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         return True
+
+    def _from_here(self, address: str | None) -> str | None:
+        """On the same machine by loopback, as Ray Serve's proxy does: the replicas of a server that listens on
+        loopback listen nowhere else."""
+        host, _, port = (address or "").rpartition(":")
+        return f"{_LOOPBACK}:{port}" if host == self.host else address
 
     async def _refresh(self) -> None:
         async with self._asking:

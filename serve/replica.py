@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 from ray import serve as ray_serve
-from ray.util import get_node_ip_address
 
 from serve.admin import Admin
 from serve.admission import Admission
@@ -50,7 +50,7 @@ class EngineReplica:
         self._admin = self._make_admin()
         self._rollouts = Rollouts(self._admin.give_up)
         replica = context.replica_id.unique_id
-        self._peers = Peers(replica, get_node_ip_address(), self._replicas.report)
+        self._peers = Peers(replica, node_address(), self._replicas.report)
         self._reconciler = Reconciler(
             replica,
             self._log,
@@ -121,6 +121,13 @@ class EngineReplica:
                 if not failing:
                     logger.exception("could not follow the catalogue")
                 failing = True
+
+
+def node_address() -> str:
+    """Where the other nodes reach this one. Not what ray.util tells: that is the machine's way to the internet, which
+    need not be the address that Ray was started with."""
+    own = ray.get_runtime_context().get_node_id()
+    return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == own)
 
 
 def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings) -> AdapterPool:

@@ -31,6 +31,8 @@ from tests.serve.fakes import FakeEngine, respond
 
 ADAPTERS = [candidate(f"adapter-{number}", "w") for number in range(4)]
 FIRST, SECOND = ADAPTERS[:2]
+# Of documentation: nothing is there. The replicas listen on loopback only, as those of a local server do.
+MACHINE = "192.0.2.7"
 CAPACITY = 2
 
 
@@ -87,7 +89,7 @@ async def serving(number: int, fleet: Fleet, log: CatalogueLog, store: AdapterSt
 
     engine.handler = say_who
     pool = AdapterPool(engine, store, CAPACITY)
-    peers = Peers(f"replica-{number}", "127.0.0.1", fleet.report)
+    peers = Peers(f"replica-{number}", MACHINE, fleet.report)
     reconciler = Reconciler(f"replica-{number}", log, engine, pool, believe, address=lambda: peers.address)
     reconciler.catalogue = log.read()
     settings = ServeSettings(
