@@ -12,11 +12,13 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from serve import commands, split_commands
+from serve import commands, key_commands, split_commands, usage_commands
 from serve.bundle import Bundle
 from serve.commands import DEFAULT_STATE, LocalOption, StateOption
 from serve.config import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
 from serve.desired import Desired
+from serve.errors import KeysMissing
+from serve.keys import KeyFile
 from serve.output import err, told_errors
 from serve.register import needed_rank, register
 from serve.remote import AdminClient
@@ -36,6 +38,7 @@ Artifacts = Annotated[
     list[Path], typer.Argument(help="Directories made by `python -m convert run`, all for one base model.")
 ]
 _SHOWN_MODELS = 50
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -69,6 +72,17 @@ def run(
     allow_other_template: Annotated[
         bool, typer.Option("--allow-other-template", help="Take adapters trained with another tokenizer or template.")
     ] = False,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option(help="Keys of callers; default: keys.json of the state directory, if `key create` made one."),
+    ] = None,
+    open_to_all: Annotated[
+        bool, typer.Option("--open", help="Ask callers for no key, even where others can reach the server.")
+    ] = False,
+    limits_url: Annotated[
+        str | None,
+        typer.Option(help="A Redis that counts the limits of keys, as redis://HOST:PORT/0; default: memory."),
+    ] = None,
     keep_previous: Annotated[
         int, typer.Option(min=0, help="Revisions before the current one that stay loaded, for a rollback at once.")
     ] = 1,
@@ -87,6 +101,7 @@ def run(
         directory = StateDir(state, local)
         directory.prepare()
         directory.require_unused()
+        keys = _keys(directory, keys_file, host, open_to_all=open_to_all)
         desired = Desired.read(adapters) if adapters else None
         ranks = [bundle.max_lora_rank, *(it.rank for it in desired.wanted)] if desired else [bundle.max_lora_rank]
         settings = ServeSettings(
@@ -99,7 +114,7 @@ def run(
                 max_resident_adapters=max_resident_adapters,
                 vllm_args=tuple(vllm_arg or ()),
             ),
-            gateway=GatewaySettings(admin_tokens=directory.admin_tokens()),
+            gateway=GatewaySettings(admin_tokens=directory.admin_tokens(), keys_file=keys, limits_url=limits_url),
             admission=AdmissionSettings(
                 adapter_roots=tuple(it.absolute() for it in adapter_root or ()),
                 allow_other_template=allow_other_template,
@@ -116,6 +131,21 @@ def run(
 
 commands.add_to(app)
 split_commands.add_to(app)
+key_commands.add_to(app)
+usage_commands.add_to(app)
+
+
+def _keys(directory: StateDir, given: Path | None, host: str, *, open_to_all: bool) -> Path | None:
+    """The file of keys that callers need one of; None if they need none. Raises KeysInvalid or KeysMissing."""
+    if open_to_all:
+        return None
+    path = given or (directory.keys_file if directory.keys_file.exists() else None)
+    if path:
+        KeyFile.read(path)  # told here rather than by every replica
+        return path.absolute()
+    if host not in _LOOPBACK:
+        raise KeysMissing(host)
+    return None
 
 
 def _serve_until_told(

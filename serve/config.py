@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
@@ -58,15 +58,45 @@ class GatewaySettings(_Settings):
 
     max_body_bytes: PositiveInt = Field(32 << 20, description="Larger request bodies get a 413.")
     max_waiting_requests: PositiveInt = Field(
-        128, description="Requests that may wait for an adapter slot of one replica; more get a 503."
+        128, description="Requests that may wait for an adapter slot of one replica, or for its engine; more get a 503."
     )
     max_waiting_per_caller: PositiveInt = Field(64, description="Of one caller; more get a 429.")
-    max_wait_s: PositiveFloat = Field(30.0, description="A request that got no slot for this long gets a 503.")
+    max_wait_s: PositiveFloat = Field(
+        30.0, description="A request that got no slot, or no place in the engine, for this long gets a 503."
+    )
+    max_running_requests: PositiveInt | None = Field(
+        None, description="Requests in the engine of a replica at a time; default: vLLM's own max_num_seqs."
+    )
+    max_output_tokens: PositiveInt | None = Field(
+        None, description="Most tokens that one request may ask for: asking for more gets a 400, not asking gets this."
+    )
+    body_timeout_s: PositiveFloat = Field(30.0, description="A body that has not arrived by then gets a 408.")
+    send_timeout_s: PositiveFloat = Field(
+        60.0, description="A caller that takes nothing of its answer for this long is dropped."
+    )
     adapter_turn_s: PositiveFloat = Field(
         1.0, description="While others wait, an adapter takes new requests for this long, then gives its slot away."
     )
     admin_tokens: dict[str, Sha256] = Field(
         description="SHA-256 of every bearer token of the admin API by its label, which history names as the author."
+    )
+    keys_file: Path | None = Field(
+        None, description="Keys of the callers, followed while it changes; none: everyone may use every model."
+    )
+    limits_url: str | None = Field(
+        None, description="Where limits of keys are counted: redis://HOST:PORT/DB; none: in this Ray cluster's memory."
+    )
+    limits_when_unavailable: Literal["refuse", "allow"] = Field(
+        "refuse", description="What a caller with limits gets while they can't be counted: a 503, or no limits."
+    )
+    lease_s: Annotated[float, Field(ge=0.5)] = Field(
+        15.0, description="A replica that died gives the concurrent requests of its callers back after this long."
+    )
+    usage_flush_s: PositiveFloat = Field(
+        5.0, description="How often usage is written down: what a killed replica may lose."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description="Origins of web pages that may call from a browser; `*` for all; none: no CORS."
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import types
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -24,6 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from serve.config import EngineSettings
 from serve.errors import AdapterUnavailable, EngineStartFailed
 from serve.names import AdapterRevision
+from serve.tokens import counter, step
 
 # On a CPU: no compilation (minutes of it for nothing), and a bounded KV cache, since vLLM would take half of
 # the machine's memory for every replica.
@@ -51,6 +53,7 @@ class VllmEngine:
             engine = AsyncLLM.from_vllm_config(config, usage_context=_USAGE)
         except Exception as error:
             raise EngineStartFailed(f"vLLM can't serve this: {' '.join(str(error).split())}") from error
+        engine.generate, engine.encode = _counted(engine.generate), _counted(engine.encode)
         tasks = await engine.get_supported_tasks()
         api = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, api.state, args, tasks)
@@ -66,6 +69,10 @@ class VllmEngine:
     @property
     def is_dead(self) -> bool:
         return bool(self._engine.errored)
+
+    @property
+    def max_running_requests(self) -> int:
+        return int(self._engine.vllm_config.scheduler_config.max_num_seqs)
 
     @property
     def running_requests(self) -> int:
@@ -125,6 +132,32 @@ class VllmEngine:
 
     def shutdown(self, timeout_s: float) -> None:
         self._engine.shutdown(timeout=timeout_s)
+
+
+def _counted(generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    """`generate` or `encode` of an engine that adds what it makes to the counter of whoever asks, if there is one."""
+
+    async def counted(prompt: Any, parameters: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        tokens = counter()
+        deltas = getattr(parameters, "output_kind", None) == RequestOutputKind.DELTA
+        add = step(tokens, deltas) if tokens else None
+        # Closed with this one, at once: that is how the engine learns that nobody reads on.
+        async with contextlib.aclosing(generate(prompt, parameters, *args, **kwargs)) as answers:  # type: ignore[type-var]
+            async for answer in answers:
+                if add:
+                    _add(answer, add)
+                yield answer
+
+    return counted
+
+
+def _add(answer: Any, add: Callable[[int, int, int], None]) -> None:
+    prompt = len(answer.prompt_token_ids or ())
+    if isinstance(answer.outputs, list):
+        for output in answer.outputs:
+            add(prompt, output.index, len(output.token_ids))
+    else:  # of pooling: a vector
+        add(prompt, 0, 0)
 
 
 def parse_args(settings: EngineSettings) -> argparse.Namespace:
