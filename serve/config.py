@@ -132,7 +132,9 @@ class ServeSettings(_Settings):
     replicas: PositiveInt = Field(1, description="Engines, each a process of its own with the whole model.")
     cpus_per_replica: NonNegativeFloat = Field(1, description="Ray's reservation per replica.")
     gpus_per_replica: NonNegativeFloat = Field(0, description="GPUs per replica.")
-    max_ongoing_requests: PositiveInt = Field(256, description="Requests a replica works on at once.")
+    max_ongoing_requests: PositiveInt = Field(
+        4096, description="Requests that a replica has open: those that run, wait, or still arrive."
+    )
     catalogue_poll_s: PositiveFloat = Field(
         1.0, description="A replica that missed a notification follows the catalogue after at most this long."
     )
