@@ -14,6 +14,7 @@ from serve.ledger import Claim, Ledger, LedgerUnreachable, Verdict
 _NAME = "graft-limits"
 _NAMESPACE = "graft"
 _TIMEOUT_S = 2.0
+_START_TIMEOUT_S = 60.0
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -42,6 +43,10 @@ class ActorLedger:
         self._lease_s = lease_s
         self._found: Any = None
 
+    async def prepare(self) -> None:
+        """Have the actor run before the first claim: that takes seconds. Raises LedgerUnreachable."""
+        await self._answer("renew", [], timeout_s=_START_TIMEOUT_S)
+
     async def reserve(self, claim: Claim) -> Verdict:
         verdict: Verdict = await self._answer("reserve", claim)
         return verdict
@@ -52,10 +57,10 @@ class ActorLedger:
     async def renew(self, claims: Iterable[Claim]) -> None:
         await self._answer("renew", [(claim.id, claim.accounts) for claim in claims])
 
-    async def _answer(self, method: str, *args: object) -> Any:
+    async def _answer(self, method: str, *args: object, timeout_s: float = _TIMEOUT_S) -> Any:
         try:
             actor = self._found or await asyncio.to_thread(self._find)
-            return await asyncio.wait_for(getattr(actor, method).remote(*args), _TIMEOUT_S)
+            return await asyncio.wait_for(getattr(actor, method).remote(*args), timeout_s)
         except (ray.exceptions.RayError, TimeoutError, ValueError) as error:
             self._found = None
             raise LedgerUnreachable(f"the actor {_NAME}: {error!r}") from error

@@ -50,6 +50,7 @@ class EngineReplica:
         context = ray_serve.get_replica_context()
         state = StateDir(self._settings.state_url or self._settings.state_dir, self._settings.state_dir)
         self._log, self._store = state.log, state.store
+        self._ledgers = await ledgers_of(self._settings)
         self._meter = Meter(state.objects, self._settings.gateway.usage_flush_s)
         self._pool = pool_of(self._engine, self._store, self._settings)
         self._replicas = RayReplicas(context.app_name, self._settings.sync_timeout_s)
@@ -81,7 +82,7 @@ class EngineReplica:
             self._admin,
             self._rollouts,
             self._peers if self._settings.replicas > 1 else None,
-            Passages(self._settings.gateway, self._engine, ledgers_of(self._settings), self._meter),
+            Passages(self._settings.gateway, self._engine, self._ledgers, self._meter),
         )
 
     def _make_admin(self) -> Admin:
@@ -132,10 +133,15 @@ class EngineReplica:
                 failing = True
 
 
-def ledgers_of(settings: ServeSettings) -> Ledgers:
+async def ledgers_of(settings: ServeSettings) -> Ledgers:
     """Where all replicas count what callers use."""
     gateway = settings.gateway
-    return RedisLedger(gateway.limits_url, gateway.lease_s) if gateway.limits_url else ActorLedger(gateway.lease_s)
+    if gateway.limits_url:
+        return RedisLedger(gateway.limits_url, gateway.lease_s)
+    ledger = ActorLedger(gateway.lease_s)
+    if gateway.keys_file:
+        await ledger.prepare()
+    return ledger
 
 
 def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings) -> AdapterPool:

@@ -56,6 +56,7 @@ def replica(ray: Any) -> Any:
             from serve.ledger_actor import ActorLedger
 
             books = ActorLedger(LEASE_S)
+            await books.prepare()
             claims = [Claim(str(number), 0, (Bound(account, **limits),)) for number in numbers]
             verdicts = await asyncio.gather(*(books.reserve(it) for it in claims))
             return sum(verdict.refusal is None for verdict in verdicts)
