@@ -189,6 +189,18 @@ async def test_of_200_at_once_redis_admits_exactly_as_many_as_may(redis: RedisSe
     await other.close()
 
 
+async def test_what_has_ended_in_redis_leaves_its_place_and_what_it_did_not_use(books: RedisLedger) -> None:
+    assert (await books.reserve(claim(0, 9, concurrent=1, tokens=10))).refusal is None
+    assert (await books.reserve(claim(1, 1, concurrent=1, tokens=10))).refusal == Refusal(0, "concurrent", None)
+
+    await books.settle(claim(0, concurrent=1), 4)
+
+    verdict = await books.reserve(claim(2, 6, concurrent=1, tokens=10))
+    assert verdict.refusal is None
+    assert verdict.standings[0].tokens == 10
+    assert (await books.reserve(claim(3, 1, tokens=10))).refusal == Refusal(0, "tokens", ANY)
+
+
 async def test_leases_in_redis_end_by_themselves(redis: RedisServer, books: RedisLedger) -> None:
     short = RedisLedger(redis.url, 0.2)
     assert (await short.reserve(claim(0, concurrent=1))).refusal is None
