@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import types
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,30 +134,36 @@ class VllmEngine:
         self._engine.shutdown(timeout=timeout_s)
 
 
-def _counted(generate: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-    """`generate` or `encode` of an engine that adds what it makes to the counter of whoever asks, if there is one."""
+_Generate = Callable[..., AsyncGenerator[Any, None]]
 
-    async def counted(prompt: Any, parameters: Any, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        tokens = counter()
+
+def _counted(generate: _Generate) -> _Generate:
+    """`generate` or `encode` of an engine that adds what it makes to the counter of whoever calls it, if there is one."""
+
+    def counted(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        answers, tokens = generate(*args, **kwargs), counter()
+        if tokens is None:
+            return answers
+        parameters = kwargs.get("sampling_params") or (args[1] if len(args) > 1 else None)
         deltas = getattr(parameters, "output_kind", None) == RequestOutputKind.DELTA
-        add = step(tokens, deltas) if tokens else None
-        # Closed with this one, at once: that is how the engine learns that nobody reads on.
-        async with contextlib.aclosing(generate(prompt, parameters, *args, **kwargs)) as answers:  # type: ignore[type-var]
-            async for answer in answers:
-                if add:
-                    _add(answer, add)
-                yield answer
+        return _adding(answers, step(tokens, deltas))
 
     return counted
 
 
-def _add(answer: Any, add: Callable[[int, int, int], None]) -> None:
-    prompt = len(answer.prompt_token_ids or ())
-    if isinstance(answer.outputs, list):
-        for output in answer.outputs:
-            add(prompt, output.index, len(output.token_ids))
-    else:  # of pooling: a vector
-        add(prompt, 0, 0)
+async def _adding(
+    answers: AsyncGenerator[Any, None], add: Callable[[int, int, int], None]
+) -> AsyncGenerator[Any, None]:
+    # Closed with this one, at once: that is how the engine learns that nobody reads on.
+    async with contextlib.aclosing(answers):
+        async for answer in answers:
+            prompt = len(answer.prompt_token_ids or ())
+            if isinstance(answer.outputs, list):
+                for output in answer.outputs:
+                    add(prompt, output.index, len(output.token_ids))
+            else:  # of pooling: a vector
+                add(prompt, 0, 0)
+            yield answer
 
 
 def parse_args(settings: EngineSettings) -> argparse.Namespace:
