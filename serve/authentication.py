@@ -5,8 +5,9 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.caller import with_key
-from serve.errors import InvalidApiKey
-from serve.keys import KeyRing
+from serve.errors import InvalidApiKey, ServeError
+from serve.keys import Key, KeyRing
+from serve.oidc import Issuer, looks_like_token
 from serve.openai import error_response
 
 # Asked by whatever watches the server; says nothing.
@@ -16,15 +17,21 @@ _ADMIN = ("/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 class Authentication:
-    """ASGI middleware. A caller sends its key as `Authorization: Bearer KEY`, or as `x-api-key: KEY`."""
+    """ASGI middleware. A caller sends its key as `Authorization: Bearer KEY`, or as `x-api-key: KEY`; or a token of the
+    issuer in its place."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing | None, issuer: Issuer | None = None) -> None:
         self._app = app
         self._keys = keys
+        self._issuer = issuer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         secret = secret_of(scope)
-        key = self._keys.find(secret) if secret else None
+        try:
+            key = await self._find(secret) if secret else None
+        except ServeError as error:
+            await error_response(error)(scope, receive, send)
+            return
         path: str = scope["path"]
         if key is not None:
             await self._app(with_key(scope, key), receive, send)
@@ -32,6 +39,12 @@ class Authentication:
             await self._app(scope, receive, send)
         else:
             await error_response(InvalidApiKey(given=bool(secret)))(scope, receive, send)
+
+    async def _find(self, secret: str) -> Key | None:
+        key = self._keys.find(secret) if self._keys else None
+        if key is None and self._issuer and looks_like_token(secret):
+            key = await self._issuer.find(secret)
+        return key
 
 
 def secret_of(scope: Scope) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
 from convert.artifact import Name, Sha256
+from serve.keys import Grant
 
 # The ranks that vLLM compiles its LoRA kernels for.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -53,6 +54,29 @@ class EngineSettings(_Settings):
         return args
 
 
+class OidcSettings(_Settings):
+    """Tokens of an identity provider that callers may send instead of keys."""
+
+    issuer: str = Field(description="Who must have made the token: its `iss`.")
+    audience: str = Field(description="For whom it must be made: its `aud`.")
+    jwks: str = Field(description="Public keys of the issuer: an https:// URL, or a file.")
+    algorithms: tuple[Literal["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA"], ...] = Field(
+        ("RS256", "ES256"), description="Signatures that are taken; whatever a token says itself."
+    )
+    caller_claim: str = Field("sub", description="The claim that names the caller.")
+    role_claim: str = Field("roles", description="The claim with its roles: a list, or words.")
+    roles: dict[str, Grant] = Field(
+        description="Role → what it may; the first one here that a token has. A token with none of them is refused."
+    )
+
+    @field_validator("jwks")
+    @classmethod
+    def _be_safe(cls, jwks: str) -> str:
+        if jwks.startswith("http://") and not jwks.startswith(("http://127.0.0.1:", "http://localhost:")):
+            raise ValueError("keys that come over http:// could be anyone's: use https://")
+        return jwks
+
+
 class GatewaySettings(_Settings):
     """The HTTP side of a replica."""
 
@@ -83,6 +107,7 @@ class GatewaySettings(_Settings):
     keys_file: Path | None = Field(
         None, description="Keys of the callers, followed while it changes; none: everyone may use every model."
     )
+    oidc: OidcSettings | None = Field(None, description="An identity provider whose tokens are taken as keys too.")
     limits_url: str | None = Field(
         None, description="Where limits of keys are counted: redis://HOST:PORT/DB; none: in this Ray cluster's memory."
     )

@@ -23,6 +23,7 @@ ServeError                    500 server_error
 ├── CallerQueueFull           429 caller_queue_full       too many requests of this caller wait already
 ├── EngineQueueFull           503 engine_queue_full       too many requests wait for the engine already
 ├── EngineWaitTooLong         503 engine_wait_too_long    no place in the engine came free in time
+├── IssuerUnavailable         503 issuer_unavailable      the keys of the identity provider can't be fetched
 ├── LimitsUnavailable         503 limits_unavailable      whoever counts the requests of all replicas is out of reach
 ├── AdapterUnavailable        503 adapter_unavailable     it is in the catalogue, but could not be loaded
 ├── StoreUnavailable          503 store_unavailable       catalogue or adapter store out of reach, or full
@@ -212,6 +213,13 @@ class EngineWaitTooLong(Unavailable):
     def __init__(self, waited_s: float, retry_after_s: int) -> None:
         super().__init__(f"No place in this replica's engine came free within {waited_s:g} s; try again later.")
         self.retry_after_s = retry_after_s
+
+
+class IssuerUnavailable(Unavailable):
+    code = "issuer_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The keys of the identity provider can't be fetched at the moment; try again.")
 
 
 class LimitsUnavailable(Unavailable):

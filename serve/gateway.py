@@ -25,6 +25,7 @@ from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, Unknow
 from serve.forward import Peers
 from serve.keys import Key, KeyRing
 from serve.names import AdapterRevision, RequestedModel
+from serve.oidc import Issuer
 from serve.openai import ENGINE_ROUTES, error_response, model_card, model_list
 from serve.passage import Passages
 from serve.residency import AdapterPool
@@ -125,8 +126,9 @@ class Gateway:
 
 def guarded(app: ASGIApp, settings: GatewaySettings) -> ASGIApp:
     """The application as the settings let callers reach it."""
-    if settings.keys_file:
-        app = Authentication(app, KeyRing(settings.keys_file))
+    if settings.keys_file or settings.oidc:
+        keys = KeyRing(settings.keys_file) if settings.keys_file else None
+        app = Authentication(app, keys, Issuer(settings.oidc) if settings.oidc else None)
     if settings.cors_origins:
         # Outermost: a browser asks beforehand, without a key.
         app = CORSMiddleware(

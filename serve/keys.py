@@ -57,14 +57,11 @@ class Secret(_Entry):
     expires: AwareDatetime | None = None
 
 
-class Key(_Entry):
-    """One caller."""
+class Grant(_Entry):
+    """What a caller may do."""
 
-    id: KeyId
-    secrets: tuple[Secret, ...]
     models: tuple[str, ...] = Field(("*",), description="Patterns of names; * and ? as in a shell.")
     admin: bool = Field(False, description="May use the admin API.")
-    expires: AwareDatetime | None = None
     limits: Allowance = Field(_UNLIMITED, description="For everything that it asks.")
     limits_per_model: dict[str, Allowance] = Field(
         {}, description="Pattern → what it may ask of each model of that name by itself; the first that fits holds."
@@ -77,6 +74,14 @@ class Key(_Entry):
         """What it may ask of that one model."""
         fit = (limits for pattern, limits in self.limits_per_model.items() if fnmatchcase(model, pattern))
         return next(fit, _UNLIMITED)
+
+
+class Key(Grant):
+    """One caller."""
+
+    id: KeyId
+    secrets: tuple[Secret, ...]
+    expires: AwareDatetime | None = None
 
 
 class KeyFile(_Entry):

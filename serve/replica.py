@@ -139,7 +139,7 @@ async def ledgers_of(settings: ServeSettings) -> Ledgers:
     if gateway.limits_url:
         return RedisLedger(gateway.limits_url, gateway.lease_s)
     ledger = ActorLedger(gateway.lease_s)
-    if gateway.keys_file:
+    if gateway.keys_file or gateway.oidc:
         await ledger.prepare()
     return ledger
 

@@ -138,7 +138,7 @@ _Generate = Callable[..., AsyncGenerator[Any, None]]
 
 
 def _counted(generate: _Generate) -> _Generate:
-    """`generate` or `encode` of an engine that adds what it makes to the counter of whoever calls it, if there is one."""
+    """`generate` or `encode` of an engine that adds what it makes to its caller's counter, if there is one."""
 
     def counted(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         answers, tokens = generate(*args, **kwargs), counter()
