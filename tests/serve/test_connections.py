@@ -191,7 +191,7 @@ async def test_a_queue_that_is_full_says_so_while_the_engine_is_busy(start: Star
         assert b"retry-after: " in answer
 
 
-async def test_ten_thousand_connections_opened_and_dropped_leave_nothing_behind(
+async def test_thousands_of_connections_opened_and_dropped_leave_nothing_behind(
     start: Started, engine: FakeEngine
 ) -> None:
     engine.handler = stream = Stream()
@@ -214,7 +214,7 @@ async def test_ten_thousand_connections_opened_and_dropped_leave_nothing_behind(
         await until(server.is_idle)
         descriptors, tasks = this.num_fds(), len(asyncio.all_tasks())
 
-        for first in range(0, 12_000, 200):
+        for first in range(0, 2_000, 200):
             await batch(range(first, first + 200))
 
         await until(server.is_idle)

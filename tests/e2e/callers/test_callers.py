@@ -157,7 +157,7 @@ async def test_one_callers_burst_costs_another_one_turn_each(guarded: Guarded) -
             before = burst_done
             assert (await quiet.post(PATH, json=completion(tokens=60))).status_code == 200
             meanwhile.append(burst_done - before)
-        assert burst_done < 200 / 2, "the burst is not over"
+        assert not all(it.done() for it in burst), "the burst is not over"
         statuses = Counter(await asyncio.gather(*burst))
 
     # Its place comes free with the first of those that run on its replica; until it is done itself, they all may be.
