@@ -12,11 +12,13 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from serve import commands, split_commands
+from serve import commands, key_commands, split_commands, usage_commands
 from serve.bundle import Bundle
 from serve.commands import DEFAULT_STATE, LocalOption, StateOption
-from serve.config import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
+from serve.config import AdmissionSettings, EngineSettings, GatewaySettings, OidcSettings, ServeSettings
 from serve.desired import Desired
+from serve.errors import KeysInvalid, KeysMissing
+from serve.keys import KeyFile
 from serve.output import err, told_errors
 from serve.register import needed_rank, register
 from serve.remote import AdminClient
@@ -36,6 +38,7 @@ Artifacts = Annotated[
     list[Path], typer.Argument(help="Directories made by `python -m convert run`, all for one base model.")
 ]
 _SHOWN_MODELS = 50
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -69,6 +72,20 @@ def run(
     allow_other_template: Annotated[
         bool, typer.Option("--allow-other-template", help="Take adapters trained with another tokenizer or template.")
     ] = False,
+    keys_file: Annotated[
+        Path | None,
+        typer.Option(help="Keys of callers; default: keys.json of the state directory, if `key create` made one."),
+    ] = None,
+    open_to_all: Annotated[
+        bool, typer.Option("--open", help="Ask callers for no key, even where others can reach the server.")
+    ] = False,
+    oidc_file: Annotated[
+        Path | None, typer.Option(help="OidcSettings as JSON: an identity provider whose tokens are taken as keys too.")
+    ] = None,
+    limits_url: Annotated[
+        str | None,
+        typer.Option(help="A Redis that counts the limits of keys, as redis://HOST:PORT/0; default: memory."),
+    ] = None,
     keep_previous: Annotated[
         int, typer.Option(min=0, help="Revisions before the current one that stay loaded, for a rollback at once.")
     ] = 1,
@@ -87,6 +104,8 @@ def run(
         directory = StateDir(state, local)
         directory.prepare()
         directory.require_unused()
+        oidc = _issuer(oidc_file) if oidc_file else None
+        keys = _keys(directory, keys_file, host, open_to_all=open_to_all or oidc is not None)
         desired = Desired.read(adapters) if adapters else None
         ranks = [bundle.max_lora_rank, *(it.rank for it in desired.wanted)] if desired else [bundle.max_lora_rank]
         settings = ServeSettings(
@@ -99,7 +118,9 @@ def run(
                 max_resident_adapters=max_resident_adapters,
                 vllm_args=tuple(vllm_arg or ()),
             ),
-            gateway=GatewaySettings(admin_tokens=directory.admin_tokens()),
+            gateway=GatewaySettings(
+                admin_tokens=directory.admin_tokens(), keys_file=keys, oidc=oidc, limits_url=limits_url
+            ),
             admission=AdmissionSettings(
                 adapter_roots=tuple(it.absolute() for it in adapter_root or ()),
                 allow_other_template=allow_other_template,
@@ -116,6 +137,27 @@ def run(
 
 commands.add_to(app)
 split_commands.add_to(app)
+key_commands.add_to(app)
+usage_commands.add_to(app)
+
+
+def _keys(directory: StateDir, given: Path | None, host: str, *, open_to_all: bool) -> Path | None:
+    """The file of keys that callers need one of; None if they need none. Raises KeysInvalid or KeysMissing."""
+    path = given or (directory.keys_file if directory.keys_file.exists() and not open_to_all else None)
+    if path:
+        KeyFile.read(path)  # told here rather than by every replica
+        return path.absolute()
+    if host not in _LOOPBACK and not open_to_all:
+        raise KeysMissing(host)
+    return None
+
+
+def _issuer(path: Path) -> OidcSettings:
+    """Raises KeysInvalid, or ValidationError."""
+    try:
+        return OidcSettings.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise KeysInvalid(f"Can't read {path}: {error.strerror}.") from error
 
 
 def _serve_until_told(
@@ -157,7 +199,10 @@ def _print_ready(settings: ServeSettings, directory: StateDir, url: str) -> None
         table.add_row(f"… {len(catalogue.current) - _SHOWN_MODELS} more", "see GET /v1/models")
     err.print(table)
     example = {"model": settings.engine.model_name, "messages": [{"role": "user", "content": "Hello!"}]}
-    err.print(f"Try: curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{json.dumps(example)}'")
+    key = "-H 'authorization: Bearer KEY' " if settings.gateway.keys_file else ""
+    err.print(
+        f"Try: curl {url}/v1/chat/completions {key}-H 'content-type: application/json' -d '{json.dumps(example)}'"
+    )
     err.print("Ctrl-C stops it.")
 
 

@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from convert.artifact import Name, problems_of
 from serve.admission import Admission
+from serve.caller import key_of
 from serve.candidate import Candidate
 from serve.config import AdmissionSettings, EngineSettings
 from serve.entry import CALLER_HEADER, Cause
@@ -181,11 +182,16 @@ class Admin:
         return JSONResponse({"replicas": [report.model_dump() for report in reports]})
 
     def caller(self, request: Request) -> str:
-        """Who asks: the label of the token, and what the caller says of itself. Raises Unauthorized."""
+        """Who asks: the label of the token or the id of a key that may, and what the caller says of itself. Raises
+        Unauthorized."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         digest = sha256(token)
         labels = [label for label, known in self.tokens.items() if hmac.compare_digest(digest, known)]
-        if not labels or scheme.lower() != "bearer":
+        if scheme.lower() != "bearer":
+            labels = []
+        if not labels and (key := key_of(request.scope)) is not None and key.admin:
+            labels = [key.id]
+        if not labels:
             raise Unauthorized
         told_by = _NOT_IN_A_CALLER.sub("", request.headers.get(CALLER_HEADER, ""))[:64]
         return f"{labels[0]}/{told_by}" if told_by else labels[0]

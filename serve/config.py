@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 
 from convert.artifact import Name, Sha256
+from serve.keys import Grant
 
 # The ranks that vLLM compiles its LoRA kernels for.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -53,20 +54,74 @@ class EngineSettings(_Settings):
         return args
 
 
+class OidcSettings(_Settings):
+    """Tokens of an identity provider that callers may send instead of keys."""
+
+    issuer: str = Field(description="Who must have made the token: its `iss`.")
+    audience: str = Field(description="For whom it must be made: its `aud`.")
+    jwks: str = Field(description="Public keys of the issuer: an https:// URL, or a file.")
+    algorithms: tuple[Literal["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA"], ...] = Field(
+        ("RS256", "ES256"), description="Signatures that are taken; whatever a token says itself."
+    )
+    caller_claim: str = Field("sub", description="The claim that names the caller.")
+    role_claim: str = Field("roles", description="The claim with its roles: a list, or words.")
+    roles: dict[str, Grant] = Field(
+        description="Role → what it may; the first one here that a token has. A token with none of them is refused."
+    )
+
+    @field_validator("jwks")
+    @classmethod
+    def _be_safe(cls, jwks: str) -> str:
+        if jwks.startswith("http://") and not jwks.startswith(("http://127.0.0.1:", "http://localhost:")):
+            raise ValueError("keys that come over http:// could be anyone's: use https://")
+        return jwks
+
+
 class GatewaySettings(_Settings):
     """The HTTP side of a replica."""
 
     max_body_bytes: PositiveInt = Field(32 << 20, description="Larger request bodies get a 413.")
     max_waiting_requests: PositiveInt = Field(
-        128, description="Requests that may wait for an adapter slot of one replica; more get a 503."
+        128, description="Requests that may wait for an adapter slot of one replica, or for its engine; more get a 503."
     )
     max_waiting_per_caller: PositiveInt = Field(64, description="Of one caller; more get a 429.")
-    max_wait_s: PositiveFloat = Field(30.0, description="A request that got no slot for this long gets a 503.")
+    max_wait_s: PositiveFloat = Field(
+        30.0, description="A request that got no slot, or no place in the engine, for this long gets a 503."
+    )
+    max_running_requests: PositiveInt | None = Field(
+        None, description="Requests in the engine of a replica at a time; default: vLLM's own max_num_seqs."
+    )
+    max_output_tokens: PositiveInt | None = Field(
+        None, description="Most tokens that one request may ask for: asking for more gets a 400, not asking gets this."
+    )
+    body_timeout_s: PositiveFloat = Field(30.0, description="A body that has not arrived by then gets a 408.")
+    send_timeout_s: PositiveFloat = Field(
+        60.0, description="A caller that takes nothing of its answer for this long is dropped."
+    )
     adapter_turn_s: PositiveFloat = Field(
         1.0, description="While others wait, an adapter takes new requests for this long, then gives its slot away."
     )
     admin_tokens: dict[str, Sha256] = Field(
         description="SHA-256 of every bearer token of the admin API by its label, which history names as the author."
+    )
+    keys_file: Path | None = Field(
+        None, description="Keys of the callers, followed while it changes; none: everyone may use every model."
+    )
+    oidc: OidcSettings | None = Field(None, description="An identity provider whose tokens are taken as keys too.")
+    limits_url: str | None = Field(
+        None, description="Where limits of keys are counted: redis://HOST:PORT/DB; none: in this Ray cluster's memory."
+    )
+    limits_when_unavailable: Literal["refuse", "allow"] = Field(
+        "refuse", description="What a caller with limits gets while they can't be counted: a 503, or no limits."
+    )
+    lease_s: Annotated[float, Field(ge=0.5)] = Field(
+        15.0, description="A replica that died gives the concurrent requests of its callers back after this long."
+    )
+    usage_flush_s: PositiveFloat = Field(
+        5.0, description="How often usage is written down: what a killed replica may lose."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description="Origins of web pages that may call from a browser; `*` for all; none: no CORS."
     )
 
 
@@ -102,7 +157,9 @@ class ServeSettings(_Settings):
     replicas: PositiveInt = Field(1, description="Engines, each a process of its own with the whole model.")
     cpus_per_replica: NonNegativeFloat = Field(1, description="Ray's reservation per replica.")
     gpus_per_replica: NonNegativeFloat = Field(0, description="GPUs per replica.")
-    max_ongoing_requests: PositiveInt = Field(256, description="Requests a replica works on at once.")
+    max_ongoing_requests: PositiveInt = Field(
+        4096, description="Requests that a replica has open: those that run, wait, or still arrive."
+    )
     catalogue_poll_s: PositiveFloat = Field(
         1.0, description="A replica that missed a notification follows the catalogue after at most this long."
     )

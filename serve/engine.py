@@ -26,6 +26,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def max_running_requests(self) -> int:
+        """How many it works on at a time; it queues what is beyond."""
+        ...
+
+    @property
     def running_requests(self) -> int:
         """Requests it is working on or has queued."""
         ...

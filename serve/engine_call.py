@@ -11,14 +11,24 @@ from typing import Any
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.caller import caller_of
+from serve.caller import caller_of, key_of
 from serve.catalogue import Catalogue
 from serve.client import Client, with_content_length
+from serve.config import GatewaySettings
 from serve.engine import Engine
-from serve.errors import BodyTooLarge, EngineUnavailable, InvalidBody, PromptLogprobsUnavailable, UnknownModel
+from serve.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    EngineUnavailable,
+    InvalidBody,
+    PromptLogprobsUnavailable,
+    UnknownModel,
+)
 from serve.forward import Peers, was_forwarded
+from serve.keys import Key
 from serve.names import AdapterRevision, RequestedModel
 from serve.openai import error_response, wants_prompt_logprobs
+from serve.passage import Passage, Passages
 from serve.residency import AdapterPool
 from serve.rollout import Choice, Rollouts
 from serve.shadow import Shadows
@@ -43,7 +53,8 @@ class EngineCall:
         pool: AdapterPool,
         base_model: str,
         catalogue: Callable[[], Catalogue],
-        max_body_bytes: int,
+        settings: GatewaySettings,
+        passages: Passages,
         rollouts: Rollouts,
         peers: Peers | None = None,
     ) -> None:
@@ -51,7 +62,8 @@ class EngineCall:
         self._pool = pool
         self._base_model = base_model
         self._catalogue = catalogue
-        self._max_body_bytes = max_body_bytes
+        self._settings = settings
+        self._passages = passages
         self._rollouts = rollouts
         self._peers = peers
         self._shadows = Shadows(engine, pool, rollouts)
@@ -59,39 +71,64 @@ class EngineCall:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._engine.is_dead:
             raise EngineUnavailable
-        body = await read_body(receive, self._max_body_bytes)
+        body = await read_body(receive, self._settings.max_body_bytes, self._settings.body_timeout_s)
         fields = parse_fields(body)
         if wants_prompt_logprobs(fields) and not self._engine.gives_prompt_logprobs:
             raise PromptLogprobsUnavailable
-        caller = caller_of(scope)
-        choice = self._resolve(requested_model(fields), caller)
-        if choice is None:
-            sent = with_content_length(scope, len(body))
-            await self._run(sent, body, receive, saying(self._base_model, send))
-        else:
-            await self._run_adapter(choice, caller, scope, fields, receive, send)
+        with self._passages.readers.watched(send) as watched:
+            choice = self._resolve(requested_model(fields), caller_of(scope), key_of(scope))
+            if choice is None:
+                await self._run_base(scope, fields, body, receive, watched)
+            else:
+                await self._run_adapter(choice, scope, fields, receive, watched)
 
-    def _resolve(self, model: str | None, caller: str) -> Choice | None:
-        """None for the base model."""
-        if model is None or model == self._base_model:
-            return None
+    def _resolve(self, model: str | None, caller: str, key: Key | None) -> Choice | None:
+        """None for the base model. What the caller's key may not use does not exist for it."""
         catalogue = self._catalogue()
+        if model is None or model == self._base_model:
+            if key is None or key.may_use(self._base_model):
+                return None
+            raise UnknownModel(model or "", known_models(self._base_model, catalogue, key))
         requested = RequestedModel.parse(model)
         adapter = catalogue.resolve(requested)
-        if adapter is None:
-            raise UnknownModel(model, {self._base_model, *(current.name for current in catalogue.current)})
+        if adapter is None or (key is not None and not key.may_use(adapter.name)):
+            raise UnknownModel(model, known_models(self._base_model, catalogue, key))
         return Choice(adapter) if requested.revision else self._rollouts.choose(catalogue, adapter, caller)
 
-    async def _run_adapter(
-        self, choice: Choice, caller: str, scope: Scope, fields: Fields, receive: Receive, send: Send
-    ) -> None:
+    async def _run_base(self, scope: Scope, fields: Fields, body: bytes, receive: Receive, send: Send) -> None:
+        async with self._passages.open(scope, self._base_model, fields, len(body)) as passage:
+            if passage.added:
+                body = msgspec.json.encode(fields | passage.added)
+            sent = with_content_length(scope, len(body))
+            async with self._passages.places.place(caller_of(scope), self._base_model):
+                await self._run(sent, body, receive, saying(self._base_model, passage.telling(send)))
+
+    async def _run_adapter(self, choice: Choice, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
         adapter = choice.adapter
         body = msgspec.json.encode(fields | {"model": adapter.engine_name})
+        if await self._passed_on(adapter, with_content_length(scope, len(body)), body, send):
+            return  # whoever answers counts it
+        async with self._passages.open(scope, adapter.name, fields, len(body)) as passage:
+            witness = await self._run_on(adapter, choice, passage, scope, fields, receive, send)
+        if choice.shadow:
+            self._shadows.send_copy(choice.shadow, scope, fields, witness.body)
+
+    async def _run_on(
+        self,
+        adapter: AdapterRevision,
+        choice: Choice,
+        passage: Passage,
+        scope: Scope,
+        fields: Fields,
+        receive: Receive,
+        send: Send,
+    ) -> Witness:
+        caller = caller_of(scope)
+        body = msgspec.json.encode(fields | passage.added | {"model": adapter.engine_name})
         sent = with_content_length(scope, len(body))
-        if await self._passed_on(adapter, sent, body, send):
-            return
-        async with self._pool.use(adapter, caller):
-            witness = Witness(saying(adapter.engine_name, send), keeps_body=choice.shadow is not None)
+        async with self._pool.use(adapter, caller), self._passages.places.place(caller, adapter.name):
+            told = saying(adapter.engine_name, passage.telling(send))
+            witness = Witness(told, keeps_body=choice.shadow is not None)
             try:
                 await self._run(sent, body, receive, witness.send)
             except asyncio.CancelledError:
@@ -100,8 +137,7 @@ class EngineCall:
                 self._rollouts.seen(adapter, witness.outcome(failed=True))
                 raise
             self._rollouts.seen(adapter, witness.outcome())
-        if choice.shadow:
-            self._shadows.send_copy(choice.shadow, scope, fields, witness.body)
+        return witness
 
     async def _passed_on(self, adapter: AdapterRevision, scope: Scope, body: bytes, send: Send) -> bool:
         """Whether a replica that holds the adapter has answered, where this one would have to evict or to wait."""
@@ -143,6 +179,12 @@ class DeadEngineGuard:
             await self._send(message)
 
 
+def known_models(base_model: str, catalogue: Catalogue, key: Key | None) -> set[str]:
+    """Names that the caller may learn of."""
+    names = {base_model, *(current.name for current in catalogue.current)}
+    return names if key is None else {name for name in names if key.may_use(name)}
+
+
 def saying(model: str, send: Send) -> Send:
     """`send` with the header that tells what answered, whole or streaming."""
 
@@ -160,8 +202,17 @@ async def _send_unavailable(send: Send) -> None:
     await send({"type": "http.response.body", "body": response.body})
 
 
-async def read_body(receive: Receive, limit_bytes: int) -> bytes:
-    """The whole request body. Raises BodyTooLarge as soon as it is; a client that leaves ends the task."""
+async def read_body(receive: Receive, limit_bytes: int, timeout_s: float) -> bytes:
+    """The whole request body. Raises BodyTooLarge as soon as it is, and BodyTooSlow; a client that leaves ends the
+    task."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _whole(receive, limit_bytes)
+    except TimeoutError:
+        raise BodyTooSlow(timeout_s) from None
+
+
+async def _whole(receive: Receive, limit_bytes: int) -> bytes:
     pieces: list[bytes] = []
     size = 0
     while True:

@@ -7,6 +7,10 @@ ServeError                    500 server_error
 ├── InvalidBody               400 invalid_body            not JSON, or `model` is not a string
 ├── BodyTooLarge              413 body_too_large
 ├── Unauthorized              401 invalid_admin_token     the admin API without its token
+├── InvalidApiKey             401 invalid_api_key         no key, an unknown one, or one that has expired
+├── BodyTooSlow               408 body_too_slow           the body did not arrive in time
+├── OutputTooLong             400 output_too_long         more tokens asked for than one request may get
+├── RateLimited               429 rate_limit_exceeded     a limit of the caller's key
 ├── PathRefused               403 path_refused            a path outside the allowed directories
 ├── AdapterRejected           422 adapter_rejected        not for this base, damaged, or more than the engine takes
 ├── TransitionRefused         409 transition_refused      the catalogue's state does not allow the step
@@ -17,6 +21,10 @@ ServeError                    500 server_error
 ├── AdapterQueueFull          503 adapter_queue_full      too many requests wait for an adapter slot already
 ├── AdapterWaitTooLong        503 adapter_wait_too_long   no adapter slot came free in time
 ├── CallerQueueFull           429 caller_queue_full       too many requests of this caller wait already
+├── EngineQueueFull           503 engine_queue_full       too many requests wait for the engine already
+├── EngineWaitTooLong         503 engine_wait_too_long    no place in the engine came free in time
+├── IssuerUnavailable         503 issuer_unavailable      the keys of the identity provider can't be fetched
+├── LimitsUnavailable         503 limits_unavailable      whoever counts the requests of all replicas is out of reach
 ├── AdapterUnavailable        503 adapter_unavailable     it is in the catalogue, but could not be loaded
 ├── StoreUnavailable          503 store_unavailable       catalogue or adapter store out of reach, or full
 ├── ReplicaUnreachable        503 replica_unreachable     a replica does not answer the admin API
@@ -26,6 +34,8 @@ ServeError                    500 server_error
     ├── ArtifactRefused       artifact_refused            invalid, or it doesn't fit the others
     ├── StateInvalid          state_invalid               the state directory is not usable
     ├── DesiredStateInvalid   desired_state_invalid       the file of `apply` says what can't be
+    ├── KeysInvalid           keys_invalid                the file of keys can't be used, or not changed like that
+    ├── KeysMissing           keys_missing                others could reach the server, and it would know no caller
     ├── ServerNotRunning      server_not_running          `publish` found nobody to talk to
     ├── EngineStartFailed     engine_start_failed
     └── AdminRefused                                      what the admin API answered, with its code
@@ -36,7 +46,7 @@ ServeError                    500 server_error
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 _NAMED_MODELS = 20
 
@@ -49,6 +59,7 @@ class ServeError(Exception):
     code = "server_error"
     param: str | None = None
     retry_after_s: int | None = None
+    headers: Mapping[str, str] = {}  # of the answer, besides Retry-After
 
     def body(self) -> dict[str, dict[str, str | None]]:
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
@@ -109,6 +120,34 @@ class Unauthorized(InvalidRequest):
         super().__init__("The admin API needs `Authorization: Bearer TOKEN` with the token of this server.")
 
 
+class InvalidApiKey(InvalidRequest):
+    status, code = 401, "invalid_api_key"
+    headers = {"www-authenticate": "Bearer"}  # noqa: RUF012  (never changed)
+
+    def __init__(self, given: bool) -> None:
+        super().__init__(
+            "The API key is not known here, or it has expired."
+            if given
+            else "No API key was given: send it as `Authorization: Bearer KEY`, or as `x-api-key: KEY`."
+        )
+
+
+class BodyTooSlow(InvalidRequest):
+    status, code = 408, "body_too_slow"
+    headers = {"connection": "close"}  # noqa: RUF012  (never changed; the rest of the body is not waited for)
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"The request body did not arrive within {limit_s:g} s.")
+
+
+class OutputTooLong(InvalidRequest):
+    code = "output_too_long"
+
+    def __init__(self, field: str, asked: int, limit: int) -> None:
+        super().__init__(f"`{field}` is {asked}; one request gets at most {limit} tokens here.")
+        self.param = field
+
+
 class PathRefused(InvalidRequest):
     status, code = 403, "path_refused"
 
@@ -166,10 +205,50 @@ class CallerQueueFull(ServeError):
     status, type, code = 429, "rate_limit_error", "caller_queue_full"
 
     def __init__(self, limit: int, retry_after_s: int) -> None:
-        super().__init__(
-            f"{limit} requests of this caller wait for an adapter slot already; send fewer at once, or try again later."
-        )
+        super().__init__(f"{limit} requests of this caller wait already; send fewer at once, or try again later.")
         self.retry_after_s = retry_after_s
+
+
+class EngineQueueFull(Unavailable):
+    code = "engine_queue_full"
+
+    def __init__(self, limit: int, retry_after_s: int) -> None:
+        super().__init__(f"{limit} requests wait for this replica's engine already; try again later.")
+        self.retry_after_s = retry_after_s
+
+
+class EngineWaitTooLong(Unavailable):
+    code = "engine_wait_too_long"
+
+    def __init__(self, waited_s: float, retry_after_s: int) -> None:
+        super().__init__(f"No place in this replica's engine came free within {waited_s:g} s; try again later.")
+        self.retry_after_s = retry_after_s
+
+
+class IssuerUnavailable(Unavailable):
+    code = "issuer_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The keys of the identity provider can't be fetched at the moment; try again.")
+
+
+class LimitsUnavailable(Unavailable):
+    code = "limits_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The limits of this key can't be checked at the moment; try again.")
+
+
+class RateLimited(ServeError):
+    """A limit of the caller's key; `kind` says which, as OpenAI tells it in `type`."""
+
+    status, code = 429, "rate_limit_exceeded"
+
+    def __init__(self, message: str, kind: str, retry_after_s: int | None, headers: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.type = kind
+        self.retry_after_s = retry_after_s
+        self.headers = headers
 
 
 class AdapterUnavailable(Unavailable):
@@ -211,6 +290,20 @@ class StateInvalid(StartError):
 
 class DesiredStateInvalid(StartError):
     code = "desired_state_invalid"
+
+
+class KeysInvalid(StartError):
+    code = "keys_invalid"
+
+
+class KeysMissing(StartError):
+    code = "keys_missing"
+
+    def __init__(self, host: str) -> None:
+        super().__init__(
+            f"Others may reach {host}, and there are no keys: anyone could use every model. Make one with "
+            "`python -m serve key create ID`, or say --open if that is what you want."
+        )
 
 
 class ServerNotRunning(StartError):

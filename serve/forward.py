@@ -26,6 +26,7 @@ _ASK_TIMEOUT_S = 0.25
 _CONNECT_TIMEOUT_S = 1.0
 # A holder with up to this many requests more than twice ours is still better than a load.
 _SPARE_REQUESTS = 4
+_REQUEST_ID = b"x-request-id"  # Ray Serve adds it to every answer of every replica
 _OF_ONE_HOP = frozenset({b"host", b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
 
 
@@ -84,7 +85,7 @@ class Peers:
             await send({
                 "type": "http.response.start",
                 "status": response.status_code,
-                "headers": [it for it in headers if it[0] not in _OF_ONE_HOP],
+                "headers": [it for it in headers if it[0] not in _OF_ONE_HOP and it[0] != _REQUEST_ID],
             })  # fmt: skip
             async for chunk in response.aiter_raw():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})

@@ -8,25 +8,36 @@ from collections.abc import Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.admin import Admin
+from serve.authentication import Authentication
+from serve.caller import key_of
 from serve.catalogue import Catalogue
-from serve.config import ServeSettings
+from serve.config import GatewaySettings, ServeSettings
 from serve.engine import Engine
-from serve.engine_call import EngineCall
+from serve.engine_call import EngineCall, known_models
 from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, UnknownModel, UnknownRoute
 from serve.forward import Peers
+from serve.keys import Key, KeyRing
 from serve.names import AdapterRevision, RequestedModel
+from serve.oidc import Issuer
 from serve.openai import ENGINE_ROUTES, error_response, model_card, model_list
+from serve.passage import Passages
 from serve.residency import AdapterPool
 from serve.rollout import Rollouts
+from serve.usage_routes import UsageRoutes
 from serve.vllm_routes import VllmRoutes
 
 logger = logging.getLogger(__name__)
+
+_LIMIT_HEADERS = [
+    f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
+]
 
 
 class Gateway:
@@ -41,18 +52,22 @@ class Gateway:
         admin: Admin,
         rollouts: Rollouts | None = None,
         peers: Peers | None = None,
+        passages: Passages | None = None,
     ) -> None:
-        """`rollouts` is what the replica's reports tell of; `peers` are the other replicas, if there are any."""
+        """`rollouts` is what the replica's reports tell of; `peers` are the other replicas, if there are any;
+        `passages` is what they share of limits and usage, by default nothing. Raises KeysInvalid."""
         self._engine = engine
         self._catalogue = catalogue
         self._base_model = settings.engine.model_name
         self._started = int(time.time())
         self._peers = peers
         self._listed: tuple[int, bytes] = (-1, b"")
+        self.passages = passages or Passages(settings.gateway, engine)
         rollouts = rollouts or Rollouts(admin.give_up)
-        call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway.max_body_bytes, rollouts, peers)
-        self._http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
-        self._http.router.redirect_slashes = False  # a path is public as it is listed, or not at all
+        call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway, self.passages, rollouts, peers)
+        http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
+        http.router.redirect_slashes = False  # a path is public as it is listed, or not at all
+        self._http = guarded(http, settings.gateway)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -72,6 +87,7 @@ class Gateway:
             Route("/v1/models/{name}", self._get_model),
             *admin.routes(),
             *VllmRoutes(admin, self._base_model).routes(),
+            *(UsageRoutes(admin, self.passages.meter).routes() if self.passages.meter else ()),
         ]
 
     async def _health(self, _: Request) -> Response:
@@ -79,28 +95,50 @@ class Gateway:
             raise EngineUnavailable
         return Response(status_code=200)
 
-    async def _list_models(self, _: Request) -> Response:
+    async def _list_models(self, request: Request) -> Response:
         catalogue = self._catalogue()
+        if (key := key_of(request.scope)) is not None:
+            return JSONResponse(model_list(self._cards_for(key, catalogue)))
         if self._listed[0] != catalogue.epoch:  # thousands of adapters, and seldom a new one
             cards = [self._base_card(), *(self._card(current) for current in sorted(catalogue.current))]
             self._listed = (catalogue.epoch, bytes(JSONResponse(model_list(cards)).body))
         return Response(self._listed[1], media_type="application/json")
 
     async def _get_model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name == self._base_model:
-            return JSONResponse(self._base_card())
-        catalogue = self._catalogue()
+        name, key, catalogue = request.path_params["name"], key_of(request.scope), self._catalogue()
         current = catalogue.resolve(RequestedModel(name))
-        if current is None:
-            raise UnknownModel(name, {self._base_model, *(it.name for it in catalogue.current)})
-        return JSONResponse(self._card(current))
+        is_base = name == self._base_model
+        if (current is None and not is_base) or (key is not None and not key.may_use(name)):
+            raise UnknownModel(name, known_models(self._base_model, catalogue, key))
+        return JSONResponse(self._base_card() if is_base or current is None else self._card(current))
+
+    def _cards_for(self, key: Key, catalogue: Catalogue) -> list[dict[str, object]]:
+        """What there is for one caller."""
+        base = [self._base_card()] if key.may_use(self._base_model) else []
+        return [*base, *(self._card(current) for current in sorted(catalogue.current) if key.may_use(current.name))]
 
     def _base_card(self) -> dict[str, object]:
         return model_card(self._base_model, self._base_model, None, self._started)
 
     def _card(self, current: AdapterRevision) -> dict[str, object]:
         return model_card(current.name, current.engine_name, self._base_model, self._started)
+
+
+def guarded(app: ASGIApp, settings: GatewaySettings) -> ASGIApp:
+    """The application as the settings let callers reach it."""
+    if settings.keys_file or settings.oidc:
+        keys = KeyRing(settings.keys_file) if settings.keys_file else None
+        app = Authentication(app, keys, Issuer(settings.oidc) if settings.oidc else None)
+    if settings.cors_origins:
+        # Outermost: a browser asks beforehand, without a key.
+        app = CORSMiddleware(
+            app,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "x-graft-model", "retry-after", *_LIMIT_HEADERS),
+        )
+    return app
 
 
 async def _serve_error(_: Request, error: Exception) -> Response:

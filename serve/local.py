@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -85,6 +86,8 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
         "RAY_SERVE_HAPROXY_RETRIES": "3",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # An hour by default. The replica drops a caller that doesn't read; this closes what the proxy holds of it.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_proxy_patience_s(settings)),
         # By default these lie in a folder that every Serve on the machine shares.
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
@@ -105,6 +108,11 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         # The model is a directory on this machine: nothing may ask a hub.
         "HF_HUB_OFFLINE": "1",
     } | _cpu_environment(replica_cpus)
+
+
+def _proxy_patience_s(settings: ServeSettings) -> int:
+    """A little more than a replica has: what it says about the matter comes first."""
+    return math.ceil(max(settings.gateway.send_timeout_s, settings.gateway.body_timeout_s)) + 5
 
 
 def _cpu_environment(replica_cpus: int) -> dict[str, str]:

@@ -39,8 +39,8 @@ def wants_prompt_logprobs(fields: Mapping[str, Any]) -> bool:
 
 
 def error_response(error: ServeError) -> JSONResponse:
-    headers = {"retry-after": str(error.retry_after_s)} if error.retry_after_s else None
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    retry = {"retry-after": str(error.retry_after_s)} if error.retry_after_s else {}
+    return JSONResponse(error.body(), status_code=error.status, headers={**error.headers, **retry})
 
 
 def model_card(name: str, root: str, parent: str | None, created: int) -> dict[str, Any]:

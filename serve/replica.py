@@ -18,6 +18,10 @@ from serve.engine import Engine
 from serve.errors import ReplicaUnreachable
 from serve.forward import Peers
 from serve.gateway import Gateway
+from serve.ledger import Ledgers
+from serve.ledger_actor import ActorLedger
+from serve.ledger_redis import RedisLedger
+from serve.passage import Passages
 from serve.probe import Prover
 from serve.publish import Control, most_pinned
 from serve.reconcile import Reconciler, ReplicaReport
@@ -25,6 +29,7 @@ from serve.residency import AdapterPool
 from serve.rollout import Rollouts
 from serve.state import StateDir
 from serve.store import AdapterStore
+from serve.usage import Meter
 from serve.waiting import WaitLimits
 
 DEPLOYMENT = "EngineReplica"
@@ -45,6 +50,8 @@ class EngineReplica:
         context = ray_serve.get_replica_context()
         state = StateDir(self._settings.state_url or self._settings.state_dir, self._settings.state_dir)
         self._log, self._store = state.log, state.store
+        self._ledgers = await ledgers_of(self._settings)
+        self._meter = Meter(state.objects, self._settings.gateway.usage_flush_s)
         self._pool = pool_of(self._engine, self._store, self._settings)
         self._replicas = RayReplicas(context.app_name, self._settings.sync_timeout_s)
         self._admin = self._make_admin()
@@ -63,6 +70,7 @@ class EngineReplica:
             splits=self._rollouts.summaries,
         )
         await self._reconciler.start()
+        self._meter.start()
         self._following = asyncio.create_task(self._follow())
 
     async def __serve_build_asgi_app__(self) -> Gateway:
@@ -74,6 +82,7 @@ class EngineReplica:
             self._admin,
             self._rollouts,
             self._peers if self._settings.replicas > 1 else None,
+            Passages(self._settings.gateway, self._engine, self._ledgers, self._meter),
         )
 
     def _make_admin(self) -> Admin:
@@ -103,6 +112,7 @@ class EngineReplica:
     async def __del__(self) -> None:
         if following := getattr(self, "_following", None):
             following.cancel()
+            await asyncio.to_thread(self._meter.stop)
         if engine := getattr(self, "_engine", None):
             engine.shutdown(timeout_s=5)
 
@@ -128,6 +138,17 @@ def node_address() -> str:
     need not be the address that Ray was started with."""
     own = ray.get_runtime_context().get_node_id()
     return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == own)
+
+
+async def ledgers_of(settings: ServeSettings) -> Ledgers:
+    """Where all replicas count what callers use."""
+    gateway = settings.gateway
+    if gateway.limits_url:
+        return RedisLedger(gateway.limits_url, gateway.lease_s)
+    ledger = ActorLedger(gateway.lease_s)
+    if gateway.keys_file or gateway.oidc:
+        await ledger.prepare()
+    return ledger
 
 
 def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings) -> AdapterPool:

@@ -57,6 +57,10 @@ class StateDir:
     def store(self) -> AdapterStore:
         return AdapterStore(self.root / "adapters", self.objects)
 
+    @property
+    def keys_file(self) -> Path:
+        return self.root / "keys.json"
+
     def prepare(self) -> None:
         """Make the directory. Raises StateInvalid if that can't be."""
         try:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import tempfile
 import types
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -28,6 +29,7 @@ from serve.config import EngineSettings
 from serve.empty_adapter import save_empty_adapter
 from serve.errors import AdapterUnavailable, EngineStartFailed
 from serve.names import AdapterRevision
+from serve.tokens import counter, step
 
 # On a CPU: no compilation (minutes of it for nothing), and a bounded KV cache, since vLLM would take half of
 # the machine's memory for every replica.
@@ -56,6 +58,7 @@ class VllmEngine:
             engine = AsyncLLM.from_vllm_config(config, usage_context=_USAGE)
         except Exception as error:
             raise EngineStartFailed(f"vLLM can't serve this: {' '.join(str(error).split())}") from error
+        engine.generate, engine.encode = _counted(engine.generate), _counted(engine.encode)
         tasks = await engine.get_supported_tasks()
         api = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, api.state, args, tasks)
@@ -74,6 +77,10 @@ class VllmEngine:
     @property
     def is_dead(self) -> bool:
         return bool(self._engine.errored)
+
+    @property
+    def max_running_requests(self) -> int:
+        return int(self._engine.vllm_config.scheduler_config.max_num_seqs)
 
     @property
     def running_requests(self) -> int:
@@ -163,6 +170,38 @@ class VllmEngine:
 
     def shutdown(self, timeout_s: float) -> None:
         self._engine.shutdown(timeout=timeout_s)
+
+
+_Generate = Callable[..., AsyncGenerator[Any, None]]
+
+
+def _counted(generate: _Generate) -> _Generate:
+    """`generate` or `encode` of an engine that adds what it makes to its caller's counter, if there is one."""
+
+    def counted(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        answers, tokens = generate(*args, **kwargs), counter()
+        if tokens is None:
+            return answers
+        parameters = kwargs.get("sampling_params") or (args[1] if len(args) > 1 else None)
+        deltas = getattr(parameters, "output_kind", None) == RequestOutputKind.DELTA
+        return _adding(answers, step(tokens, deltas))
+
+    return counted
+
+
+async def _adding(
+    answers: AsyncGenerator[Any, None], add: Callable[[int, int, int], None]
+) -> AsyncGenerator[Any, None]:
+    # Closed with this one, at once: that is how the engine learns that nobody reads on.
+    async with contextlib.aclosing(answers):
+        async for answer in answers:
+            prompt = len(answer.prompt_token_ids or ())
+            if isinstance(answer.outputs, list):
+                for output in answer.outputs:
+                    add(prompt, output.index, len(output.token_ids))
+            else:  # of pooling: a vector
+                add(prompt, 0, 0)
+            yield answer
 
 
 def parse_args(settings: EngineSettings) -> argparse.Namespace:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 import convert.errors
 import serve.errors
-from serve.config import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
+from serve.config import AdmissionSettings, EngineSettings, GatewaySettings, OidcSettings, ServeSettings
 from serve.openai import ENGINE_ROUTES
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def test_every_error_code_is_documented_and_every_documented_one_exists() -> Non
     assert first_column(page, "Serving") == codes(serve.errors.ServeError) | {"server_error", "invalid_settings"}
 
 
-@pytest.mark.parametrize("settings", [ServeSettings, EngineSettings, GatewaySettings, AdmissionSettings])
+@pytest.mark.parametrize("settings", [ServeSettings, EngineSettings, GatewaySettings, AdmissionSettings, OidcSettings])
 def test_every_setting_is_documented_and_every_documented_one_exists(settings: type[BaseModel]) -> None:
     assert first_column(DOCS / "settings.md", settings.__name__) == set(settings.model_fields)
 

@@ -10,7 +10,7 @@ from importlinter import cli
 
 IMPORTERS = {
     "vllm": {"serve.vllm_engine"},
-    "ray": {"serve.replica", "serve.app", "serve.local"},
+    "ray": {"serve.replica", "serve.app", "serve.local", "serve.ledger_actor"},
 }
 TORCH_USERS = ("convert.", "serve.vllm_engine")
 

@@ -21,6 +21,7 @@ class FakeEngine:
     def __init__(self, refuses: frozenset[AdapterRevision] = frozenset()) -> None:
         self.is_dead = False
         self.running_requests = 0
+        self.max_running_requests = 256
         self.refuses = set(refuses)
         self.resident: set[AdapterRevision] = set()
         self.loads: list[AdapterRevision] = []

@@ -1,0 +1,94 @@
+"""Two real replicas that ask callers for keys."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from examples.server import running_server
+from serve import key_writing
+from serve.keys import Allowance, Key, KeyFile
+from serve.state import StateDir
+from tests.e2e.conftest import ENGINE_OPTIONS, REPLICAS, SLOT_OPTIONS, Server, Story
+
+PATH = "/v1/completions"
+LONG = 1500  # tokens: seconds
+MAX_RUNNING = 4  # requests in the engine of each replica
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A server that knows its callers."""
+
+    server: Server
+    keys: Path
+    secrets: dict[str, str] = field(default_factory=dict)
+
+    def key(self, key_id: str, models: tuple[str, ...] = ("*",), admin: bool = False, **limits: int) -> str:
+        """A new one."""
+        allowance = Allowance.model_validate(limits)
+        self.secrets[key_id] = key_writing.create(
+            self.keys, lambda secrets: Key(id=key_id, secrets=secrets, models=models, admin=admin, limits=allowance)
+        )
+        return self.secrets[key_id]
+
+    def client(self, secret: str) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        headers = {"authorization": f"Bearer {secret}"}
+        return httpx.AsyncClient(base_url=self.server.url, headers=headers, timeout=300, limits=limits)
+
+    async def admin(self, path: str) -> dict[str, Any]:
+        """An answer of the admin API."""
+        async with self.client(StateDir(self.server.state).admin_token()) as client:
+            response = await client.get(f"/admin/v1/{path}")
+            assert response.status_code == 200, response.text
+            answer: dict[str, Any] = response.json()
+            return answer
+
+    async def running(self) -> list[int]:
+        """Requests in each engine."""
+        return [it["running_requests"] for it in (await self.admin("replicas"))["replicas"]]
+
+    def processes(self) -> list[psutil.Process]:
+        """Of the replicas."""
+        ours = psutil.Process(StateDir(self.server.state).running_server().pid).children(recursive=True)
+        return [it for it in ours if "EngineReplica" in " ".join(it.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def guarded(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """The base with `french` and `german`."""
+    home = tmp_path_factory.mktemp("guarded")
+    keys = home / "keys.json"
+    keys.write_text(KeyFile().model_dump_json())
+    served = [story.artifacts["french"], story.artifacts["german"]]
+    options = ("--replicas", str(REPLICAS), "--keys-file", str(keys), f"--vllm-arg=--max-num-seqs={MAX_RUNNING}")
+    log = home / "server.log"
+    with running_server(served, home / "state", *options, *SLOT_OPTIONS, *ENGINE_OPTIONS, log=log) as url:
+        yield Guarded(Server(url, home / "state"), keys)
+
+
+def completion(model: str = "tiny-llama", tokens: int = 4, **fields: Any) -> dict[str, Any]:
+    return {"model": model, "prompt": "the rain", "max_tokens": tokens, "ignore_eos": True, "temperature": 0} | fields
+
+
+@contextlib.asynccontextmanager
+async def stream(client: httpx.AsyncClient, request: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+    """From its first byte on."""
+    async with client.stream("POST", PATH, json=request | {"stream": True}) as response:
+        yield response
+
+
+async def until(holds: Callable[[], Any], timeout_s: float = 60) -> None:
+    """Asks again and again; fails if it never holds."""
+    async with asyncio.timeout(timeout_s):
+        while not await holds():  # noqa: ASYNC110  (it is asked of other processes)
+            await asyncio.sleep(0.1)

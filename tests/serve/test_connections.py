@@ -1,0 +1,224 @@
+"""Callers that dawdle, leave or come by the thousands, on real connections to a real uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve.store import AdapterStore
+from tests.serve.fakes import FakeEngine
+from tests.serve.guarded import BASE_MODEL, Guarded, generate, guarded_gateway, until
+
+Started = Callable[..., contextlib.AbstractAsyncContextManager["Server"]]
+
+
+@dataclass
+class Stream:
+    """An engine that streams without end until it is told that its caller left."""
+
+    running: int = 0
+    told: list[str] = field(default_factory=list)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        self.running += 1
+        gone = asyncio.ensure_future(receive())
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while not gone.done():
+                await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+                await asyncio.sleep(0)
+            self.told.append(gone.result()["type"])
+        finally:
+            gone.cancel()
+            self.running -= 1
+
+
+@dataclass
+class Server:
+    guarded: Guarded
+    address: tuple[str, int]
+    secret: str
+
+    def is_idle(self) -> bool:
+        passages = self.guarded.gateway.passages
+        return not (passages.places.taken or passages.limiter.running or passages.readers.watched_now)
+
+    def request(self, body: bytes, length: int | None = None) -> bytes:
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: graft\r\nauthorization: Bearer {self.secret}\r\n"
+            f"content-length: {len(body) if length is None else length}\r\n\r\n"
+        )
+        return head.encode() + body
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        reader, writer = await asyncio.open_connection(*self.address)
+        try:
+            yield reader, writer
+        finally:
+            writer.transport.abort()
+
+
+BODY = json.dumps({"model": BASE_MODEL, "prompt": "hi"}).encode()
+
+
+@contextlib.asynccontextmanager
+async def http(app: ASGIApp) -> AsyncIterator[tuple[str, int]]:
+    """Cancels a request whose caller has left, as Ray Serve does, and as uvicorn alone doesn't."""
+
+    async def as_ray_serve(scope: Scope, receive: Receive, send: Send) -> None:
+        messages: asyncio.Queue[object] = asyncio.Queue()
+
+        async def fetch() -> None:
+            while True:
+                message = await receive()
+                await messages.put(message)
+                if message["type"] == "http.disconnect":
+                    return
+
+        fetching = asyncio.create_task(fetch())
+        running = asyncio.create_task(app(scope, messages.get, send))  # type: ignore[arg-type]
+        await asyncio.wait({fetching, running}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            fetching.cancel()
+        else:
+            running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await running
+
+    listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+    config = uvicorn.Config(as_ray_serve, lifespan="off", log_level="critical", timeout_keep_alive=60)
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await until(lambda: server.started)
+    try:
+        yield listener.getsockname()
+    finally:
+        server.should_exit = server.force_exit = True
+        await serving
+
+
+@pytest.fixture
+def start(engine: FakeEngine, store: AdapterStore, tmp_path: Path) -> Started:
+    @contextlib.asynccontextmanager
+    async def start(**settings: object) -> AsyncIterator[Server]:
+        guarded = await guarded_gateway(tmp_path, store, engine, **settings)
+        guarded.key("team-a", limits={"concurrent_requests": 10_000})
+        async with http(guarded.gateway) as address:
+            yield Server(guarded, address, guarded.secrets["team-a"])
+
+    return start
+
+
+async def test_a_caller_that_takes_nothing_of_its_answer_is_dropped_and_all_that_it_held_is_free(
+    start: Started, engine: FakeEngine
+) -> None:
+    engine.handler = stream = Stream()
+    async with start(send_timeout_s=0.5) as server, server.connection() as (_, writer):
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(server.request(BODY))
+        await until(lambda: stream.running == 1)
+
+        await until(lambda: stream.running == 0)
+
+        await until(server.is_idle)
+        assert server.guarded.gateway.passages.readers.dropped == 1
+
+
+async def test_a_slow_reader_that_goes_on_reading_is_left_alone(start: Started, engine: FakeEngine) -> None:
+    engine.handler = stream = Stream()
+    async with start(send_timeout_s=2) as server, server.connection() as (reader, writer):
+        writer.write(server.request(BODY))
+        for _ in range(30):  # longer than the timeout, and slower than the engine
+            await reader.readexactly(1 << 19)
+            await asyncio.sleep(0.1)
+        assert stream.running == 1
+        assert server.guarded.gateway.passages.readers.dropped == 0
+
+
+async def test_a_caller_that_leaves_a_stream_stops_it_and_frees_what_it_held(
+    start: Started, engine: FakeEngine
+) -> None:
+    engine.handler = stream = Stream()
+    async with start() as server:
+        async with server.connection() as (reader, writer):
+            writer.write(server.request(BODY))
+            assert await reader.read(100)
+            assert not server.is_idle()
+        await until(server.is_idle)
+        assert stream.told == ["http.disconnect"]
+
+
+async def test_a_body_that_does_not_arrive_holds_nothing_and_is_told(start: Started, engine: FakeEngine) -> None:
+    engine.handler = generate
+    async with start(body_timeout_s=0.3, max_running_requests=1) as server:
+        async with server.connection() as (slow, slow_writer), server.connection() as (quick, quick_writer):
+            slow_writer.write(server.request(BODY[:5], length=1000))
+            quick_writer.write(server.request(BODY))
+            assert (await quick.readline()).startswith(b"HTTP/1.1 200"), "though the other one was first"
+
+            answer = await slow.read()
+
+            assert answer.startswith(b"HTTP/1.1 408")
+            assert b'"code":"body_too_slow"' in answer, "and then the connection is closed"
+        assert server.is_idle()
+
+
+async def test_a_queue_that_is_full_says_so_while_the_engine_is_busy(start: Started, engine: FakeEngine) -> None:
+    engine.handler = Stream()
+    async with start(max_running_requests=1, max_waiting_requests=2) as server, contextlib.AsyncExitStack() as stack:
+        for _ in range(3):
+            _, writer = await stack.enter_async_context(server.connection())
+            writer.write(server.request(BODY))
+        await until(lambda: server.guarded.gateway.passages.places.waiting == 2)
+
+        reader, writer = await stack.enter_async_context(server.connection())
+        writer.write(server.request(BODY))
+        answer = await reader.readuntil(b"\r\n\r\n")
+
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: " in answer
+
+
+async def test_thousands_of_connections_opened_and_dropped_leave_nothing_behind(
+    start: Started, engine: FakeEngine
+) -> None:
+    engine.handler = stream = Stream()
+    this = psutil.Process()
+    async with start(max_running_requests=20, max_waiting_requests=20) as server:
+
+        async def come_and_go(number: int) -> None:
+            with contextlib.suppress(ConnectionError):
+                async with server.connection() as (reader, writer):
+                    if number % 3:  # a third sends nothing, a third half a request, and a third a whole one
+                        writer.write(server.request(BODY)[: None if number % 3 == 1 else -5])
+                        await writer.drain()
+                    if number % 7 == 0:
+                        await reader.read(100)
+
+        async def batch(numbers: range) -> None:
+            await asyncio.gather(*(come_and_go(number) for number in numbers if number % 7 or number % 3 == 1))
+
+        await batch(range(100))
+        await until(server.is_idle)
+        descriptors, tasks = this.num_fds(), len(asyncio.all_tasks())
+
+        for first in range(0, 2_000, 200):
+            await batch(range(first, first + 200))
+
+        await until(server.is_idle)
+        await until(lambda: this.num_fds() <= descriptors)
+        await until(lambda: len(asyncio.all_tasks()) <= tasks)
+        assert stream.running == 0
+        assert server.guarded.gateway.passages.places.waiting == 0

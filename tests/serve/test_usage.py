@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import Counter
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import pytest
+
+from serve.errors import StoreUnavailable
+from serve.objects import Directory, Objects
+from serve.tokens import Tokens, counter, counting, step
+from serve.usage import Meter, read_usage
+from tests.object_store import bucket_url, s3_server
+from tests.serve.guarded import until
+
+TODAY = datetime.now(UTC).date()
+
+
+def totals(objects: Objects, since: date = TODAY, until: date = TODAY) -> dict[tuple[str, str], tuple[int, int, int]]:
+    rows = read_usage(objects, since, until)
+    return {(it["key"], it["model"]): (it["requests"], it["prompt_tokens"], it["completion_tokens"]) for it in rows}
+
+
+def test_what_many_replicas_counted_adds_up_however_often_it_was_written(tmp_path: Path) -> None:
+    objects, chance, expected = Directory(tmp_path), random.Random(0), Counter[tuple[str, str]]()
+    meters = [Meter(objects, 60) for _ in range(3)]
+
+    for _ in range(500):
+        names = chance.choice("abc"), chance.choice("xy")
+        chance.choice(meters).add(*names, Tokens(2, 3))
+        expected[names] += 1
+        if chance.random() < 0.2:
+            chance.choice(meters).flush()
+    for meter in meters:
+        meter.stop()
+
+    assert totals(objects) == {names: (count, 2 * count, 3 * count) for names, count in expected.items()}
+    assert len(list((tmp_path / "usage" / str(TODAY)).iterdir())) == 3, "one object for each replica"
+
+
+def test_usage_survives_a_restart_and_without_keys_the_caller_is_a_dash(tmp_path: Path) -> None:
+    for _ in range(2):
+        meter = Meter(Directory(tmp_path), 60)
+        meter.add(None, "base", Tokens(1, 1))
+        meter.stop()
+
+    assert totals(Directory(tmp_path)) == {("-", "base"): (2, 2, 2)}
+
+
+class Failing(Directory):
+    """Can't write, or not remove, while `fails` says so."""
+
+    fails = ""
+
+    def create(self, key: str, content: bytes) -> bool:
+        if self.fails == "create":
+            raise StoreUnavailable("no room")
+        return super().create(key, content)
+
+    def delete(self, key: str) -> None:
+        if self.fails == "delete":
+            raise StoreUnavailable("gone")
+        super().delete(key)
+
+
+@pytest.mark.parametrize("step_that_fails", ["create", "delete"])
+def test_an_outage_loses_nothing_and_counts_nothing_twice(tmp_path: Path, step_that_fails: str) -> None:
+    objects = Failing(tmp_path)
+    meter = Meter(objects, 60)
+    meter.add("a", "x", Tokens(1, 1))
+    meter.flush()
+    objects.fails = step_that_fails
+    for _ in range(3):
+        meter.add("a", "x", Tokens(1, 1))
+        with pytest.raises(StoreUnavailable):
+            meter.flush()
+    assert totals(objects)["a", "x"][0] in (1, 4), "whole, before or after"
+
+    objects.fails = ""
+    meter.flush()
+
+    assert totals(objects) == {("a", "x"): (4, 4, 4)}
+
+
+def test_a_replica_that_is_killed_between_two_steps_counts_nothing_twice(tmp_path: Path) -> None:
+    objects = Failing(tmp_path)
+    meter = Meter(objects, 60)
+    for _ in range(2):
+        meter.add("a", "x", Tokens(1, 1))
+        objects.fails = "delete"
+        with contextlib.suppress(StoreUnavailable):  # killed before it could remove the object before
+            meter.flush()
+
+    assert len(list((tmp_path / "usage" / str(TODAY)).iterdir())) == 2
+    assert totals(objects) == {("a", "x"): (2, 2, 2)}
+
+
+async def test_it_is_written_now_and_then_and_an_outage_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    objects = Failing(tmp_path)
+    objects.fails = "create"
+    meter = Meter(objects, 0.02)
+    meter.start()
+    meter.add("a", "x", Tokens(1, 2))
+    with caplog.at_level(logging.ERROR):
+        await asyncio.sleep(0.3)
+    assert len(caplog.records) == 1
+
+    objects.fails = ""
+    await until(lambda: bool(totals(objects)))
+    assert totals(objects) == {("a", "x"): (1, 1, 2)}
+    meter.stop()
+
+
+def test_an_object_store_keeps_it_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve.bucket import Bucket
+
+    with s3_server() as endpoint:
+        objects = Bucket(bucket_url(endpoint, "usage", monkeypatch))
+        meter = Meter(objects, 60)
+        for _ in range(3):
+            meter.add("a", "x", Tokens(1, 1))
+            meter.flush()
+
+        assert totals(objects) == {("a", "x"): (3, 3, 3)}
+        assert len(objects.names(f"usage/{TODAY}")) == 1
+
+
+def test_only_the_days_that_were_asked_for_are_told(tmp_path: Path) -> None:
+    objects = Directory(tmp_path)
+    for day in ("2026-01-01", "2026-01-02", "2026-01-03"):
+        objects.create(f"usage/{day}/r-1", b'[["a","x",1,2,3]]')
+
+    assert [it["day"] for it in read_usage(objects, date(2026, 1, 2), date(2026, 1, 3))] == ["2026-01-02", "2026-01-03"]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "outputs"),
+    [
+        pytest.param(True, [(0, 1), (1, 1), (0, 2), (1, 3)], id="streams-tell-what-is-new"),
+        pytest.param(False, [(0, 1), (1, 1), (0, 3), (1, 4)], id="others-tell-all-so-far"),
+        pytest.param(False, [(0, 3), (1, 4)], id="or-all-at-the-end"),
+    ],
+)
+def test_tokens_of_all_sequences_are_counted_and_those_of_the_prompt_once(
+    deltas: bool, outputs: list[tuple[int, int]]
+) -> None:
+    tokens = Tokens()
+    add = step(tokens, deltas)
+
+    for index, completion in outputs:
+        add(5, index, completion)
+
+    assert tokens == Tokens(prompt=5, completion=7)
+
+
+def test_the_counter_is_that_of_whoever_asks() -> None:
+    assert counter() is None
+    with counting() as outer:
+        with counting() as inner:
+            assert counter() is inner
+        assert counter() is outer
+    assert counter() is None
