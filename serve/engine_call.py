@@ -17,8 +17,10 @@ from serve.client import Client, with_content_length
 from serve.engine import Engine
 from serve.errors import BodyTooLarge, EngineUnavailable, InvalidBody, UnknownModel
 from serve.forward import Peers, was_forwarded
+from serve.metrics import BASE
 from serve.names import AdapterRevision, RequestedModel
 from serve.openai import error_response
+from serve.request_record import RequestRecord, record_of
 from serve.residency import AdapterPool
 from serve.rollout import Choice, Rollouts
 from serve.shadow import Shadows
@@ -62,11 +64,14 @@ class EngineCall:
         body = await read_body(receive, self._max_body_bytes)
         fields = parse_fields(body)
         caller = caller_of(scope)
+        record = record_of(scope)
         choice = self._resolve(requested_model(fields), caller)
         if choice is None:
+            record.means(BASE, self._base_model, caller)
             sent = with_content_length(scope, len(body))
-            await self._run(sent, body, receive, saying(self._base_model, send))
+            await self._run(sent, body, receive, saying(self._base_model, record, send))
         else:
+            record.means(choice.adapter.name, choice.adapter.engine_name, caller)
             await self._run_adapter(choice, caller, scope, fields, receive, send)
 
     def _resolve(self, model: str | None, caller: str) -> Choice | None:
@@ -86,10 +91,13 @@ class EngineCall:
         adapter = choice.adapter
         body = msgspec.json.encode(fields | {"model": adapter.engine_name})
         sent = with_content_length(scope, len(body))
-        if await self._passed_on(adapter, sent, body, send):
+        record = record_of(scope)
+        if await self._passed_on(adapter, sent, body, record, send):
             return
+        record.queues(self._pool.level_of(adapter))
         async with self._pool.use(adapter, caller):
-            witness = Witness(saying(adapter.engine_name, send), keeps_body=choice.shadow is not None)
+            record.runs()
+            witness = Witness(saying(adapter.engine_name, record, send), keeps_body=choice.shadow is not None)
             try:
                 await self._run(sent, body, receive, witness.send)
             except asyncio.CancelledError:
@@ -101,12 +109,16 @@ class EngineCall:
         if choice.shadow:
             self._shadows.send_copy(choice.shadow, scope, fields, witness.body)
 
-    async def _passed_on(self, adapter: AdapterRevision, scope: Scope, body: bytes, send: Send) -> bool:
+    async def _passed_on(
+        self, adapter: AdapterRevision, scope: Scope, body: bytes, record: RequestRecord, send: Send
+    ) -> bool:
         """Whether a replica that holds the adapter has answered, where this one would have to evict or to wait."""
         if self._peers is None or self._pool.is_at_hand(adapter) or was_forwarded(scope):
             return False
         address = await self._peers.holder_of(adapter)
-        return address is not None and await self._peers.pass_on(address, scope, body, send)
+        if address is not None and await self._peers.pass_on(address, scope, body, record.watching(send)):
+            record.forwarded = True
+        return record.forwarded
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         client = Client(body, receive)
@@ -141,15 +153,9 @@ class DeadEngineGuard:
             await self._send(message)
 
 
-def saying(model: str, send: Send) -> Send:
-    """`send` with the header that tells what answered, whole or streaming."""
-
-    async def told(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), (MODEL_HEADER, model.encode())]}
-        await send(message)
-
-    return told
+def saying(model: str, record: RequestRecord, send: Send) -> Send:
+    """`send` with the header that tells what answered, whole or streaming, seen by the record."""
+    return record.watching(send, (MODEL_HEADER, model.encode()))
 
 
 async def _send_unavailable(send: Send) -> None:

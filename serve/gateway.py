@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.access import AccessLog
 from serve.admin import Admin
 from serve.catalogue import Catalogue
 from serve.config import ServeSettings
@@ -21,9 +22,13 @@ from serve.engine_call import EngineCall
 from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, UnknownModel, UnknownRoute
 from serve.forward import Peers
 from serve.names import AdapterRevision, RequestedModel
+from serve.observed import Observed
 from serve.openai import ENGINE_ROUTES, error_response, model_card, model_list
+from serve.recorder import Recorder
+from serve.request_record import record_of
 from serve.residency import AdapterPool
 from serve.rollout import Rollouts
+from serve.tracing import Tracer
 from serve.vllm_routes import VllmRoutes
 
 logger = logging.getLogger(__name__)
@@ -41,6 +46,8 @@ class Gateway:
         admin: Admin,
         rollouts: Rollouts | None = None,
         peers: Peers | None = None,
+        recorder: Recorder | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`rollouts` is what the replica's reports tell of; `peers` are the other replicas, if there are any."""
         self._engine = engine
@@ -51,8 +58,10 @@ class Gateway:
         self._listed: tuple[int, bytes] = (-1, b"")
         rollouts = rollouts or Rollouts(admin.give_up)
         call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway.max_body_bytes, rollouts, peers)
-        self._http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
-        self._http.router.redirect_slashes = False  # a path is public as it is listed, or not at all
+        http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
+        http.router.redirect_slashes = False  # a path is public as it is listed, or not at all
+        recorder = recorder or Recorder(settings.metrics.max_adapters)
+        self._http = Observed(http, recorder, AccessLog(settings.log.access_sample), tracer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -103,21 +112,22 @@ class Gateway:
         return model_card(current.name, current.engine_name, self._base_model, self._started)
 
 
-async def _serve_error(_: Request, error: Exception) -> Response:
+async def _serve_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeError)
+    record_of(request.scope).failed(error.code, error.status)
     return error_response(error)
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     told = MethodNotAllowed if error.status_code == 405 else UnknownRoute
-    return error_response(told(request.method, request.url.path))
+    return await _serve_error(request, told(request.method, request.url.path))
 
 
-async def _bug(_: Request, error: Exception) -> Response:
+async def _bug(request: Request, error: Exception) -> Response:
     # The cause goes to the log, never to the caller.
-    logger.error("request failed", exc_info=error)
-    return error_response(ServeError("The server had an error while processing the request."))
+    logger.error("request failed", exc_info=error, extra={"request_id": record_of(request.scope).id})
+    return await _serve_error(request, ServeError("The server had an error while processing the request."))
 
 
 _EXCEPTION_HANDLERS = {ServeError: _serve_error, HTTPException: _http_exception, Exception: _bug}
