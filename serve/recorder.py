@@ -6,9 +6,17 @@ import logging
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import get_args
 
 from serve.busiest import Busiest
-from serve.errors import ServeError
+from serve.errors import (
+    AdapterQueueFull,
+    AdapterWaitTooLong,
+    CallerQueueFull,
+    PublishFailed,
+    PublishUnconfirmed,
+    ServeError,
+)
 from serve.events import Drift, Events, Left
 from serve.metrics import (
     BASE,
@@ -41,6 +49,7 @@ from serve.names import AdapterRevision, RequestedModel
 from serve.request_record import LEFT, RequestRecord
 
 _ALWAYS_NAMED = (BASE, UNKNOWN)
+_QUEUE_REASONS = (AdapterQueueFull.code, AdapterWaitTooLong.code, CallerQueueFull.code)
 _KEPT_PER_SHOWN = 10  # counts of adapters that lost their name, in case they come back
 
 logger = logging.getLogger(__name__)
@@ -67,6 +76,7 @@ class Recorder(Events):
         self._kept = _KEPT_PER_SHOWN * max_adapters
         self._total = Store()
         self._stores: OrderedDict[str, Store] = OrderedDict()  # what was counted last is last
+        self._begin_at_zero()
 
     def request_ended(self, record: RequestRecord, is_engine_call: bool) -> None:
         """Of every request, once; one that another replica answered is counted there."""
@@ -98,6 +108,7 @@ class Recorder(Events):
 
     def loaded(self, adapter: AdapterRevision, fetch_s: float, engine_s: float) -> None:
         self._of(adapter.name).add(LOADS, ("loaded",))
+        self._of(adapter.name).add(IDENTITY_VIOLATIONS, by=0)
         self._total.observe(LOAD_SECONDS, fetch_s, ("fetch",))
         self._total.observe(LOAD_SECONDS, engine_s, ("engine",))
         _tell("adapter loaded", adapter, fetch_s=fetch_s, engine_s=engine_s)
@@ -153,6 +164,18 @@ class Recorder(Events):
                 store.into(families, (label,))
         for label in [it for it in self._stores if it not in shown][: max(0, len(self._stores) - self._kept)]:
             del self._stores[label]
+
+    def _begin_at_zero(self) -> None:
+        """Prometheus sees no increase in a count that begins with 1: what alerts look at is there before."""
+        for spec in (FOLLOW_FAILURES, IDENTITY_CHECKS):
+            self._total.add(spec, by=0)
+        for kind in get_args(Drift):
+            self._total.add(DRIFT, (kind,), 0)
+        for reason in _QUEUE_REASONS:
+            self._total.add(REJECTED, (reason,), 0)
+        for verb in ("publish", "promote", "rollback"):
+            for outcome in ("done", PublishFailed.code, PublishUnconfirmed.code):
+                self._total.add(SWAPS, (verb, outcome), 0)
 
     def _of(self, adapter: str) -> Store:
         label = self.label(adapter)
