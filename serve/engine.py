@@ -38,9 +38,16 @@ class Engine(Protocol):
         """The longest request it takes."""
         ...
 
-    async def logprobs(self, adapter: AdapterRevision | None, token_ids: Sequence[int]) -> tuple[float, ...]:
-        """Log-probability, in nats, of every token but the first given those before it, by a resident adapter or
-        by the base model alone."""
+    @property
+    def gives_prompt_logprobs(self) -> bool:
+        """Whether a request may ask for the log-probabilities of its own prompt."""
+        ...
+
+    async def logprobs(
+        self, adapter: AdapterRevision | None, token_ids: Sequence[int], positions: Sequence[int]
+    ) -> tuple[float, ...]:
+        """Log-probability, in nats, of the token at each position (1 or more) given all those before it, by a
+        resident adapter or by the base model alone."""
         ...
 
     async def load_adapter(self, adapter: AdapterRevision, path: Path) -> None:

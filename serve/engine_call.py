@@ -15,11 +15,11 @@ from serve.caller import caller_of
 from serve.catalogue import Catalogue
 from serve.client import Client, with_content_length
 from serve.engine import Engine
-from serve.errors import BodyTooLarge, EngineUnavailable, InvalidBody, UnknownModel
+from serve.errors import BodyTooLarge, EngineUnavailable, InvalidBody, PromptLogprobsUnavailable, UnknownModel
 from serve.forward import Peers, was_forwarded
 from serve.metrics import BASE
 from serve.names import AdapterRevision, RequestedModel
-from serve.openai import error_response
+from serve.openai import error_response, wants_prompt_logprobs
 from serve.request_record import RequestRecord, record_of
 from serve.residency import AdapterPool
 from serve.rollout import Choice, Rollouts
@@ -63,6 +63,8 @@ class EngineCall:
             raise EngineUnavailable
         body = await read_body(receive, self._max_body_bytes)
         fields = parse_fields(body)
+        if wants_prompt_logprobs(fields) and not self._engine.gives_prompt_logprobs:
+            raise PromptLogprobsUnavailable
         caller = caller_of(scope)
         record = record_of(scope)
         choice = self._resolve(requested_model(fields), caller)

@@ -85,6 +85,16 @@ class InvalidBody(InvalidRequest):
     code = "invalid_body"
 
 
+class PromptLogprobsUnavailable(InvalidRequest):
+    code = "prompt_logprobs_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Log-probabilities of the prompt (`prompt_logprobs`, or `echo` with `logprobs`) are not available from an "
+            "engine that serves adapters. Those of generated tokens are; a merged model gives both."
+        )
+
+
 class BodyTooLarge(InvalidRequest):
     status, code = 413, "body_too_large"
 

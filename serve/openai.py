@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -21,6 +21,21 @@ ENGINE_ROUTES: tuple[str, ...] = (
     "/tokenize",
     "/detokenize",
 )
+
+
+_NO = frozenset({b"null", b"false"})
+
+
+def wants_prompt_logprobs(fields: Mapping[str, Any]) -> bool:
+    """Whether a request, its top level as JSON by field, asks for log-probabilities of its own prompt.
+
+    Where vLLM 0.32 has adapters it computes them with the batch's sampling positions: on a CPU any second request in
+    the batch stops the engine, on a GPU an adapter of the output layer is left out
+    (https://github.com/vllm-project/vllm/issues/16668, https://github.com/vllm-project/vllm/issues/51594).
+    """
+    said = {name: bytes(fields.get(name, b"null")) for name in ("prompt_logprobs", "echo", "logprobs", "top_logprobs")}
+    of_generated = not {said["logprobs"], said["top_logprobs"]} <= _NO
+    return said["prompt_logprobs"] != b"null" or (said["echo"] not in _NO and of_generated)
 
 
 def error_response(error: ServeError) -> JSONResponse:

@@ -19,6 +19,8 @@ from serve.store import AdapterStore
 _PROBE_TOKENS = 32
 _STRIDE = 7919  # a prime: tokens from all over the vocabulary
 _MOST_PROMPTS = 8
+# Of each prompt: the engine reads it anew for every one.
+_MOST_POSITIONS = 4
 
 
 class Prover:
@@ -39,7 +41,9 @@ class Prover:
 
     async def _changes_the_base(self, adapter: AdapterRevision) -> None:
         tokens = [(17 + _STRIDE * number) % self._engine.vocabulary_size for number in range(_PROBE_TOKENS)]
-        base, changed = await self._engine.logprobs(None, tokens), await self._engine.logprobs(adapter, tokens)
+        positions = _positions(tokens)
+        base = await self._engine.logprobs(None, tokens, positions)
+        changed = await self._engine.logprobs(adapter, tokens, positions)
         most = max(abs(one - other) for one, other in zip(base, changed, strict=True))
         if not most > self._settings.least_change_nats:
             raise AdapterRejected(
@@ -49,25 +53,38 @@ class Prover:
             )
 
     async def _keeps_its_word(self, adapter: AdapterRevision, golden: Golden) -> None:
-        fitting = [it for it in golden.prompts if len(it.token_ids) <= self._engine.context_tokens]
-        for number, prompt in enumerate(fitting[:_MOST_PROMPTS], 1):
-            here = await self._engine.logprobs(adapter, prompt.token_ids)
-            distance = _distance(here, prompt.result)
-            if not distance <= self._settings.golden_tolerance_nats:
-                raise AdapterRejected(
-                    f"{adapter} answers otherwise here than when it was converted: on golden prompt {number} its "
-                    f"log-probabilities are {distance:.2g} nats away in the mean "
-                    f"({self._settings.golden_tolerance_nats:g} allowed; golden_tolerance_nats)"
-                    f"{_of_the_base(here, prompt)}."
-                )
+        prompts = [it for it in golden.prompts if len(it.token_ids) <= self._engine.context_tokens][:_MOST_PROMPTS]
+        here = [await self._engine.logprobs(adapter, it.token_ids, _positions(it.token_ids)) for it in prompts]
+        distance = _distance(here, [it.result for it in prompts], prompts)
+        if not distance <= self._settings.golden_tolerance_nats:
+            base = [it.base for it in prompts if it.base]
+            of_base = (
+                f", and {_distance(here, base, prompts):.2g} from the base model's" if len(base) == len(here) else ""
+            )
+            raise AdapterRejected(
+                f"{adapter} answers otherwise here than when it was converted: on its golden prompts its "
+                f"log-probabilities are {distance:.2g} nats away in the mean "
+                f"({self._settings.golden_tolerance_nats:g} allowed; golden_tolerance_nats){of_base}."
+            )
 
 
-def _of_the_base(here: Sequence[float], prompt: GoldenPrompt) -> str:
-    return f", and {_distance(here, prompt.base):.2g} from the base model's" if prompt.base else ""
+def _positions(token_ids: Sequence[int]) -> tuple[int, ...]:
+    """At most so many of those that can be predicted, evenly spread, the last one among them."""
+    last = len(token_ids) - 1
+    count = min(last, _MOST_POSITIONS)
+    return tuple(last * number // count for number in range(1, count + 1))
 
 
-def _distance(ones: Sequence[float], others: Sequence[float]) -> float:
-    return sum(abs(one - other) for one, other in zip(ones, others, strict=True)) / len(ones)
+def _distance(
+    here: Sequence[Sequence[float]], told: Sequence[Sequence[float]], prompts: Sequence[GoldenPrompt]
+) -> float:
+    """In the mean over all prompts and their positions; `told` has every position. 0 if there is none."""
+    differences = [
+        abs(value - row[position - 1])
+        for values, row, prompt in zip(here, told, prompts, strict=True)
+        for value, position in zip(values, _positions(prompt.token_ids), strict=True)
+    ]
+    return sum(differences) / len(differences) if differences else 0.0
 
 
 def _golden(content: bytes) -> Golden:

@@ -14,6 +14,7 @@ from serve.names import AdapterRevision
 from serve.residency import AdapterPool
 
 _PROMPT_TOKENS = 24
+_POSITIONS = (5, 11, 17, 23)  # a request of one token for each
 _STRIDE = 7919  # a prime: tokens from all over the vocabulary
 
 
@@ -37,7 +38,7 @@ class Sentinel:
         if adapter is None:
             return
         async with self._pool.use(adapter, "sentinel"):
-            says = await self._engine.logprobs(adapter, self._prompt())
+            says = await self._engine.logprobs(adapter, self._prompt(), _POSITIONS)
         said = self._said.pop(adapter, None)
         if said is not None:
             distance = _distance(said, says)
@@ -46,8 +47,7 @@ class Sentinel:
         self._said[adapter] = said or says
 
     def _prompt(self) -> list[int]:
-        count = min(_PROMPT_TOKENS, self._engine.context_tokens - 1)
-        return [(29 + _STRIDE * number) % self._engine.vocabulary_size for number in range(count)]
+        return [(29 + _STRIDE * number) % self._engine.vocabulary_size for number in range(_PROMPT_TOKENS)]
 
 
 def _distance(ones: Sequence[float], others: Sequence[float]) -> float:

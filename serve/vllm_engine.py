@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import types
 import uuid
@@ -92,6 +93,10 @@ class VllmEngine:
         return int(self._engine.output_processor.get_num_unfinished_requests())
 
     @property
+    def gives_prompt_logprobs(self) -> bool:
+        return self._engine.vllm_config.lora_config is None
+
+    @property
     def vocabulary_size(self) -> int:
         return int(self._engine.model_config.get_vocab_size())
 
@@ -99,14 +104,23 @@ class VllmEngine:
     def context_tokens(self) -> int:
         return int(self._engine.model_config.max_model_len)
 
-    async def logprobs(self, adapter: AdapterRevision | None, token_ids: Sequence[int]) -> tuple[float, ...]:
-        parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+    async def logprobs(
+        self, adapter: AdapterRevision | None, token_ids: Sequence[int], positions: Sequence[int]
+    ) -> tuple[float, ...]:
+        return tuple(await asyncio.gather(*(self._logprob(adapter, token_ids, it) for it in positions)))
+
+    async def _logprob(self, adapter: AdapterRevision | None, token_ids: Sequence[int], position: int) -> float:
+        # Not by `prompt_logprobs`, see serve.openai.wants_prompt_logprobs: the token is the only one that may be
+        # generated, and logprobs are computed before that is enforced.
+        token = token_ids[position]
+        parameters = SamplingParams(
+            max_tokens=1, temperature=0, logprobs=0, allowed_token_ids=[token], ignore_eos=True, detokenize=False
+        )
         request = self._requests[adapter] if adapter else None
-        prompt = {"prompt_token_ids": list(token_ids)}
+        prompt = {"prompt_token_ids": list(token_ids[:position])}
         answers = self._engine.generate(prompt, parameters, f"{_PROBE}{uuid.uuid4()}", lora_request=request)
         last = [answer async for answer in answers][-1]
-        told = zip(token_ids[1:], last.prompt_logprobs[1:], strict=True)
-        return tuple(float(logprobs[token].logprob) for token, logprobs in told)
+        return float(last.outputs[0].logprobs[0][token].logprob)
 
     async def load_adapter(self, adapter: AdapterRevision, path: Path) -> None:
         # One that the engine lost keeps its number: requests that are running know it by that.

@@ -30,6 +30,7 @@ class FakeEngine:
         self.handler: Handler = echo
         self.strangers = 0
         self.says: dict[AdapterRevision | None, float] = {}  # the log-probability of every token; absent: its own
+        self.gives_prompt_logprobs = True
         self.vocabulary_size = 272
         self.context_tokens = 64
 
@@ -56,10 +57,12 @@ class FakeEngine:
         found, self.strangers = self.strangers, 0
         return found
 
-    async def logprobs(self, adapter: AdapterRevision | None, token_ids: Sequence[int]) -> tuple[float, ...]:
+    async def logprobs(
+        self, adapter: AdapterRevision | None, token_ids: Sequence[int], positions: Sequence[int]
+    ) -> tuple[float, ...]:
         assert adapter is None or adapter in self.resident, "asked before it was loaded"
         own = -1.0 if adapter is None else -2.0
-        return (self.says.get(adapter, own),) * (len(token_ids) - 1)
+        return (self.says.get(adapter, own),) * len(positions)
 
     async def check_health(self) -> None:
         if self.is_dead:

@@ -378,3 +378,30 @@ async def test_replicas_are_listed_with_what_their_engines_hold(client: httpx.As
             }
         ]
     }
+
+
+@pytest.mark.parametrize(
+    ("asked", "refused"),
+    [
+        ({"prompt_logprobs": 0}, True),
+        ({"prompt_logprobs": None}, False),
+        ({"echo": True, "logprobs": 1}, True),
+        ({"echo": 1, "logprobs": 0}, True),
+        ({"echo": True, "top_logprobs": 2}, True),
+        ({"echo": True}, False),
+        ({"echo": False, "logprobs": 5}, False),
+        ({"logprobs": True, "top_logprobs": 2}, False),
+    ],
+)
+@pytest.mark.parametrize("model", ["small-llama", "pirate"])
+async def test_what_would_stop_an_engine_with_adapters_never_reaches_it(
+    client: httpx.AsyncClient, engine: FakeEngine, asked: dict[str, object], refused: bool, model: str
+) -> None:
+    for gives, status in ((False, 400 if refused else 200), (True, 200)):
+        engine.gives_prompt_logprobs = gives
+
+        answer = await client.post("/v1/completions", json={"model": model, "prompt": "x", **asked})
+
+        assert answer.status_code == status
+        if status == 400:
+            assert answer.json()["error"]["code"] == "prompt_logprobs_unavailable"

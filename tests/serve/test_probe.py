@@ -65,7 +65,7 @@ async def test_the_probe_can_be_left_out(engine: FakeEngine, golden_store: Adapt
 async def test_an_adapter_that_answers_otherwise_than_when_it_was_converted_is_refused(
     engine: FakeEngine, golden_store: AdapterStore, result: float
 ) -> None:
-    with pytest.raises(AdapterRejected, match=r"on golden prompt 1 .* from the base model's"):
+    with pytest.raises(AdapterRejected, match=r"on its golden prompts .* from the base model's"):
         await Prover(engine, golden_store, AdmissionSettings()).prove(with_golden(golden_store, result=result))
 
 

@@ -236,19 +236,20 @@ def test_a_file_says_what_there_shall_be(server: Server, story: Story, admin: Ad
     admin.retire("tyrol")
 
 
-def replica_processes(server: Server) -> list[psutil.Process]:
-    """Of this server only: Ray names a replica's process after its class."""
+def processes(server: Server, actor: str) -> list[psutil.Process]:
+    """Of this server only: Ray names an actor's process after its class."""
     ours = psutil.Process(StateDir(server.state).running_server().pid).children(recursive=True)
-    return [it for it in ours if "EngineReplica" in " ".join(it.cmdline())]
+    return [it for it in ours if actor in " ".join(it.cmdline())]
 
 
-def test_a_replica_killed_during_a_publish_leaves_a_consistent_catalogue(
-    server: Server, story: Story, admin: AdminClient
+@pytest.mark.parametrize("actor", ["EngineReplica", "ServeController"])
+def test_what_is_killed_during_a_publish_leaves_a_consistent_catalogue(
+    server: Server, story: Story, admin: AdminClient, actor: str
 ) -> None:
     """Whatever the publish then tells its caller, the alias means one revision everywhere, nothing stays half
-    staged, and the replica that takes its place holds what the catalogue says before it answers."""
+    staged, and a replica that takes the place of a killed one holds what the catalogue says before it answers."""
     admin.publish(story.artifacts["german"], "swiss")
-    victim = replica_processes(server)[0]
+    victim = processes(server, actor)[0]
     outcome: list[str] = []
 
     def publish() -> None:

@@ -109,6 +109,23 @@ async def test_a_stream_that_began_before_the_swap_ends_on_its_own_revision(serv
     await publish(story.artifacts["french"], server.state)
 
 
+async def test_nobody_stops_an_engine_by_asking_for_prompt_logprobs(server: Server) -> None:
+    """vLLM alone would stop at the first of these that meets another request in its batch."""
+    async with httpx.AsyncClient(timeout=300) as client:
+
+        async def ask(**fields: object) -> int:
+            answer = await client.post(f"{server.url}/v1/completions", json=endless("french", 200) | fields)
+            return answer.status_code
+
+        others = [asyncio.create_task(ask()) for _ in range(4)]
+        refused = await asyncio.gather(
+            *(ask(**each) for each in ({"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}))
+        )
+
+        assert refused == [400, 400]
+        assert await asyncio.gather(*others) == [200] * 4
+
+
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
 async def test_a_caller_that_leaves_frees_the_engine_at_once(server: Server, stream: bool) -> None:
     """Someone else's request, begun before and half as long, is the clock: had the engine gone on for the caller
