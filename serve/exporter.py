@@ -7,6 +7,7 @@ series: `graft_replica_up` is 0, nobody waits longer.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -166,11 +167,12 @@ def listen(exporter: Exporter, host: str, port: int) -> ThreadingHTTPServer:
                 self._answer(404, b"GET /metrics\n")
 
         def _answer(self, status: int, body: bytes) -> None:
-            self.send_response(status)
-            self.send_header("content-type", CONTENT_TYPE)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # who asked has left
+                self.send_response(status)
+                self.send_header("content-type", CONTENT_TYPE)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (http.server's name)
             """Nobody wants a line for each scrape."""

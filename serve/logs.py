@@ -14,7 +14,7 @@ from serve.config import LogSettings
 _FILE_BYTES, _FILES = 32 << 20, 4
 _KEPT = 40
 # What the logging module itself puts into a record; everything else is a field of ours.
-_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "vllm_process_name"}
 
 
 class JsonLines(logging.Formatter):
