@@ -18,21 +18,24 @@ const plain = (expression, rate) =>
 const named = (format, labels, title) =>
   format ? format.replace(/\{\{(\w+)\}\}/g, (_, label) => labels[label] ?? '') : Object.values(labels).join(' ') || title;
 
-// Grafana's fields of every series of a panel.
-function frames(panel, shown, rate) {
+// Grafana's fields of every series of a panel, with a hole wherever Prometheus had nothing.
+function frames(panel, { shown, rate, start, end, step }) {
   let index = 0;
   return panel.targets.flatMap((target) => (shown[plain(target.expr, rate)] ?? []).map((series) => {
     const name = named(target.legendFormat, series.metric, panel.title);
     const { defaults } = panel.fieldConfig;
     const config = { color: { mode: 'palette-classic' }, ...defaults, displayName: name,
-      custom: { drawStyle: 'line', lineWidth: 1, fillOpacity: 0, showPoints: 'never', spanNulls: 60000,
+      custom: { drawStyle: 'line', lineWidth: 1, fillOpacity: 0, showPoints: 'never', spanNulls: false,
         axisPlacement: 'auto', scaleDistribution: { type: 'linear' }, ...defaults.custom } };
+    const known = new Map(series.values.map((it) => [Math.round((it[0] - start) / step), Number(it[1])]));
+    const places = [...Array(Math.round((end - start) / step) + 1).keys()];
     const value = { name: 'Value', type: FieldType.number, labels: series.metric, config,
-      values: series.values.map((it) => Number(it[1])), state: { displayName: name, seriesIndex: index++ } };
+      values: places.map((it) => (Number.isFinite(known.get(it)) ? known.get(it) : null)),
+      state: { displayName: name, seriesIndex: index++ } };
     value.display = getDisplayProcessor({ field: value, theme });
-    const time = { name: 'Time', type: FieldType.time, config: {}, values: series.values.map((it) => it[0] * 1000) };
+    const time = { name: 'Time', type: FieldType.time, config: {}, values: places.map((it) => (start + it * step) * 1000) };
     time.display = getDisplayProcessor({ field: time, theme, timeZone: 'utc' });
-    return { fields: [time, value], length: series.values.length, meta: { type: 'timeseries-multi' } };
+    return { fields: [time, value], length: places.length, meta: { type: 'timeseries-multi' } };
   }));
 }
 
@@ -46,12 +49,15 @@ function Lines({ panel, data, range, width, height }) {
 }
 
 function Figure({ data, width, height }) {
-  if (data.length === 0) return <NoData />;
+  const last = data[0]?.fields[1].values.findLast((it) => it !== null);
+  if (last === undefined) return <NoData />;
   const field = data[0].fields[1];
   field.config.color = { mode: 'thresholds' };
+  const numbers = field.values.filter((it) => it !== null);
+  const [min, max] = [Math.min(...numbers), Math.max(...numbers)];
+  field.state.range = { min, max, delta: max - min };
   const display = getDisplayProcessor({ field, theme });
-  const value = display(field.values.findLast((it) => !Number.isNaN(it)) ?? NaN);
-  return <BigValue value={value} width={width} height={height} theme={theme} colorMode={BigValueColorMode.Value}
+  return <BigValue value={display(last)} width={width} height={height} theme={theme} colorMode={BigValueColorMode.Value}
     graphMode={BigValueGraphMode.Area} justifyMode={BigValueJustifyMode.Auto} textMode={BigValueTextMode.Value}
     sparkline={{ y: field, x: data[0].fields[0] }} />;
 }
@@ -89,13 +95,13 @@ function Panel({ panel, ...rest }) {
   return (
     <div style={place}>
       <PanelChrome title={panel.title} description={panel.description} width={width} height={height}>
-        {(inside, high) => <Kind panel={panel} width={inside} height={high} data={frames(panel, rest.shown, rest.rate)} {...rest} />}
+        {(inside, high) => <Kind panel={panel} width={inside} height={high} data={frames(panel, rest)} {...rest} />}
       </PanelChrome>
     </div>
   );
 }
 
-function Board({ board, shown, rate, start, end }) {
+function Board({ board, shown, rate, start, end, step }) {
   const range = { from: dateTime(start * 1000), to: dateTime(end * 1000), raw: { from: 'now-1h', to: 'now' } };
   const top = 56;
   const bottom = Math.max(...board.panels.map((it) => it.gridPos.y + it.gridPos.h)) * (ROW + GAP) + top + GAP;
@@ -105,7 +111,7 @@ function Board({ board, shown, rate, start, end }) {
       <div id="board" style={{ position: 'relative', width: WIDTH + GAP, height: bottom, background: theme.colors.background.canvas }}>
         <div style={{ padding: '14px 12px', fontSize: 18, fontWeight: 500 }}>{board.title}</div>
         {board.panels.map((panel, index) => (
-          <Panel key={index} {...{ panel, shown, rate, range, end, top }} />
+          <Panel key={index} {...{ panel, shown, rate, range, start, end, step, top }} />
         ))}
       </div>
     </ThemeContext.Provider>

@@ -39,7 +39,7 @@ for (const name of ['overview', 'adapters', 'engine', 'capacity']) {
   await page.route('**/*', (route) => route.request().isNavigationRequest()
     ? route.fulfill({ contentType: 'text/html', body }) : route.abort());
   await page.goto('http://graft.invalid/');
-  await page.evaluate((value) => { window.graft = value; }, { board, shown, rate, start, end });
+  await page.evaluate((value) => { window.graft = value; }, { board, shown, rate, start, end, step: 2 });
   await page.addScriptTag({ content: script });
   await page.waitForSelector('#board');
   await page.waitForTimeout(2500);
