@@ -28,7 +28,8 @@ def prometheus_rule() -> str:
         "metadata": {"name": "graft", "labels": {"app.kubernetes.io/name": "graft"}},
         "spec": rules(),
     }
-    return _HEAD + yaml.safe_dump(document, sort_keys=False, width=1000)
+    text: str = yaml.safe_dump(document, sort_keys=False, width=1000)
+    return _HEAD + text
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from deploy.dashboards.panels import (
     OF_ADAPTER,
     OF_MODEL,
     RATE,
+    Parts,
     board,
     failed_share,
     filled,
@@ -27,7 +28,7 @@ def adapters() -> Dashboard:
     return filled(made, (*_service(), *_residency(), *_revisions()))
 
 
-def _service() -> tuple:
+def _service() -> Parts:
     by = "adapter"
     return (
         row("Service level"),
@@ -56,7 +57,7 @@ def _service() -> tuple:
     )  # fmt: skip
 
 
-def _residency() -> tuple:
+def _residency() -> Parts:
     return (
         row("Residency"),
         lines("Where requests found their adapter",
@@ -82,7 +83,7 @@ def _residency() -> tuple:
     )  # fmt: skip
 
 
-def _revisions() -> tuple:
+def _revisions() -> Parts:
     return (
         row("Revisions"),
         rows_of("What each name means, and how it was made",

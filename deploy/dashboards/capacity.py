@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from deploy.dashboards.panels import OF_ADAPTER, OF_MODEL, OF_NODE, RATE, board, filled, lines, number, rate, row, share
+from deploy.dashboards.panels import (
+    OF_ADAPTER,
+    OF_MODEL,
+    OF_NODE,
+    RATE,
+    Parts,
+    board,
+    filled,
+    lines,
+    number,
+    rate,
+    row,
+    share,
+)
 
 
 def capacity() -> Dashboard:
@@ -16,7 +29,7 @@ def _of(used: str, there: str) -> str:
     return share(f"sum({used}{{{OF_MODEL}}})", f"sum({there}{{{OF_MODEL}}})")
 
 
-def _used() -> tuple:
+def _used() -> Parts:
     return (
         row("In use"),
         number("Slots", _of("graft_adapter_slots_used", "graft_adapter_slots"), "percentunit",
@@ -35,7 +48,7 @@ def _used() -> tuple:
     )  # fmt: skip
 
 
-def _adapters() -> tuple:
+def _adapters() -> Parts:
     return (
         row("Adapters: the working set and the places"),
         lines("Working set", [(_asked("5m"), "asked in 5 minutes"), (_asked("1h"), "asked in an hour"),
@@ -55,7 +68,7 @@ def _asked(window: str) -> str:
     return f"count(sum by (adapter) (increase(graft_requests_total{{{OF_ADAPTER}}}[{window}])) > 0) or vector(0)"
 
 
-def _work() -> tuple:
+def _work() -> Parts:
     return (
         row("Work by replica"),
         lines("Requests", [(rate("graft_requests_total", OF_MODEL, "replica"), "{{replica}}")], "reqps",

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from deploy.dashboards.panels import OF_MODEL, OF_NODE, RATE, board, filled, lines, quantile, rate, row, share
+from deploy.dashboards.panels import (
+    OF_MODEL,
+    OF_NODE,
+    RATE,
+    Parts,
+    board,
+    filled,
+    lines,
+    quantile,
+    rate,
+    row,
+    share,
+)
 
 _PHASES = {"queue": "vllm:request_queue_time_seconds", "prefill": "vllm:request_prefill_time_seconds",
            "decode": "vllm:request_decode_time_seconds"}  # fmt: skip
@@ -15,7 +27,7 @@ def engine() -> Dashboard:
     return filled(made, (*_load(), *_caches(), *_times(), *_processes()))
 
 
-def _load() -> tuple:
+def _load() -> Parts:
     return (
         row("Batch"),
         lines("Requests running", [(f"sum by (replica) (vllm:num_requests_running{{{OF_MODEL}}})", "{{replica}}")],
@@ -34,7 +46,7 @@ def _load() -> tuple:
     )  # fmt: skip
 
 
-def _caches() -> tuple:
+def _caches() -> Parts:
     return (
         row("Caches"),
         lines("KV cache in use", [(f"max by (replica) (vllm:kv_cache_usage_perc{{{OF_MODEL}}})", "{{replica}}")],
@@ -47,7 +59,7 @@ def _caches() -> tuple:
     )  # fmt: skip
 
 
-def _times() -> tuple:
+def _times() -> Parts:
     return (
         row("Where the time goes"),
         lines("Mean of each phase",
@@ -62,7 +74,7 @@ def _times() -> tuple:
     )  # fmt: skip
 
 
-def _processes() -> tuple:
+def _processes() -> Parts:
     return (
         row("Processes"),
         lines("Memory", [(f"sum by (replica) (process_resident_memory_bytes{{{OF_NODE}}})", "{{replica}}")], "bytes",

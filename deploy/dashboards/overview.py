@@ -8,6 +8,7 @@ from deploy.dashboards.panels import (
     OF_ADAPTER,
     OF_MODEL,
     OF_NODE,
+    Parts,
     board,
     failed_share,
     filled,
@@ -26,7 +27,7 @@ def overview() -> Dashboard:
     return filled(made, (*_now(), *_callers(), *_queues(), *_changes()))
 
 
-def _now() -> tuple:
+def _now() -> Parts:
     return (
         row("Now"),
         number("Replicas up", f"sum(graft_replica_up{{{OF_NODE}}}) / count(graft_replica_up{{{OF_NODE}}})",
@@ -46,7 +47,7 @@ def _now() -> tuple:
     )  # fmt: skip
 
 
-def _callers() -> tuple:
+def _callers() -> Parts:
     return (
         row("What callers see"),
         lines("Requests by code", [(rate("graft_requests_total", OF_ADAPTER, "code"), "{{code}}")], "reqps",
@@ -66,7 +67,7 @@ def _callers() -> tuple:
     )  # fmt: skip
 
 
-def _queues() -> tuple:
+def _queues() -> Parts:
     return (
         row("What waits"),
         lines("Waiting for a slot, by adapter",
@@ -81,7 +82,7 @@ def _queues() -> tuple:
     )  # fmt: skip
 
 
-def _changes() -> tuple:
+def _changes() -> Parts:
     return (
         row("What changed, and what must not"),
         lines("Changes by outcome",

@@ -20,6 +20,7 @@ OF_ADAPTER = f'{OF_MODEL},adapter=~"$adapter"'
 RATE = "$__rate_interval"
 
 Query = tuple[str, str]  # expression, legend
+Parts = tuple[Any, ...]  # rows and panels, in their order
 
 
 def board(uid: str, title: str, description: str) -> dashboard.Dashboard:

@@ -110,7 +110,8 @@ async def change() -> None:
 
 async def staged(name: str) -> str:
     shown = json.loads(await serve("show", name, "--json"))
-    return next(it["digest"][:12] for it in shown["revisions"] if it["staged"])
+    digest: str = next(it["digest"] for it in shown["revisions"] if it["staged"])
+    return digest[:12]
 
 
 async def serve(*words: str | Path) -> str:

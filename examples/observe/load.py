@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 
 from openai import AsyncOpenAI, OpenAIError
+from openai.types.chat import ChatCompletionUserMessageParam
 
 _PAUSE_S = 0.3
 _QUESTIONS = (
@@ -35,15 +36,11 @@ async def _caller(client: AsyncOpenAI, models: Sequence[str], chance: random.Ran
 
 
 async def _ask(client: AsyncOpenAI, model: str, chance: random.Random) -> None:
-    messages = [{"role": "user", "content": chance.choice(_QUESTIONS)}]
+    question: ChatCompletionUserMessageParam = {"role": "user", "content": chance.choice(_QUESTIONS)}
     length = chance.choice((4, 8, 16))
+    create = client.chat.completions.create
     if chance.random() < 0.7:
-        stream = await client.chat.completions.create(  # type: ignore[call-overload]
-            model=model, messages=messages, max_tokens=length, stream=True
-        )
-        async for _ in stream:
+        async for _ in await create(model=model, messages=[question], max_tokens=length, stream=True):
             pass
     else:
-        await client.chat.completions.create(  # type: ignore[call-overload]
-            model=model, messages=messages, max_tokens=length
-        )
+        await create(model=model, messages=[question], max_tokens=length)
