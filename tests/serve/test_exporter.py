@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -66,6 +66,8 @@ label_values = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     labels=st.dictionaries(label_names.filter(lambda it: it not in ("replica", "le")), label_values, max_size=3),
     value=st.floats(allow_nan=False),
 )
+@example(replica='a"\\\n', name="x", labels={}, value=1.0)
+@example(replica="one", name="x", labels={"a": "} \n,"}, value=1.0)
 def test_a_sample_says_the_same_with_its_replica_beside(
     replica: str, name: str, labels: dict[str, str], value: float
 ) -> None:
