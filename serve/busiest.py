@@ -28,7 +28,7 @@ class Busiest:
         self._clock = clock
         self._requests: dict[str, float] = {}  # decayed
         self._named: set[str] = set()
-        self._leaving: dict[str, float] = {}  # when it is gone
+        self._leaving: dict[str, tuple[float, str]] = {}  # when it is gone, and who has its place then
         self._looked_s = self._decayed_s = clock()
 
     @property
@@ -51,21 +51,30 @@ class Busiest:
     def review(self) -> None:
         """Let busier ones in; cheap if it was done a moment ago."""
         now = self._clock()
-        self._leaving = {adapter: until for adapter, until in self._leaving.items() if until > now}
+        self._let_in(now)
         if now - self._looked_s < _LOOK_EVERY_S:
             return
         self._looked_s = now
         self._decay(now)
         busiest = heapq.nlargest(self._limit, self._requests, key=self._requests.__getitem__)
-        outside = [adapter for adapter in busiest if adapter not in self._named]
+        promised = {newcomer for _, newcomer in self._leaving.values()}
+        outside = [adapter for adapter in busiest if adapter not in self._named and adapter not in promised]
         quietest = sorted(self._named, key=lambda adapter: self._requests.get(adapter, 0.0))
         for newcomer, leaves in zip(outside, quietest, strict=False):
             if self._requests[newcomer] < _BUSIER * max(self._requests.get(leaves, 0.0), _QUIET):
                 break
             self._named.remove(leaves)
-            self._leaving[leaves] = now + LEAVES_AFTER_S
-            if newcomer in self._leaving:  # back before it was gone
-                del self._leaving[newcomer]
+            if newcomer in self._leaving:  # back before it was gone: the other one goes in its stead
+                _, waits = self._leaving.pop(newcomer)
+                self._named.add(newcomer)
+                self._leaving[leaves] = (now + LEAVES_AFTER_S, waits)
+            else:
+                self._leaving[leaves] = (now + LEAVES_AFTER_S, newcomer)
+
+    def _let_in(self, now: float) -> None:
+        for leaves, (until, newcomer) in list(self._leaving.items()):
+            if until <= now:
+                del self._leaving[leaves]
                 self._named.add(newcomer)
 
     def _decay(self, now: float) -> None:
