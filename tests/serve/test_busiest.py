@@ -83,7 +83,9 @@ def test_a_busier_adapter_gets_the_name_of_the_quietest(recorder: Recorder, cloc
     told(recorder)  # notices
     ask(recorder, "late")
     assert "late" not in told(recorder), "the one that leaves must be seen for a while"
-    clock.now_s += LEAVES_AFTER_S
+    clock.now_s += LEAVES_AFTER_S / 2
+    assert "early-7" in told(recorder)
+    clock.now_s += LEAVES_AFTER_S / 2
     told(recorder)
     ask(recorder, "early-7")  # comes first, but the place is promised
     ask(recorder, "late", times=3)
@@ -134,6 +136,7 @@ def test_equal_adapters_don_t_take_each_other_s_names(recorder: Recorder, clock:
         clock.now_s += MINUTE_S
         for number in range(2 * LIMIT):
             ask(recorder, f"adapter-{number}", times=1 + (number + minute) % 2)
+        told(recorder)
 
     requests = told(recorder)
     assert requests.keys() == before
