@@ -87,7 +87,8 @@ def logs() -> Iterator[list[str]]:
     lines: list[str] = []
     handler, logger = Kept(lines), logging.getLogger("serve")
     logger.addHandler(handler)
-    level, _ = logger.level, logger.setLevel(logging.INFO)
+    level = logger.level
+    logger.setLevel(logging.INFO)
     yield lines
     logger.removeHandler(handler)
     logger.setLevel(level)

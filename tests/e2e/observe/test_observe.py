@@ -160,7 +160,7 @@ def test_a_request_is_counted_as_the_engine_counts_it(
             messages=[{"role": "user", "content": "hello"}],
             max_tokens=7,
             extra_body={"ignore_eos": True},
-        )  # fmt: skip
+        )
         .usage
     )
     assert usage
