@@ -16,7 +16,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def metrics(
-    directory: Annotated[Path, typer.Option(help="Where the replicas of this machine have their sockets.")],
+    directory: Annotated[Path, typer.Argument(help="Where the replicas of this machine have their sockets.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
     certificate: Annotated[

@@ -81,7 +81,7 @@ def _exporter(directory: Path, address: tuple[str, int] | None) -> Iterator[None
         return
     host, port = address
     check_port(host, port, "--metrics-port")
-    command = [sys.executable, "-m", "serve", "metrics", "--directory", str(directory)]
+    command = [sys.executable, "-m", "serve", "metrics", str(directory)]
     process = subprocess.Popen(  # noqa: S603  (our own words)
         [*command, "--host", host, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -146,7 +146,7 @@ async def test_the_command_tells_over_http_and_outlives_its_replicas(sockets: Pa
     replica = Exposition(sockets, "one", snapshot(tmp_path))
     await replica.start()
     port = free_port()
-    words = ("-m", "serve", "metrics", "--directory", str(sockets), "--port", str(port))
+    words = ("-m", "serve", "metrics", str(sockets), "--port", str(port))
     process = await asyncio.create_subprocess_exec(sys.executable, *words, stderr=asyncio.subprocess.DEVNULL)
     try:
         text = await asyncio.to_thread(_get, f"http://127.0.0.1:{port}/metrics")
@@ -160,7 +160,7 @@ async def test_the_command_tells_over_http_and_outlives_its_replicas(sockets: Pa
 
 def test_a_taken_port_is_told(sockets: Path) -> None:
     with listen(Exporter(sockets), "127.0.0.1", 0) as server:
-        command = [sys.executable, "-m", "serve", "metrics", "--directory", str(sockets)]
+        command = [sys.executable, "-m", "serve", "metrics", str(sockets)]
         port = str(server.server_address[1])
         result = subprocess.run([*command, "--port", port], check=False, capture_output=True, text=True)
 
