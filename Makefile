@@ -8,7 +8,7 @@ RUN = $(VENV)/bin/python
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo serve test lint unit bench-convert bench-routes bench-swap clean
+.PHONY: help environment demo serve observe test lint unit bench-convert bench-routes bench-swap clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -21,6 +21,9 @@ demo: environment ## The whole tour: fine-tune, convert, serve, ask, hot-swap un
 
 serve: environment ## Make what the demo makes, then serve it until Ctrl-C
 	@$(RUN) -m examples.demo --keep-serving
+
+observe: environment ## A server under load with Prometheus and Grafana's dashboards, until Ctrl-C
+	@$(RUN) -m examples.observe
 
 test: environment lint ## Lint, types, layering and all tests, with real engines
 	@$(RUN) -m pytest

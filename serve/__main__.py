@@ -12,10 +12,18 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from serve import commands, key_commands, split_commands, usage_commands
+from serve import commands, exporter_command, key_commands, split_commands, usage_commands
 from serve.bundle import Bundle
 from serve.commands import DEFAULT_STATE, LocalOption, StateOption
-from serve.config import AdmissionSettings, EngineSettings, GatewaySettings, OidcSettings, ServeSettings
+from serve.config import (
+    AdmissionSettings,
+    EngineSettings,
+    GatewaySettings,
+    LogSettings,
+    OidcSettings,
+    ServeSettings,
+    TracingSettings,
+)
 from serve.desired import Desired
 from serve.errors import KeysInvalid, KeysMissing
 from serve.keys import KeyFile
@@ -89,6 +97,18 @@ def run(
     keep_previous: Annotated[
         int, typer.Option(min=0, help="Revisions before the current one that stay loaded, for a rollback at once.")
     ] = 1,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Port for Prometheus; default: 9464, or any if it is taken; 0: none."),
+    ] = None,
+    metrics_host: Annotated[str, typer.Option(help="Address of that port; 0.0.0.0 for all.")] = "127.0.0.1",
+    traces: Annotated[
+        str | None, typer.Option(help="OTLP receiver of traces, as http://HOST:4318/v1/traces; default: none.")
+    ] = None,
+    log_format: Annotated[str, typer.Option(help="json or text: the replicas' logs, in logs/ of the state.")] = "json",
+    access_sample: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of good answers that get a line in the log.")
+    ] = LogSettings.model_fields["access_sample"].default,
     vllm_arg: Annotated[
         list[str] | None, typer.Option(help="An argument for vLLM, as --vllm-arg=--max-model-len=4096. Repeatable.")
     ] = None,
@@ -125,6 +145,10 @@ def run(
                 adapter_roots=tuple(it.absolute() for it in adapter_root or ()),
                 allow_other_template=allow_other_template,
             ),
+            log=LogSettings.model_validate(
+                {"format": log_format, "directory": directory.root / "logs", "access_sample": access_sample}
+            ),
+            tracing=TracingSettings(endpoint=traces),
             state_dir=directory.root,
             state_url=directory.url,
             replicas=replicas,
@@ -132,10 +156,11 @@ def run(
             keep_previous=keep_previous,
         )
         register(bundle, settings, directory)
-        _serve_until_told(settings, directory, host, port, adapters)
+        _serve_until_told(settings, directory, (host, port), (metrics_host, metrics_port), adapters)
 
 
 commands.add_to(app)
+exporter_command.add_to(app)
 split_commands.add_to(app)
 key_commands.add_to(app)
 usage_commands.add_to(app)
@@ -161,9 +186,13 @@ def _issuer(path: Path) -> OidcSettings:
 
 
 def _serve_until_told(
-    settings: ServeSettings, directory: StateDir, host: str, port: int, adapters: Path | None
+    settings: ServeSettings,
+    directory: StateDir,
+    address: tuple[str, int],
+    metrics: tuple[str, int | None],
+    adapters: Path | None,
 ) -> None:
-    from serve.local import local_server  # brings Ray: seconds that `--help` and `publish` need not wait
+    from serve.local import local_server, metrics_address  # bring Ray: seconds that `--help` need not wait
 
     for number in _STOP_SIGNALS:
         signal.signal(number, _stop)
@@ -172,13 +201,15 @@ def _serve_until_told(
     status = err.status("Starting Ray …")
     status.start()
 
+    told_at = metrics_address(*metrics)
+
     def show(ready: int) -> None:
         status.update(f"{ready} of {settings.replicas} engines ready …")
 
     try:
-        with local_server(settings, host, port, show) as url:
+        with local_server(settings, *address, show, told_at) as url:
             status.stop()
-            directory.announce(url)
+            directory.announce(url, f"http://{told_at[0]}:{told_at[1]}/metrics" if told_at else None)
             _print_ready(settings, directory, url)
             with _following(adapters, directory):
                 signal.pause()
@@ -203,6 +234,8 @@ def _print_ready(settings: ServeSettings, directory: StateDir, url: str) -> None
     err.print(
         f"Try: curl {url}/v1/chat/completions {key}-H 'content-type: application/json' -d '{json.dumps(example)}'"
     )
+    if metrics := directory.running_server().metrics:
+        err.print(f"Prometheus: {metrics}")
     err.print("Ctrl-C stops it.")
 
 

@@ -144,12 +144,52 @@ class AdmissionSettings(_Settings):
     )
 
 
+class MetricsSettings(_Settings):
+    """What a replica tells the exporter of its node."""
+
+    directory: Path | None = Field(
+        None, description="Where replicas of a node have their sockets, which its exporter reads; none: no metrics."
+    )
+    max_adapters: PositiveInt = Field(
+        100, description="Adapters that have series of their own: the busiest. The rest is counted as `(other)`."
+    )
+    identity_check_s: NonNegativeFloat = Field(
+        30.0, description="How often one adapter is asked again what it said when it was loaded; 0: never."
+    )
+
+
+class LogSettings(_Settings):
+    """What a replica writes down."""
+
+    format: Literal["json", "text"] = Field("json", description="One JSON document a line, or text.")
+    directory: Path | None = Field(
+        None, description="Where each replica writes REPLICA.log, in turns of 32 MiB; none: the standard error stream."
+    )
+    access_sample: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="Share of good answers that get a line; answers of 500 and more always do."
+    )
+
+
+class TracingSettings(_Settings):
+    """Traces over OTLP."""
+
+    endpoint: str | None = Field(
+        None, description="URL of an OTLP receiver, as http://HOST:4318/v1/traces; none: no traces."
+    )
+    sample: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0, description="Share of requests that are traced, unless their caller has decided."
+    )
+
+
 class ServeSettings(_Settings):
     """One base model behind one Ray Serve application."""
 
     engine: EngineSettings
     gateway: GatewaySettings
     admission: AdmissionSettings = AdmissionSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    log: LogSettings = LogSettings()
+    tracing: TracingSettings = TracingSettings()
     state_dir: Path = Field(description="Catalogue and adapter store, shared by all replicas.")
     state_url: str | None = Field(
         None, description="An object store that holds them for many machines; state_dir then is this machine's part."

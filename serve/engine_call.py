@@ -26,9 +26,11 @@ from serve.errors import (
 )
 from serve.forward import Peers, was_forwarded
 from serve.keys import Key
+from serve.metrics import BASE
 from serve.names import AdapterRevision, RequestedModel
 from serve.openai import error_response, wants_prompt_logprobs
 from serve.passage import Passage, Passages
+from serve.request_record import RequestRecord, record_of
 from serve.residency import AdapterPool
 from serve.rollout import Choice, Rollouts
 from serve.shadow import Shadows
@@ -76,10 +78,13 @@ class EngineCall:
         if wants_prompt_logprobs(fields) and not self._engine.gives_prompt_logprobs:
             raise PromptLogprobsUnavailable
         with self._passages.readers.watched(send) as watched:
-            choice = self._resolve(requested_model(fields), caller_of(scope), key_of(scope))
+            caller = caller_of(scope)
+            choice = self._resolve(requested_model(fields), caller, key_of(scope))
             if choice is None:
+                record_of(scope).means(BASE, self._base_model, caller)
                 await self._run_base(scope, fields, body, receive, watched)
             else:
+                record_of(scope).means(choice.adapter.name, choice.adapter.engine_name, caller)
                 await self._run_adapter(choice, scope, fields, receive, watched)
 
     def _resolve(self, model: str | None, caller: str, key: Key | None) -> Choice | None:
@@ -101,12 +106,13 @@ class EngineCall:
                 body = msgspec.json.encode(fields | passage.added)
             sent = with_content_length(scope, len(body))
             async with self._passages.places.place(caller_of(scope), self._base_model):
-                await self._run(sent, body, receive, saying(self._base_model, passage.telling(send)))
+                told = saying(self._base_model, record_of(scope), passage.telling(send))
+                await self._run(sent, body, receive, told)
 
     async def _run_adapter(self, choice: Choice, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
         adapter = choice.adapter
         body = msgspec.json.encode(fields | {"model": adapter.engine_name})
-        if await self._passed_on(adapter, with_content_length(scope, len(body)), body, send):
+        if await self._passed_on(adapter, with_content_length(scope, len(body)), body, record_of(scope), send):
             return  # whoever answers counts it
         async with self._passages.open(scope, adapter.name, fields, len(body)) as passage:
             witness = await self._run_on(adapter, choice, passage, scope, fields, receive, send)
@@ -126,8 +132,11 @@ class EngineCall:
         caller = caller_of(scope)
         body = msgspec.json.encode(fields | passage.added | {"model": adapter.engine_name})
         sent = with_content_length(scope, len(body))
+        record = record_of(scope)
+        record.queues(self._pool.level_of(adapter))
         async with self._pool.use(adapter, caller), self._passages.places.place(caller, adapter.name):
-            told = saying(adapter.engine_name, passage.telling(send))
+            record.runs()
+            told = saying(adapter.engine_name, record, passage.telling(send))
             witness = Witness(told, keeps_body=choice.shadow is not None)
             try:
                 await self._run(sent, body, receive, witness.send)
@@ -139,12 +148,16 @@ class EngineCall:
             self._rollouts.seen(adapter, witness.outcome())
         return witness
 
-    async def _passed_on(self, adapter: AdapterRevision, scope: Scope, body: bytes, send: Send) -> bool:
+    async def _passed_on(
+        self, adapter: AdapterRevision, scope: Scope, body: bytes, record: RequestRecord, send: Send
+    ) -> bool:
         """Whether a replica that holds the adapter has answered, where this one would have to evict or to wait."""
         if self._peers is None or self._pool.is_at_hand(adapter) or was_forwarded(scope):
             return False
         address = await self._peers.holder_of(adapter)
-        return address is not None and await self._peers.pass_on(address, scope, body, send)
+        if address is not None and await self._peers.pass_on(address, scope, body, record.watching(send)):
+            record.forwarded = True
+        return record.forwarded
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         client = Client(body, receive)
@@ -185,15 +198,9 @@ def known_models(base_model: str, catalogue: Catalogue, key: Key | None) -> set[
     return names if key is None else {name for name in names if key.may_use(name)}
 
 
-def saying(model: str, send: Send) -> Send:
-    """`send` with the header that tells what answered, whole or streaming."""
-
-    async def told(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), (MODEL_HEADER, model.encode())]}
-        await send(message)
-
-    return told
+def saying(model: str, record: RequestRecord, send: Send) -> Send:
+    """`send` with the header that tells what answered, whole or streaming, seen by the record."""
+    return record.watching(send, (MODEL_HEADER, model.encode()))
 
 
 async def _send_unavailable(send: Send) -> None:

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve.access import AccessLog
 from serve.admin import Admin
 from serve.authentication import Authentication
 from serve.caller import key_of
@@ -25,11 +26,15 @@ from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, Unknow
 from serve.forward import Peers
 from serve.keys import Key, KeyRing
 from serve.names import AdapterRevision, RequestedModel
+from serve.observed import Observed
 from serve.oidc import Issuer
 from serve.openai import ENGINE_ROUTES, error_response, model_card, model_list
 from serve.passage import Passages
+from serve.recorder import Recorder
+from serve.request_record import record_of
 from serve.residency import AdapterPool
 from serve.rollout import Rollouts
+from serve.tracing import Tracer
 from serve.usage_routes import UsageRoutes
 from serve.vllm_routes import VllmRoutes
 
@@ -53,6 +58,8 @@ class Gateway:
         rollouts: Rollouts | None = None,
         peers: Peers | None = None,
         passages: Passages | None = None,
+        recorder: Recorder | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """`rollouts` is what the replica's reports tell of; `peers` are the other replicas, if there are any;
         `passages` is what they share of limits and usage, by default nothing. Raises KeysInvalid."""
@@ -67,7 +74,9 @@ class Gateway:
         call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway, self.passages, rollouts, peers)
         http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
         http.router.redirect_slashes = False  # a path is public as it is listed, or not at all
-        self._http = guarded(http, settings.gateway)
+        recorder = recorder or Recorder(settings.metrics.max_adapters)
+        access = AccessLog(settings.log.access_sample)
+        self._http = Observed(guarded(http, settings.gateway), recorder, access, tracer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -141,21 +150,22 @@ def guarded(app: ASGIApp, settings: GatewaySettings) -> ASGIApp:
     return app
 
 
-async def _serve_error(_: Request, error: Exception) -> Response:
+async def _serve_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeError)
+    record_of(request.scope).failed(error.code, error.status)
     return error_response(error)
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     told = MethodNotAllowed if error.status_code == 405 else UnknownRoute
-    return error_response(told(request.method, request.url.path))
+    return await _serve_error(request, told(request.method, request.url.path))
 
 
-async def _bug(_: Request, error: Exception) -> Response:
+async def _bug(request: Request, error: Exception) -> Response:
     # The cause goes to the log, never to the caller.
-    logger.error("request failed", exc_info=error)
-    return error_response(ServeError("The server had an error while processing the request."))
+    logger.error("request failed", exc_info=error, extra={"request_id": record_of(request.scope).id})
+    return await _serve_error(request, ServeError("The server had an error while processing the request."))
 
 
 _EXCEPTION_HANDLERS = {ServeError: _serve_error, HTTPException: _http_exception, Exception: _bug}

@@ -14,6 +14,8 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ import psutil
 
 from serve.config import ServeSettings
 from serve.errors import EngineStartFailed, PortInUse
+from serve.exporter import DEFAULT_PORT
 
 _POLL_S = 0.2
 _SOCKETS = shutil.ignore_patterns("*.sock")
@@ -41,14 +44,17 @@ Progress = Callable[[int], None]
 
 
 @contextmanager
-def local_server(settings: ServeSettings, host: str, port: int, progress: Progress) -> Iterator[str]:
-    """Start Ray, Serve and the replicas; yields the URL once every replica is ready. Everything is stopped and
-    removed at the end. Raises PortInUse or EngineStartFailed."""
+def local_server(
+    settings: ServeSettings, host: str, port: int, progress: Progress, metrics: tuple[str, int] | None = None
+) -> Iterator[str]:
+    """Start Ray, Serve and the replicas; yields the URL once every replica is ready. `metrics`: host and port where
+    Prometheus may scrape. Everything is stopped and removed at the end. Raises PortInUse or EngineStartFailed."""
     check_port(host, port)
     directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX))
+    settings = _with_metrics(settings, directory / "metrics")
     try:
         os.environ.update(environment(directory, settings))
-        with _ray(directory, settings) as resources:
+        with _exporter(directory / "metrics", metrics), _ray(directory, settings) as resources:
             _require_gpus(resources, settings)
             _deploy(settings, host, port, progress)
             yield f"http://{host}:{port}"
@@ -64,14 +70,50 @@ def local_server(settings: ServeSettings, host: str, port: int, progress: Progre
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def check_port(host: str, port: int) -> None:
+def _with_metrics(settings: ServeSettings, directory: Path) -> ServeSettings:
+    return settings.model_copy(update={"metrics": settings.metrics.model_copy(update={"directory": directory})})
+
+
+@contextmanager
+def _exporter(directory: Path, address: tuple[str, int] | None) -> Iterator[None]:
+    """A process of its own, so that it goes on telling when Ray doesn't. Raises PortInUse."""
+    if address is None:
+        yield
+        return
+    host, port = address
+    check_port(host, port, "--metrics-port")
+    command = [sys.executable, "-m", "serve", "metrics", str(directory)]
+    process = subprocess.Popen(  # noqa: S603  (our own words)
+        [*command, "--host", host, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def metrics_address(host: str, port: int | None) -> tuple[str, int] | None:
+    """Where to tell metrics: at `port`, nowhere for 0; for None at the usual port, or at any if that is taken."""
+    if port is not None:
+        return (host, port) if port else None
+    try:
+        check_port(host, DEFAULT_PORT)
+    except PortInUse:
+        return host, _free_port()
+    return host, DEFAULT_PORT
+
+
+def check_port(host: str, port: int, option: str = "--port") -> None:
     """Raises PortInUse while there is still nothing to clean up."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise PortInUse(f"Can't listen on {host}:{port}: {error.strerror}. Choose another with --port.") from error
+            raise PortInUse(
+                f"Can't listen on {host}:{port}: {error.strerror}. Choose another with {option}."
+            ) from error
 
 
 def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:

@@ -18,6 +18,7 @@ from serve.catalogue import Catalogue
 from serve.engine import Engine
 from serve.entry import Cause
 from serve.errors import ServeError, StoreUnavailable
+from serve.events import NOBODY, Events
 from serve.log import CatalogueLog
 from serve.names import AdapterRevision, RequestedModel
 from serve.residency import AdapterPool
@@ -114,12 +115,18 @@ class Reconciler:
     address: Callable[[], str | None] = lambda: None
     passed_on: Callable[[], int] = int
     splits: Callable[[], dict[str, dict[str, Any]]] = dict
+    events: Events = NOBODY
     _latest: Catalogue = field(default_factory=Catalogue)  # what is being followed right now
     _proven: set[AdapterRevision] = field(default_factory=set)  # on this engine
     _failures: dict[AdapterRevision, ServeError] = field(default_factory=dict)
     _staging: dict[AdapterRevision, asyncio.Task[None]] = field(default_factory=dict)
     _repairs: deque[str] = field(default_factory=lambda: deque(maxlen=_SHOWN_REPAIRS))
     _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def failing(self) -> int:
+        """Revisions that could not be loaded or proven here."""
+        return len(self._failures)
 
     async def start(self) -> None:
         """Return when the replica holds what the catalogue asks for, as far as its engine can. Waits for a store that
@@ -139,6 +146,7 @@ class Reconciler:
         to. Never raises for an adapter; StoreUnavailable if the catalogue is out of reach."""
         async with self._syncing:
             latest = await asyncio.to_thread(self.log.follow, self.catalogue)
+            self.events.followed(latest.epoch)
             await self._apply(latest)
         for adapter, task in list(self._staging.items()):
             if adapter.engine_name == awaited:
@@ -148,6 +156,7 @@ class Reconciler:
     async def follow(self) -> None:
         """`sync` if the catalogue has something new; costs one look if it hasn't. Gives up what is overdue."""
         latest = await asyncio.to_thread(self.log.follow, self.catalogue)
+        self.events.followed(latest.epoch)
         for revision in latest.overdue(datetime.now(UTC)):
             why = f"its publish did not come to an end by {revision.until}: whoever coordinated it is gone"
             await asyncio.to_thread(self.log.abandon, revision.candidate, Cause("graft", why), revision.until)
@@ -211,7 +220,7 @@ class Reconciler:
         try:
             await self.pool.load(adapter)
             async with self.pool.use(adapter, patient=True):
-                await self.prove(candidate)
+                await self._prove(candidate)
             self._proven.add(adapter)
         except ServeError as error:
             self._failures[adapter] = error
@@ -222,6 +231,13 @@ class Reconciler:
         serves = self._latest.was_promoted(adapter)  # published again: what it is does not depend on this
         if known is None or (adapter in self._failures and not serves):
             await self.pool.retire([adapter])
+
+    async def _prove(self, candidate: Candidate) -> None:
+        try:
+            await self.prove(candidate)
+        except ServeError as error:
+            self.events.proof_failed(candidate.adapter, error)
+            raise
 
     def _forget_failures_except(self, adapters: Iterable[AdapterRevision]) -> None:
         self._failures = {it: self._failures[it] for it in adapters if it in self._failures}

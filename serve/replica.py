@@ -11,11 +11,15 @@ from typing import Any
 import ray
 from ray import serve as ray_serve
 
+from serve import logs
 from serve.admin import Admin
 from serve.admission import Admission
 from serve.config import ServeSettings
+from serve.counted import CountedControl
 from serve.engine import Engine
 from serve.errors import ReplicaUnreachable
+from serve.events import NOBODY, Events
+from serve.exposition import Exposition
 from serve.forward import Peers
 from serve.gateway import Gateway
 from serve.ledger import Ledgers
@@ -23,12 +27,16 @@ from serve.ledger_actor import ActorLedger
 from serve.ledger_redis import RedisLedger
 from serve.passage import Passages
 from serve.probe import Prover
-from serve.publish import Control, most_pinned
+from serve.publish import most_pinned
 from serve.reconcile import Reconciler, ReplicaReport
+from serve.recorder import Recorder
 from serve.residency import AdapterPool
 from serve.rollout import Rollouts
+from serve.sentinel import Sentinel
+from serve.snapshot import Snapshot
 from serve.state import StateDir
 from serve.store import AdapterStore
+from serve.tracing import tracer_of
 from serve.usage import Meter
 from serve.waiting import WaitLimits
 
@@ -46,17 +54,20 @@ class EngineReplica:
         from serve.vllm_engine import VllmEngine  # seconds of import, needed in replicas only
 
         self._settings = ServeSettings.model_validate(settings)
-        self._engine = await VllmEngine.start(self._settings.engine)
         context = ray_serve.get_replica_context()
+        replica = context.replica_id.unique_id
+        await self._begin_telling(replica)
+        self._engine = await VllmEngine.start(
+            self._settings.engine, self._recorder.engine_finished, self._settings.tracing.endpoint
+        )
         state = StateDir(self._settings.state_url or self._settings.state_dir, self._settings.state_dir)
         self._log, self._store = state.log, state.store
         self._ledgers = await ledgers_of(self._settings)
         self._meter = Meter(state.objects, self._settings.gateway.usage_flush_s)
-        self._pool = pool_of(self._engine, self._store, self._settings)
+        self._pool = pool_of(self._engine, self._store, self._settings, self._recorder)
         self._replicas = RayReplicas(context.app_name, self._settings.sync_timeout_s)
         self._admin = self._make_admin()
         self._rollouts = Rollouts(self._admin.give_up)
-        replica = context.replica_id.unique_id
         self._peers = Peers(replica, node_address(), self._replicas.report)
         self._reconciler = Reconciler(
             replica,
@@ -68,10 +79,15 @@ class EngineReplica:
             address=lambda: self._peers.address,
             passed_on=lambda: self._peers.passed_on,
             splits=self._rollouts.summaries,
+            events=self._recorder,
         )
+        self._tell_of_parts()
         await self._reconciler.start()
         self._meter.start()
+        self._snapshot.is_ready = True
+        logger.info("the replica is ready", extra={"event": "replica ready", "epoch": self._reconciler.catalogue.epoch})
         self._following = asyncio.create_task(self._follow())
+        self._watching = asyncio.create_task(self._watch_identity())
 
     async def __serve_build_asgi_app__(self) -> Gateway:
         return Gateway(
@@ -83,7 +99,25 @@ class EngineReplica:
             self._rollouts,
             self._peers if self._settings.replicas > 1 else None,
             Passages(self._settings.gateway, self._engine, self._ledgers, self._meter),
+            self._recorder,
+            self._tracer,
         )
+
+    async def _begin_telling(self, replica: str) -> None:
+        """Logs, metrics and traces, before there is an engine: a replica that never gets ready is seen."""
+        settings = self._settings
+        logs.set_up(settings.log, replica)
+        self._recorder = Recorder(settings.metrics.max_adapters)
+        self._snapshot = Snapshot(settings, self._recorder)
+        self._tracer = tracer_of(settings.tracing, replica)
+        if settings.metrics.directory:
+            self._exposition = Exposition(settings.metrics.directory, replica, self._snapshot)
+            await self._exposition.start()
+
+    def _tell_of_parts(self) -> None:
+        snapshot = self._snapshot
+        snapshot.engine, snapshot.pool, snapshot.reconciler = self._engine, self._pool, self._reconciler
+        snapshot.rollouts, snapshot.forwarded = self._rollouts, lambda: self._peers.passed_on
 
     def _make_admin(self) -> Admin:
         settings = self._settings
@@ -93,7 +127,13 @@ class EngineReplica:
             settings.admission,
             Admission(settings.engine, settings.admission),
             self._store,
-            Control(self._log, self._replicas, settings.sync_timeout_s, most_pinned(settings.engine.adapter_capacity)),
+            CountedControl(
+                self._log,
+                self._replicas,
+                settings.sync_timeout_s,
+                most_pinned(settings.engine.adapter_capacity),
+                self._recorder,
+            ),
         )
 
     async def sync(self, awaited: str | None = None) -> dict[str, Any]:
@@ -110,9 +150,16 @@ class EngineReplica:
         await self._engine.check_health()
 
     async def __del__(self) -> None:
-        if following := getattr(self, "_following", None):
-            following.cancel()
-            await asyncio.to_thread(self._meter.stop)
+        logger.info("the replica stops", extra={"event": "replica stops"})
+        for task in (getattr(self, "_following", None), getattr(self, "_watching", None)):
+            if task:
+                task.cancel()
+        if meter := getattr(self, "_meter", None):
+            await asyncio.to_thread(meter.stop)
+        if exposition := getattr(self, "_exposition", None):
+            exposition.close()
+        if tracer := getattr(self, "_tracer", None):
+            await asyncio.to_thread(tracer.shutdown)
         if engine := getattr(self, "_engine", None):
             engine.shutdown(timeout_s=5)
 
@@ -128,9 +175,21 @@ class EngineReplica:
                     await self._reconciler.audit()
                 failing = False
             except Exception:  # whatever it is, it may be over the next time
+                self._recorder.follow_failed()
                 if not failing:
                     logger.exception("could not follow the catalogue")
                 failing = True
+
+    async def _watch_identity(self) -> None:
+        settings = self._settings
+        tolerance_nats = settings.admission.golden_tolerance_nats
+        sentinel = Sentinel(self._engine, self._pool, tolerance_nats, self._recorder)
+        while period_s := settings.metrics.identity_check_s:
+            await asyncio.sleep(period_s)
+            try:
+                await sentinel.look()
+            except Exception:  # the engine's or the queue's trouble is told by those who have it
+                logger.debug("could not look at an adapter", exc_info=True)
 
 
 def node_address() -> str:
@@ -151,7 +210,7 @@ async def ledgers_of(settings: ServeSettings) -> Ledgers:
     return ledger
 
 
-def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings) -> AdapterPool:
+def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings, events: Events = NOBODY) -> AdapterPool:
     gateway = settings.gateway
     limits = WaitLimits(
         max_waiting=gateway.max_waiting_requests,
@@ -160,7 +219,12 @@ def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings) -> Ada
         turn_s=gateway.adapter_turn_s,
     )
     return AdapterPool(
-        engine, store, settings.engine.adapter_capacity, slots=settings.engine.max_active_adapters, limits=limits
+        engine,
+        store,
+        settings.engine.adapter_capacity,
+        slots=settings.engine.max_active_adapters,
+        limits=limits,
+        events=events,
     )
 
 

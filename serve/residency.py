@@ -14,9 +14,11 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from itertools import islice
 
 from serve.engine import Engine
 from serve.errors import AdaptersExhausted, ServeError
+from serve.events import NOBODY, Events, Left, Level
 from serve.names import AdapterRevision
 from serve.prefetch import read_ahead
 from serve.store import AdapterStore
@@ -35,12 +37,14 @@ class AdapterPool:
         capacity: int,
         slots: int | None = None,
         limits: WaitLimits | None = None,
+        events: Events = NOBODY,
     ) -> None:
         """`slots`: adapters that may run at a time, at most `capacity`; one below it leaves a publish its place
         under any load. Default: all of them."""
         self._engine = engine
         self._store = store
         self._capacity = capacity
+        self._events = events
         self._resident: OrderedDict[AdapterRevision, None] = OrderedDict()  # least recently used first
         self._uses: Counter[AdapterRevision] = Counter()  # requests that run on it or wait for its load
         self._retired: set[AdapterRevision] = set()
@@ -56,8 +60,27 @@ class AdapterPool:
         return frozenset(self._resident)
 
     @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    @property
+    def kept(self) -> frozenset[AdapterRevision]:
+        """What is never evicted."""
+        return self._kept
+
+    @property
     def free(self) -> int:
         return max(0, self._capacity - len(self._resident))
+
+    def level_of(self, adapter: AdapterRevision) -> Level:
+        """Where a request for it would find it now."""
+        if adapter not in self._resident:
+            return "disk"
+        return "gpu" if adapter in self.turns.holding else "cpu"
+
+    def latest_used(self, count: int, without: frozenset[AdapterRevision]) -> list[AdapterRevision]:
+        """At most so many resident ones, latest used first."""
+        return list(islice((it for it in reversed(self._resident) if it not in without), count))
 
     def is_at_hand(self, adapter: AdapterRevision) -> bool:
         """Whether a request for it would neither wait for a slot nor push another adapter out."""
@@ -86,9 +109,12 @@ class AdapterPool:
         async with self._changing:
             lost = sorted(self.resident - await self._engine.resident_adapters())
             found = [f"the engine had lost {adapter}" for adapter in lost]
-            for adapter in lost:
+            for adapter, what in zip(lost, found, strict=True):
+                self._events.mended("lost", 1, what)
                 await self._reload(adapter)
             strangers = await self._engine.unload_strangers()
+            if strangers:
+                self._events.mended("stranger", strangers, "")
             return [*found, *([f"the engine held {strangers} adapters that nobody asked for"] if strangers else [])]
 
     async def retire(self, adapters: Iterable[AdapterRevision]) -> None:
@@ -134,14 +160,25 @@ class AdapterPool:
             task.exception()  # seen, even if everyone who waited for it has left
 
     async def _load(self, adapter: AdapterRevision) -> None:
+        try:
+            await self._fetch_and_load(adapter)
+        except Exception as error:
+            self._events.load_failed(adapter, error)
+            raise
+
+    async def _fetch_and_load(self, adapter: AdapterRevision) -> None:
         # The files come first: while they are on their way from far, others are loaded.
+        asked = time.monotonic()
         path = await asyncio.to_thread(self._store.path, adapter)
+        fetched = time.monotonic()
         async with self._changing:
             await self._make_room()
             began = time.monotonic()
             await self._engine.load_adapter(adapter, path)
+            took_s = time.monotonic() - began
             self._resident[adapter] = None
-            self.turns.loaded(adapter, time.monotonic() - began)
+            self.turns.loaded(adapter, took_s)
+            self._events.loaded(adapter, fetched - asked, took_s)
 
     async def _reload(self, adapter: AdapterRevision) -> None:
         try:
@@ -149,12 +186,12 @@ class AdapterPool:
         except ServeError:
             # Not resident any more: the next request for it tries again and tells its caller why it can't be.
             logger.exception("could not load %s again", adapter)
-            self._strike(adapter)
+            self._strike(adapter, "lost")
 
     async def _unload_if_idle(self, adapter: AdapterRevision) -> None:
         async with self._changing:
             if adapter in self._resident and not self._uses[adapter]:
-                await self._forget(adapter)
+                await self._forget(adapter, "retired")
 
     async def _make_room(self) -> None:
         while len(self._resident) >= self._capacity:
@@ -163,14 +200,15 @@ class AdapterPool:
                 raise AdaptersExhausted(self._capacity)
             # What requests wait for leaves last: it would be loaded again at once.
             waited_for = self.turns.waiting_adapters
-            await self._forget(next((adapter for adapter in idle if adapter not in waited_for), idle[0]))
+            await self._forget(next((adapter for adapter in idle if adapter not in waited_for), idle[0]), "evicted")
 
-    async def _forget(self, adapter: AdapterRevision) -> None:
+    async def _forget(self, adapter: AdapterRevision, reason: Left) -> None:
         # Forgotten before the await: a request arriving meanwhile must not pin an adapter that is leaving.
-        self._strike(adapter)
+        self._strike(adapter, reason)
         await self._engine.unload_adapter(adapter)
 
-    def _strike(self, adapter: AdapterRevision) -> None:
+    def _strike(self, adapter: AdapterRevision, reason: Left) -> None:
+        self._events.left(adapter, reason)
         del self._resident[adapter]
         self._retired.discard(adapter)
         self.turns.forget(adapter)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -168,6 +168,11 @@ class Rollouts:
         """A copy was not made, or not finished: users come first."""
         if score := self._scores.get(shadow.name):
             score.dropped += 1
+
+    @property
+    def scores(self) -> Mapping[str, Score]:
+        """By name."""
+        return self._scores
 
     def summaries(self) -> dict[str, dict[str, Any]]:
         return {name: score.summary() for name, score in self._scores.items()}

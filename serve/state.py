@@ -24,12 +24,13 @@ _DEFAULT_LOCAL = Path("graft-state")
 
 
 class RunningServer(BaseModel):
-    """What `publish` needs to find the server of a state directory."""
+    """What `publish` needs to find the server of a state directory; `metrics` is where Prometheus may scrape."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: str
     pid: int
+    metrics: str | None = None
 
 
 class StateDir:
@@ -91,8 +92,9 @@ class StateDir:
                 f"--state, or remove {self.root / _SERVER} if that process is something else."
             )
 
-    def announce(self, url: str) -> None:
-        (self.root / _SERVER).write_text(RunningServer(url=url, pid=os.getpid()).model_dump_json())
+    def announce(self, url: str, metrics: str | None = None) -> None:
+        server = RunningServer(url=url, pid=os.getpid(), metrics=metrics)
+        (self.root / _SERVER).write_text(server.model_dump_json())
 
     def withdraw(self) -> None:
         (self.root / _SERVER).unlink(missing_ok=True)

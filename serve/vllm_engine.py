@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import tempfile
 import types
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import REGISTRY
 from starlette.types import ASGIApp
 from vllm.config import LoRAConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -24,11 +27,13 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from serve.config import EngineSettings
 from serve.empty_adapter import save_empty_adapter
 from serve.errors import AdapterUnavailable, EngineStartFailed
 from serve.names import AdapterRevision
+from serve.recorder import Finished
 from serve.tokens import counter, step
 
 # On a CPU: no compilation (minutes of it for nothing), and a bounded KV cache, since vLLM would take half of
@@ -36,6 +41,12 @@ from serve.tokens import counter, step
 _CPU_ARGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(512 << 20))
 
 _USAGE = UsageContext.OPENAI_API_SERVER
+
+_PROBE = "probe-"  # how the ids of our own requests begin
+_MOST_KNOWN = 1 << 16  # requests whose adapter is remembered; vLLM tells nothing of those that are broken off
+
+# Told what the engine says of each request that has ended.
+Listener = Callable[[Finished], None]
 
 
 class VllmEngine:
@@ -50,12 +61,21 @@ class VllmEngine:
         self._reserved: frozenset[int] = frozenset()
 
     @classmethod
-    async def start(cls, settings: EngineSettings) -> VllmEngine:
-        """Load the model; returns when it can generate. Raises EngineStartFailed with vLLM's reason."""
-        args = parse_args(settings)
+    async def start(
+        cls, settings: EngineSettings, finished: Listener = lambda _: None, traces: str | None = None
+    ) -> VllmEngine:
+        """Load the model; returns when it can generate. `traces` is where its spans go, over OTLP. Raises
+        EngineStartFailed with vLLM's reason."""
+        if traces:  # vLLM speaks gRPC otherwise
+            os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        args = parse_args(settings, traces)
+        adapters = _AdaptersOfRequests()
         try:
             config = AsyncEngineArgs.from_cli_args(args).create_engine_config(_USAGE)
-            engine = AsyncLLM.from_vllm_config(config, usage_context=_USAGE)
+            engine = _Engine.from_vllm_config(
+                config, usage_context=_USAGE, stat_loggers=[_statistics(adapters, finished)]
+            )
+            engine.adapters = adapters
         except Exception as error:
             raise EngineStartFailed(f"vLLM can't serve this: {' '.join(str(error).split())}") from error
         engine.generate, engine.encode = _counted(engine.generate), _counted(engine.encode)
@@ -112,7 +132,7 @@ class VllmEngine:
         )
         request = self._requests[adapter] if adapter else None
         prompt = {"prompt_token_ids": list(token_ids[:position])}
-        answers = self._engine.generate(prompt, parameters, f"probe-{uuid.uuid4()}", lora_request=request)
+        answers = self._engine.generate(prompt, parameters, f"{_PROBE}{uuid.uuid4()}", lora_request=request)
         last = [answer async for answer in answers][-1]
         return float(last.outputs[0].logprobs[0][token].logprob)
 
@@ -204,21 +224,73 @@ async def _adding(
             yield answer
 
 
-def parse_args(settings: EngineSettings) -> argparse.Namespace:
+class _AdaptersOfRequests(OrderedDict[str, str | None]):
+    """The adapter's engine name by the id of a request; the oldest are forgotten."""
+
+    def asked(self, request_id: str, request: LoRARequest | None) -> None:
+        self[request_id] = request.lora_name if request else None
+        if len(self) > _MOST_KNOWN:
+            self.popitem(last=False)
+
+
+class _Engine(AsyncLLM):
+    """vLLM's statistics of a finished request name the request, not its adapter: remembered here."""
+
+    adapters: _AdaptersOfRequests
+
+    async def add_request(self, request_id: str, *args: Any, **options: Any) -> Any:
+        self.adapters.asked(request_id, options.get("lora_request"))
+        return await super().add_request(request_id, *args, **options)
+
+
+def _statistics(adapters: _AdaptersOfRequests, finished: Listener) -> type[PrometheusStatLogger]:
+    """vLLM's own Prometheus metrics, and `finished` for each request; once a request, nothing for a token."""
+
+    class Statistics(PrometheusStatLogger):
+        gauge_lora_info: Any
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            # It keeps a series for every set of adapters that ever ran together. serve.snapshot tells it instead.
+            told, self.gauge_lora_info = self.gauge_lora_info, None
+            if told is not None:
+                REGISTRY.unregister(told)
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *args: Any, **options: Any) -> None:
+            super().record(scheduler_stats, iteration_stats, *args, **options)
+            for it in iteration_stats.finished_requests if iteration_stats else ():
+                if it.request_id and not it.request_id.startswith(_PROBE):
+                    finished(_told(it, adapters.get(it.request_id)))
+
+    return Statistics
+
+
+def _told(stats: Any, engine_name: str | None) -> Finished:
+    return Finished(
+        engine_name=engine_name,
+        prompt_tokens=int(stats.num_prompt_tokens),
+        cached_tokens=max(0, int(stats.num_cached_tokens)),
+        generated_tokens=int(stats.num_generation_tokens),
+        token_s=float(stats.mean_time_per_output_token),
+    )
+
+
+def parse_args(settings: EngineSettings, traces: str | None = None) -> argparse.Namespace:
     """Settings and the user's own vLLM arguments through vLLM's parser. Raises EngineStartFailed."""
     parser = make_arg_parser(_Parser(prog="vllm_args"))
-    args: argparse.Namespace = parser.parse_args(command_line(settings))
+    args: argparse.Namespace = parser.parse_args(command_line(settings, traces))
     validate_parsed_serve_args(args)
     return args
 
 
-def command_line(settings: EngineSettings) -> list[str]:
+def command_line(settings: EngineSettings, traces: str | None = None) -> list[str]:
     """Ours first, so that the user's arguments win where vLLM takes the last one."""
     platform = _CPU_ARGS if current_platform.is_cpu() else ()
     return [
         *("--model", str(settings.model_path), "--served-model-name", settings.model_name),
         *platform,
         *_lora_args(settings, 2 if current_platform.is_cpu() else 0),
+        *(("--otlp-traces-endpoint", traces) if traces else ()),
         *settings.vllm_args,
     ]
 

@@ -68,6 +68,20 @@ class Turns:
         self._timer: asyncio.TimerHandle | None = None
 
     @property
+    def slots(self) -> int:
+        return self._count
+
+    @property
+    def holding(self) -> frozenset[AdapterRevision]:
+        """Adapters that have a slot, whether a request runs on them or not."""
+        return frozenset(self._slots)
+
+    @property
+    def waiting_requests(self) -> dict[AdapterRevision, int]:
+        """How many wait for each adapter that is waited for."""
+        return {adapter: len(queue) for adapter, queue in self._queues.items()}
+
+    @property
     def waiting(self) -> int:
         """Requests that wait for a slot."""
         return self._callers.total()

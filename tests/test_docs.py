@@ -11,7 +11,17 @@ from pydantic import BaseModel
 
 import convert.errors
 import serve.errors
-from serve.config import AdmissionSettings, EngineSettings, GatewaySettings, OidcSettings, ServeSettings
+from serve.config import (
+    AdmissionSettings,
+    EngineSettings,
+    GatewaySettings,
+    LogSettings,
+    MetricsSettings,
+    OidcSettings,
+    ServeSettings,
+    TracingSettings,
+)
+from serve.metrics import ALL, OF_EXPORTER
 from serve.openai import ENGINE_ROUTES
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +49,23 @@ def test_every_error_code_is_documented_and_every_documented_one_exists() -> Non
     assert first_column(page, "Serving") == codes(serve.errors.ServeError) | {"server_error", "invalid_settings"}
 
 
-@pytest.mark.parametrize("settings", [ServeSettings, EngineSettings, GatewaySettings, AdmissionSettings, OidcSettings])
+SETTINGS = [
+    ServeSettings, EngineSettings, GatewaySettings, AdmissionSettings, OidcSettings, MetricsSettings, LogSettings,
+    TracingSettings,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_every_setting_is_documented_and_every_documented_one_exists(settings: type[BaseModel]) -> None:
     assert first_column(DOCS / "settings.md", settings.__name__) == set(settings.model_fields)
+
+
+def test_every_metric_is_documented_as_it_is_and_every_documented_one_exists() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \| (\w+) \| (.*?) \| (.*) \|$", (DOCS / "metrics.md").read_text(), re.MULTILINE)
+
+    told = {name: (kind, tuple(re.findall(r"`(\w+)`", labels)), meaning) for name, kind, labels, meaning in rows}
+    assert told == {it.name: (it.kind, () if it in OF_EXPORTER else it.labels, it.help) for it in ALL}
+    assert len(rows) == len(ALL)
 
 
 def test_every_public_route_is_documented() -> None:

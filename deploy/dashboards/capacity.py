@@ -1,0 +1,86 @@
+"""Whether there is enough of it: slots, host memory, KV cache, queues, replicas."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Dashboard
+
+from deploy.dashboards.panels import (
+    OF_ADAPTER,
+    OF_MODEL,
+    OF_NODE,
+    RATE,
+    Parts,
+    board,
+    filled,
+    lines,
+    number,
+    rate,
+    row,
+    share,
+)
+
+
+def capacity() -> Dashboard:
+    made = board("graft-capacity", "Graft / Capacity", "What is used of what there is, and what more would be for.")
+    return filled(made, (*_used(), *_adapters(), *_work()))
+
+
+def _of(used: str, there: str) -> str:
+    return share(f"sum({used}{{{OF_MODEL}}})", f"sum({there}{{{OF_MODEL}}})")
+
+
+def _used() -> Parts:
+    return (
+        row("In use"),
+        number("Slots", _of("graft_adapter_slots_used", "graft_adapter_slots"), "percentunit",
+               "Engine slots that an adapter has.", warns=0.9, alarms=1, width=4),
+        number("Host memory", _of("graft_adapters_resident", "graft_adapters_resident_limit"), "percentunit",
+               "Places for resident adapters.", warns=0.9, alarms=1, width=4),
+        number("Queue", _of("graft_requests_waiting", "graft_requests_waiting_limit"), "percentunit",
+               "Of the requests that may wait.", warns=0.5, alarms=0.8, width=4),
+        number("KV cache", f"max(vllm:kv_cache_usage_perc{{{OF_MODEL}}})", "percentunit", "The fullest replica.",
+               warns=0.8, alarms=0.95, width=4),
+        number("Cold requests",
+               share(f'sum(rate(graft_adapter_hits_total{{{OF_ADAPTER},level="disk"}}[5m])) or vector(0)',
+                     f"sum(rate(graft_adapter_hits_total{{{OF_ADAPTER}}}[5m]))"), "percentunit",
+               "Of those that want an adapter: they waited for a load.", warns=0.05, alarms=0.3, width=4),
+        number("Replicas", f"count(graft_replica_up{{{OF_NODE}}} == 1)", "short", "That tell their metrics.", width=4),
+    )  # fmt: skip
+
+
+def _adapters() -> Parts:
+    return (
+        row("Adapters: the working set and the places"),
+        lines("Working set", [(_asked("5m"), "asked in 5 minutes"), (_asked("1h"), "asked in an hour"),
+                              (f"min(graft_adapters_resident_limit{{{OF_MODEL}}})", "places in host memory"),
+                              (f"min(graft_adapter_slots{{{OF_MODEL}}})", "slots")], "short",
+              "Adapters with a series of their own, the base model among them. Above the places: loads without end."),
+        lines("Registered, resident, in slots", [(f"max(graft_adapters_registered{{{OF_MODEL}}})", "registered"),
+                                                 (f"max(graft_adapters_resident{{{OF_MODEL}}})", "resident"),
+                                                 (f"max(graft_adapter_slots_used{{{OF_MODEL}}})", "in slots")], "short",
+              "The fullest replica."),
+        lines("Time spent loading", [(rate("graft_adapter_load_seconds_sum", OF_MODEL, "replica"), "{{replica}}")],
+              "percentunit", "Of every second; near 1 the engine does little else."),
+    )  # fmt: skip
+
+
+def _asked(window: str) -> str:
+    return f"count(sum by (adapter) (increase(graft_requests_total{{{OF_ADAPTER}}}[{window}])) > 0) or vector(0)"
+
+
+def _work() -> Parts:
+    return (
+        row("Work by replica"),
+        lines("Requests", [(rate("graft_requests_total", OF_MODEL, "replica"), "{{replica}}")], "reqps",
+              "Uneven: see the requests that were passed on.", stacked=True),
+        lines("Passed on to a holder", [(rate("graft_forwarded_requests_total", OF_MODEL, "replica"), "{{replica}}")],
+              "reqps", "Another replica had the adapter."),
+        lines("Generated tokens", [(rate("vllm:generation_tokens_total", OF_MODEL, "replica"), "{{replica}}")], "short",
+              "A second.", stacked=True),
+        lines("In flight", [(f"sum by (replica) (graft_requests_in_flight{{{OF_MODEL}}})", "{{replica}}")], "short",
+              "Arrived and not answered yet.", stacked=True),
+        lines("KV cache", [(f"max by (replica) (vllm:kv_cache_usage_perc{{{OF_MODEL}}})", "{{replica}}")],
+              "percentunit", "Of each replica.", highest=1),
+        lines("CPU", [(f"sum by (replica) (rate(process_cpu_seconds_total{{{OF_NODE}}}[{RATE}]))", "{{replica}}")],
+              "short", "Cores of each replica's process."),
+    )  # fmt: skip

@@ -1,0 +1,35 @@
+"""`python -m serve metrics`: one scrape for all replicas of a machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serve.exporter import DEFAULT_PORT, Exporter, listen
+from serve.output import err, told_errors
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(name="metrics")(metrics)
+
+
+def metrics(
+    directory: Annotated[Path, typer.Argument(help="Where the replicas of this machine have their sockets.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
+    certificate: Annotated[
+        list[Path] | None, typer.Option(help="A PEM file whose end is told, too, for an alert ahead of it. Repeatable.")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(min=0.1, help="A replica that takes longer is told as down.")] = 2.0,
+) -> None:
+    """Tell Prometheus the metrics of all replicas of this machine, in one scrape at /metrics.
+
+    A process of its own, which outlives replicas and Ray. `run` starts one by itself; in Kubernetes it is a sidecar
+    that shares the directory of `metrics.directory`.
+    """
+    with told_errors():
+        server = listen(Exporter(directory, tuple(certificate or ()), timeout_s), host, port)
+    err.print(f"Metrics of {directory} at http://{host}:{port}/metrics")
+    server.serve_forever()

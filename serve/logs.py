@@ -1,0 +1,75 @@
+"""Logs of a replica: one JSON document a line, or text for people."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from serve.config import LogSettings
+
+_FILE_BYTES, _FILES = 32 << 20, 4
+_KEPT = 40
+# What the logging module itself puts into a record; everything else is a field of ours.
+_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "vllm_process_name"}
+
+
+class JsonLines(logging.Formatter):
+    """Time (UTC), level, logger, message, and every field of `extra`."""
+
+    def __init__(self, **constant: str) -> None:
+        super().__init__()
+        self._constant = constant
+
+    def format(self, record: logging.LogRecord) -> str:
+        document: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **self._constant,
+            **fields_of(record),
+        }
+        if record.exc_info:
+            document["exception"] = self.formatException(record.exc_info)
+        return json.dumps(document, default=str, ensure_ascii=False)
+
+
+class TextLines(logging.Formatter):
+    """Time, level and message, and the fields as NAME=VALUE."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = " ".join(f"{name}={value}" for name, value in fields_of(record).items() if name != "event")
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = f"{when} {record.levelname} {record.getMessage()} {fields}".rstrip()
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _forget_old(directory: Path) -> None:
+    """Every replica that ever ran has a file of its own."""
+    files = sorted(directory.glob("*.log*"), key=lambda it: it.stat().st_mtime, reverse=True)
+    for path in files[_KEPT:]:
+        path.unlink(missing_ok=True)
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, object]:
+    """What was told beside the message, without what is not known."""
+    return {name: value for name, value in vars(record).items() if name not in _OWN and value is not None}
+
+
+def set_up(settings: LogSettings, replica: str) -> None:
+    """What this package logs goes where the settings say. Called once in a process."""
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if settings.directory:
+        settings.directory.mkdir(parents=True, exist_ok=True)
+        _forget_old(settings.directory)
+        path = settings.directory / f"{replica}.log"
+        handler = RotatingFileHandler(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")
+    handler.setFormatter(JsonLines(replica=replica) if settings.format == "json" else TextLines())
+    logger = logging.getLogger(__package__)
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
