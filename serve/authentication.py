@@ -9,6 +9,7 @@ from serve.errors import InvalidApiKey, ServeError
 from serve.keys import Key, KeyRing
 from serve.oidc import Issuer, looks_like_token
 from serve.openai import error_response
+from serve.request_record import record_of
 
 # Asked by whatever watches the server; says nothing.
 _PUBLIC = frozenset({"/health"})
@@ -30,7 +31,7 @@ class Authentication:
         try:
             key = await self._find(secret) if secret else None
         except ServeError as error:
-            await error_response(error)(scope, receive, send)
+            await _refuse(error, scope, receive, send)
             return
         path: str = scope["path"]
         if key is not None:
@@ -38,13 +39,18 @@ class Authentication:
         elif path in _PUBLIC or path.startswith(_ADMIN):
             await self._app(scope, receive, send)
         else:
-            await error_response(InvalidApiKey(given=bool(secret)))(scope, receive, send)
+            await _refuse(InvalidApiKey(given=bool(secret)), scope, receive, send)
 
     async def _find(self, secret: str) -> Key | None:
         key = self._keys.find(secret) if self._keys else None
         if key is None and self._issuer and looks_like_token(secret):
             key = await self._issuer.find(secret)
         return key
+
+
+async def _refuse(error: ServeError, scope: Scope, receive: Receive, send: Send) -> None:
+    record_of(scope).failed(error.code, error.status)
+    await error_response(error)(scope, receive, send)
 
 
 def secret_of(scope: Scope) -> str:
