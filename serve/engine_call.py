@@ -24,7 +24,7 @@ from serve.errors import (
     PromptLogprobsUnavailable,
     UnknownModel,
 )
-from serve.forward import Peers, was_forwarded
+from serve.forward import Peers, check_meant, forwarded_to
 from serve.keys import Key
 from serve.metrics import BASE
 from serve.names import AdapterRevision, RequestedModel
@@ -73,6 +73,7 @@ class EngineCall:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._engine.is_dead:
             raise EngineUnavailable
+        check_meant(scope, self._peers.replica if self._peers else None)
         body = await read_body(receive, self._settings.max_body_bytes, self._settings.body_timeout_s)
         fields = parse_fields(body)
         if wants_prompt_logprobs(fields) and not self._engine.gives_prompt_logprobs:
@@ -152,10 +153,10 @@ class EngineCall:
         self, adapter: AdapterRevision, scope: Scope, body: bytes, record: RequestRecord, send: Send
     ) -> bool:
         """Whether a replica that holds the adapter has answered, where this one would have to evict or to wait."""
-        if self._peers is None or self._pool.is_at_hand(adapter) or was_forwarded(scope):
+        if self._peers is None or self._pool.is_at_hand(adapter) or forwarded_to(scope) is not None:
             return False
-        address = await self._peers.holder_of(adapter)
-        if address is not None and await self._peers.pass_on(address, scope, body, record.watching(send)):
+        holder = await self._peers.holder_of(adapter)
+        if holder is not None and await self._peers.pass_on(holder, scope, body, record.watching(send)):
             record.forwarded = True
         return record.forwarded
 

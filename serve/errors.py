@@ -272,6 +272,13 @@ class EngineUnavailable(Unavailable):
         super().__init__("The engine of this replica stopped and is being replaced; try again.")
 
 
+class WrongReplica(Unavailable):
+    code = "wrong_replica"
+
+    def __init__(self) -> None:
+        super().__init__("This request was passed on to a replica that is not here; try again.")
+
+
 class StartError(ServeError):
     """A mistake found before there is a server: the command line prints it and exits with 1."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import httpx
 from starlette.types import Scope, Send
 
-from serve.errors import ServeError
+from serve.errors import ServeError, WrongReplica
 from serve.names import AdapterRevision
 from serve.reconcile import ReplicaReport
 
@@ -28,6 +28,14 @@ _CONNECT_TIMEOUT_S = 1.0
 _SPARE_REQUESTS = 4
 _REQUEST_ID = b"x-request-id"  # Ray Serve adds it to every answer of every replica
 _OF_ONE_HOP = frozenset({b"host", b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Another replica, and where it listens."""
+
+    replica: str
+    address: str
 
 
 @dataclass
@@ -53,24 +61,30 @@ class Peers:
         if self.address is None and scope.get("server"):
             self.address = f"{self.host}:{scope['server'][1]}"
 
-    async def holder_of(self, adapter: AdapterRevision) -> str | None:
-        """Where a replica listens that would run it at once; None if there is none, or nobody knows in time."""
+    async def holder_of(self, adapter: AdapterRevision) -> Holder | None:
+        """A replica that would run it at once; None if there is none, or nobody knows in time."""
         await self._refresh()
         own = next((it.running_requests for it in self._reports if it.replica == self.replica), 0)
         fit = [
-            it
+            (it.running_requests, it.replica, it.address)
             for it in self._reports
             if it.address and it.replica != self.replica and adapter.engine_name in it.resident
             if not it.waiting_requests and it.running_requests <= 2 * own + _SPARE_REQUESTS
         ]
-        return self._from_here(min(fit, key=lambda it: it.running_requests).address) if fit else None
+        if not fit:
+            return None
+        _, replica, address = min(fit)
+        return Holder(replica, self._from_here(address))
 
-    async def pass_on(self, address: str, scope: Scope, body: bytes, send: Send) -> bool:
-        """Have the replica at `address` answer; False if it can't, and nothing was sent yet."""
+    async def pass_on(self, holder: Holder, scope: Scope, body: bytes, send: Send) -> bool:
+        """Have that replica answer; False if it can't, and nothing was sent yet."""
         request = self._client.build_request(
             "POST",
-            httpx.URL(f"http://{address}{scope['path']}", query=scope.get("query_string", b"")),
-            headers=[*(it for it in scope["headers"] if it[0] not in _OF_ONE_HOP), (FORWARDED_HEADER, b"1")],
+            httpx.URL(f"http://{holder.address}{scope['path']}", query=scope.get("query_string", b"")),
+            headers=[
+                *(it for it in scope["headers"] if it[0] not in _OF_ONE_HOP),
+                (FORWARDED_HEADER, holder.replica.encode()),
+            ],
             content=body,
         )
         try:
@@ -92,10 +106,10 @@ class Peers:
             await send({"type": "http.response.body", "body": b""})
         return True
 
-    def _from_here(self, address: str | None) -> str | None:
+    def _from_here(self, address: str) -> str:
         """On the same machine by loopback, as Ray Serve's proxy does: the replicas of a server that listens on
         loopback listen nowhere else."""
-        host, _, port = (address or "").rpartition(":")
+        host, _, port = address.rpartition(":")
         return f"{_LOOPBACK}:{port}" if host == self.host else address
 
     async def _refresh(self) -> None:
@@ -110,5 +124,14 @@ class Peers:
                     self._reports = await self.ask()
 
 
-def was_forwarded(scope: Scope) -> bool:
-    return any(name == FORWARDED_HEADER for name, _ in scope["headers"])
+def forwarded_to(scope: Scope) -> bytes | None:
+    """The replica that another one passed this request on to; None if it came from outside."""
+    return next((value for name, value in scope["headers"] if name == FORWARDED_HEADER), None)
+
+
+def check_meant(scope: Scope, replica: str | None) -> None:
+    """Raises WrongReplica for a request that was passed on to another one than `replica`: ports are given away again,
+    and who listens there now may be a replica of another server."""
+    meant = forwarded_to(scope)
+    if meant is not None and (replica is None or meant != replica.encode()):
+        raise WrongReplica

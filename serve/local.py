@@ -175,6 +175,7 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]
     from ray import serve as ray_serve
 
     ray.init(
+        address="local",  # not the cluster that someone else may run on this machine
         num_cpus=max(os.cpu_count() or 1, int(settings.replicas * settings.cpus_per_replica) + 1),
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,

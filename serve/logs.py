@@ -57,7 +57,11 @@ def _forget_old(directory: Path) -> None:
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
     """What was told beside the message, without what is not known."""
-    return {name: value for name, value in vars(record).items() if name not in _OWN and not name.startswith("_") and value is not None}
+    return {
+        name: value
+        for name, value in vars(record).items()
+        if name not in _OWN and not name.startswith("_") and value is not None
+    }
 
 
 def set_up(settings: LogSettings, replica: str) -> None:

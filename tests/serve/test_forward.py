@@ -167,10 +167,20 @@ async def test_a_forwarded_request_is_not_forwarded_again(fleet: Fleet) -> None:
 
     async with httpx.AsyncClient() as client:
         response = await client.post(
-            f"{here.url}/v1/completions", json={"model": "adapter-0"}, headers={"x-graft-forwarded": "1"}
+            f"{here.url}/v1/completions", json={"model": "adapter-0"}, headers={"x-graft-forwarded": "replica-0"}
         )
 
     assert response.text.startswith("replica 0")
+
+
+async def test_a_replica_that_was_not_meant_does_not_answer(fleet: Fleet) -> None:
+    """A port is given away again: there may be a replica of another server behind it."""
+    here, there = fleet.replicas
+    await fill(there, "adapter-0")
+    await fill(here, "adapter-2", "adapter-3")
+    there.peers.replica = "replica-of-another-server"
+
+    assert (await here.ask("adapter-0")).startswith("replica 0")
 
 
 async def test_a_holder_that_died_is_done_without(fleet: Fleet) -> None:
