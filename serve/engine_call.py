@@ -166,6 +166,8 @@ class EngineCall:
         running = asyncio.ensure_future(self._engine.api(scope, client.receive, guard.send))
         try:
             await asyncio.shield(running)
+            if guard.replaced:
+                record_of(scope).failed(EngineUnavailable.code, EngineUnavailable.status)
         except asyncio.CancelledError:
             # Ray Serve tells a disconnect by cancelling this task; vLLM waits for the http.disconnect message
             # and would let the request run to its end.
@@ -182,14 +184,14 @@ class DeadEngineGuard:
     def __init__(self, engine: Engine, send: Send) -> None:
         self._engine = engine
         self._send = send
-        self._replaced = False
+        self.replaced = False
 
     async def send(self, message: Message) -> None:
         starts = message["type"] == "http.response.start"
         if starts and message["status"] >= 500 and self._engine.is_dead:
-            self._replaced = True
+            self.replaced = True
             await _send_unavailable(self._send)
-        elif not self._replaced:
+        elif not self.replaced:
             await self._send(message)
 
 

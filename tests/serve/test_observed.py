@@ -196,6 +196,18 @@ async def test_an_answer_of_the_engine_that_fails_is_counted_under_its_adapter(s
     assert server.told("graft_requests_total") == {("pirate", "500"): 1}
 
 
+async def test_an_engine_that_dies_under_a_request_is_the_reason_of_its_503(server: Server) -> None:
+    async def die(scope: Scope, receive: Receive, send: Send) -> None:
+        server.engine.is_dead = True
+        await respond(send, 500, b"{}")
+
+    server.engine.handler = die
+    assert (await server.ask("pirate")).status_code == 503
+
+    assert server.told("graft_requests_total") == {("pirate", "503"): 1}
+    assert server.told("graft_rejected_requests_total")[("engine_unavailable",)] == 1
+
+
 async def test_a_bug_is_counted_and_its_cause_is_in_the_log_with_the_request(server: Server) -> None:
     async def crash(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("the cause")
