@@ -13,12 +13,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve import openapi
 from serve.admin import Admin
 from serve.catalogue import Catalogue
 from serve.config import ServeSettings
 from serve.engine import Engine
 from serve.engine_call import EngineCall
-from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, UnknownModel, UnknownRoute
+from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, TaskUnsupported, UnknownModel, UnknownRoute
 from serve.forward import Peers
 from serve.names import AdapterRevision, RequestedModel
 from serve.openai import ENGINE_ROUTES, error_response, model_card, model_list
@@ -49,6 +50,7 @@ class Gateway:
         self._started = int(time.time())
         self._peers = peers
         self._listed: tuple[int, bytes] = (-1, b"")
+        self._openapi = bytes(JSONResponse(openapi.document(engine.openapi)).body)
         rollouts = rollouts or Rollouts(admin.give_up)
         call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway.max_body_bytes, rollouts, peers)
         self._http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
@@ -65,8 +67,11 @@ class Gateway:
             await send({"type": "websocket.close", "code": 1008})
 
     def _routes(self, call: ASGIApp, admin: Admin) -> list[Route]:
+        offered = openapi.offered(self._engine.openapi)
         return [
-            *(Route(path, call, methods=["POST"]) for path in ENGINE_ROUTES),
+            *(Route(path, call, methods=["POST"]) for path in offered),
+            *(Route(path, _not_offered, methods=["POST"]) for path in ENGINE_ROUTES if path not in offered),
+            Route("/openapi.json", self._describe),
             Route("/health", self._health),
             Route("/v1/models", self._list_models),
             Route("/v1/models/{name}", self._get_model),
@@ -78,6 +83,9 @@ class Gateway:
         if self._engine.is_dead:
             raise EngineUnavailable
         return Response(status_code=200)
+
+    async def _describe(self, _: Request) -> Response:
+        return Response(self._openapi, media_type="application/json")
 
     async def _list_models(self, _: Request) -> Response:
         catalogue = self._catalogue()
@@ -103,21 +111,25 @@ class Gateway:
         return model_card(current.name, current.engine_name, self._base_model, self._started)
 
 
-async def _serve_error(_: Request, error: Exception) -> Response:
+async def _not_offered(request: Request) -> Response:
+    raise TaskUnsupported(request.url.path)
+
+
+async def _serve_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeError)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     told = MethodNotAllowed if error.status_code == 405 else UnknownRoute
-    return error_response(told(request.method, request.url.path))
+    return error_response(told(request.method, request.url.path), request.url.path)
 
 
-async def _bug(_: Request, error: Exception) -> Response:
+async def _bug(request: Request, error: Exception) -> Response:
     # The cause goes to the log, never to the caller.
     logger.error("request failed", exc_info=error)
-    return error_response(ServeError("The server had an error while processing the request."))
+    return error_response(ServeError("The server had an error while processing the request."), request.url.path)
 
 
 _EXCEPTION_HANDLERS = {ServeError: _serve_error, HTTPException: _http_exception, Exception: _bug}

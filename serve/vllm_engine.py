@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ class VllmEngine:
     def api(self) -> ASGIApp:
         api: ASGIApp = self._api
         return api
+
+    @property
+    def openapi(self) -> Mapping[str, Any]:
+        document: Mapping[str, Any] = self._api.openapi()  # FastAPI makes it once
+        return document
 
     @property
     def is_dead(self) -> bool:
