@@ -11,6 +11,8 @@ import argparse
 import contextlib
 import json
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -69,6 +71,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8, help="about how long one load runs")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server is stopped then too
     with tempfile.TemporaryDirectory() as directory, SIDES[options.side](options.artifact, Path(directory)) as url:
         runs = visit(url, options.artifact / "model", options.rounds, options.seconds)
     options.out.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
@@ -85,11 +88,11 @@ def read_runs(path: Path) -> list[Run]:
 def visit(url: str, model: Path, rounds: int, seconds: float) -> list[Run]:
     """Every load `rounds` times, from the most callers to one and back, so that drift meets all of them."""
     cells = [Cell(concurrency, streams) for concurrency in CONCURRENCY for streams in (True, False)]
-    counts = {cell: requests_for(url, model, cell, seconds) for cell in cells}
+    counts = {concurrency: requests_for(url, model, concurrency, seconds) for concurrency in CONCURRENCY}
     runs = []
     for number in range(rounds):
         for cell in cells if number % 2 else reversed(cells):
-            runs.append(measured(url, model, cell, counts[cell], SEED + number))
+            runs.append(measured(url, model, cell, counts[cell.concurrency], SEED + number))
             run = runs[-1]
             print(
                 f"{cell.name:12} {run.told.requests_per_s:7.1f} requests/s, first token {run.told.ttft_p50_ms:6.1f} ms,"
@@ -100,10 +103,10 @@ def visit(url: str, model: Path, rounds: int, seconds: float) -> list[Run]:
     return runs
 
 
-def requests_for(url: str, model: Path, cell: Cell, seconds: float) -> int:
-    """As many as take about so long; also what warms the server up."""
-    told = gateway_load.generate(url, MODEL, model, cell, 2 * cell.concurrency + 8, seed=1)
-    return max(2 * cell.concurrency, 20, round(seconds * told.requests_per_s))
+def requests_for(url: str, model: Path, concurrency: int, seconds: float) -> int:
+    """As many as take about so long as streams; finding out warms the server up."""
+    told = gateway_load.generate(url, MODEL, model, Cell(concurrency, True), 2 * concurrency + 8, seed=1)
+    return max(2 * concurrency, 20, round(seconds * told.requests_per_s))
 
 
 def measured(url: str, model: Path, cell: Cell, requests: int, seed: int) -> Run:

@@ -11,7 +11,7 @@ from serve.replica import DEPLOYMENT, EngineReplica
 
 IMPORT_PATH = "serve.app:build"
 APP_NAME = "graft"
-# Ray's line for every request is a tenth of what it costs beside the engine, and goes to a file that nobody reads.
+# Ray's line for every request costs as much as all of Graft's own work on it, and goes to a file that nobody reads.
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 

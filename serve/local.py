@@ -109,6 +109,8 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         # A busy machine may take longer than the default 15 s to start Ray's agent.
         "RAY_raylet_start_wait_time_s": "120",
         "VLLM_NO_USAGE_STATS": "1",
+        # One request may ask for as many answers as with OpenAI; vLLM would take 16384.
+        "VLLM_MAX_N_SEQUENCES": os.environ.get("VLLM_MAX_N_SEQUENCES", "128"),
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         # The model is a directory on this machine: nothing may ask a hub.

@@ -42,6 +42,10 @@ _OWN_SCHEMAS: dict[str, Any] = {
         },
     },
     "GraftAnthropicError": {
+        "description": "Anthropic's shape; vLLM tells a body that doesn't fit in OpenAI's.",
+        "anyOf": [{"$ref": "#/components/schemas/GraftMessagesError"}, {"$ref": "#/components/schemas/GraftError"}],
+    },
+    "GraftMessagesError": {
         "type": "object",
         "required": ["type", "error"],
         "properties": {

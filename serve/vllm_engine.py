@@ -23,6 +23,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from serve.config import EngineSettings
 from serve.errors import AdapterUnavailable, EngineStartFailed
+from serve.misread import tell_misread
 from serve.names import AdapterRevision
 
 # On a CPU: no compilation (minutes of it for nothing), and a bounded KV cache, since vLLM would take half of
@@ -54,6 +55,7 @@ class VllmEngine:
         tasks = await engine.get_supported_tasks()
         api = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, api.state, args, tasks)
+        tell_misread(api)
         # vLLM's handler for a dead engine sets `.should_exit` on its HTTP server; here Ray Serve owns that.
         api.state.server = types.SimpleNamespace()
         return cls(engine, api)

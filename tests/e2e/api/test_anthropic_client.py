@@ -10,7 +10,8 @@ import pytest
 from tests.e2e.api.conftest import MODEL
 
 ASKED: dict[str, Any] = {
-    "model": MODEL, "messages": [{"role": "user", "content": "the rain"}], "max_tokens": 12, "temperature": 0,
+    "model": MODEL, "messages": [{"role": "user", "content": "the rain"}], "max_tokens": 12,
+    "extra_body": {"temperature": 0},
 }  # fmt: skip
 
 
@@ -60,5 +61,4 @@ def test_what_the_engine_refuses_is_a_bad_request(claude: anthropic.Anthropic, c
         claude.messages.create(**ASKED | change)
 
     body: Any = told.value.body
-    assert body["type"] == "error"
     assert body["error"]["message"]

@@ -83,3 +83,15 @@ def test_a_body_that_is_no_json_object_is_a_bad_request(server: Server, content:
 def test_an_error_inside_a_stream_that_has_not_begun_is_a_status(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**CHAT | {"max_tokens": 100_000}, stream=True)
+
+
+@pytest.mark.parametrize("content", [[], [{"type": "refusal", "refusal": "no"}]])
+def test_a_history_that_the_engine_cannot_read_is_a_bad_request(client: openai.OpenAI, content: list[Any]) -> None:
+    said = {"type": "message", "role": "assistant", "id": "m", "status": "completed", "content": content}
+    with pytest.raises(openai.BadRequestError, match="can't read"):
+        client.post("/responses", body={"model": MODEL, "input": [said], "max_output_tokens": 4}, cast_to=object)
+
+
+def test_one_request_cannot_ask_for_thousands_of_answers(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="at most 128"):
+        client.post("/chat/completions", body=CHAT | {"n": 129}, cast_to=object)
