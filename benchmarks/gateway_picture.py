@@ -13,7 +13,7 @@ from benchmarks.gateway_side import CONCURRENCY, Run
 _LABELS = {"bare": "vLLM's API server", "graft": "Graft"}
 _COLOURS = {"bare": "0.55", "graft": "#2a9d5c"}
 # Of the processor time outside the engine, from below.
-_KINDS = {"api server": "0.55", "replica": "#2a9d5c", "haproxy": "#3b6fb6", "rest": "#e08a1e"}
+_KINDS = {"api_server": "0.55", "replica": "#2a9d5c", "haproxy": "#3b6fb6", "rest": "#e08a1e"}
 _WIDTH = 0.38
 
 

@@ -38,7 +38,7 @@ _KINDS = (
     ("EngineCore", "engine"),
     ("haproxy", "haproxy"),
     ("ray::ServeReplica", "replica"),
-    ("vllm.entrypoints.openai.api_server", "api server"),
+    ("vllm.entrypoints.openai.api_server", "api_server"),
 )
 
 
