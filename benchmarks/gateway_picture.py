@@ -33,7 +33,7 @@ def draw(visits: Mapping[str, Sequence[Sequence[Run]]], path: Path) -> None:
     panels[2].set_title("first token of a stream, p50, ms", loc="left", fontsize=10)
     panels[2].set_yscale("log")
     _stacks(panels[3], visits, sides)
-    panels[3].set_title("CPU-ms per streamed request outside the engine", loc="left", fontsize=10)
+    panels[3].set_title("CPU-ms a streamed request, engine excluded", loc="left", fontsize=10)
     for axes in panels:
         axes.set_xticks(range(len(CONCURRENCY)), list(map(str, CONCURRENCY)))
         axes.set_xlabel("callers at once")

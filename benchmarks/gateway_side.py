@@ -113,19 +113,21 @@ def measured(url: str, model: Path, cell: Cell, requests: int, seed: int) -> Run
     began, before, all_before, own = time.monotonic(), cpu_seconds(), busy_seconds(), time.process_time()
     told = gateway_load.generate(url, MODEL, model, cell, requests, seed)
     took_s, after = time.monotonic() - began, cpu_seconds()
-    used = {kind: after[kind] - before.get(kind, 0) for kind in after}
+    used: dict[str, float] = {}
+    for process, (kind, seconds) in after.items():
+        used[kind] = used.get(kind, 0) + seconds - before.get(process, ("", 0.0))[1]
     others = busy_seconds() - all_before - sum(used.values()) - (time.process_time() - own)
     return Run(cell, told, used, took_s, max(0.0, others / took_s))
 
 
-def cpu_seconds() -> dict[str, float]:
-    """Processor time so far of every process below this one, by kind."""
-    seconds: dict[str, float] = {}
+def cpu_seconds() -> dict[psutil.Process, tuple[str, float]]:
+    """Every process below this one: its kind, and its processor time so far."""
+    found = {}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            times, kind = process.cpu_times(), kind_of(process)
-            seconds[kind] = seconds.get(kind, 0) + times.user + times.system
-    return seconds
+            times = process.cpu_times()
+            found[process] = (kind_of(process), times.user + times.system)
+    return found
 
 
 def kind_of(process: psutil.Process) -> str:
