@@ -8,7 +8,7 @@ RUN = $(VENV)/bin/python
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo serve observe test lint unit bench-convert bench-routes bench-swap clean
+.PHONY: help environment demo serve observe test lint unit bench-convert bench-routes bench-swap bench-gateway clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -39,6 +39,9 @@ bench-routes: environment ## What each way of conversion keeps: KL, size (minute
 
 bench-swap: environment ## A hot-swap under load: time, failures, latency (minutes)
 	@$(RUN) -m benchmarks.swap
+
+bench-gateway: environment ## What the gateway costs beside vLLM's own API server (half an hour)
+	@$(RUN) -m benchmarks.gateway
 
 lint: environment ## Style and types
 	@$(RUN) -m ruff check

@@ -64,6 +64,7 @@ def graft(artifacts: Sequence[Path], home: Path, replicas: int, room: Room) -> I
     print(f"starting Graft with {replicas} engines …", flush=True)
     options = (
         *("--replicas", str(replicas), "--base-name", "base"),
+        *("--max-lora-rank", "16"),  # as on the other side
         *("--keep-previous", "0"),  # so that every swap loads what it swaps in, as it does on the other side
         *("--max-active-adapters", str(room.slots), "--max-resident-adapters", str(room.resident)),
         *(f"--vllm-arg={name}={value}" for name, value in zip(COMMON_ARGS[::2], COMMON_ARGS[1::2], strict=True)),
@@ -86,6 +87,7 @@ def bare(model: Path, home: Path, count: int, room: Room) -> Iterator[list[str]]
                 *("--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
                 *("--enable-lora", "--max-lora-rank", "16", "--max-loras", str(room.slots)),
                 *("--max-cpu-loras", str(room.resident + 1), *COMMON_ARGS),
+                "--disable-uvicorn-access-log",
             ]
             server = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(), start_new_session=True)
             stack.callback(stop, server)

@@ -50,7 +50,7 @@ class Authentication:
 
 async def _refuse(error: ServeError, scope: Scope, receive: Receive, send: Send) -> None:
     record_of(scope).failed(error.code, error.status)
-    await error_response(error)(scope, receive, send)
+    await error_response(error, scope["path"])(scope, receive, send)
 
 
 def secret_of(scope: Scope) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp
 
@@ -18,6 +18,11 @@ class Engine(Protocol):
     def api(self) -> ASGIApp:
         """The engine's own HTTP application: it takes engine names as `model`, and has routes that must
         never be reachable from outside."""
+        ...
+
+    @property
+    def openapi(self) -> Mapping[str, Any]:
+        """The OpenAPI document of `api`, with all of its routes."""
         ...
 
     @property

@@ -4,6 +4,7 @@ ServeError                    500 server_error
 ├── UnknownModel              404 model_not_found         no such model or adapter
 ├── UnknownRoute              404 route_not_found         no such path
 ├── MethodNotAllowed          405 method_not_allowed      the path takes other methods
+├── TaskUnsupported           400 task_unsupported        a public route that this kind of model can't answer
 ├── InvalidBody               400 invalid_body            not JSON, or `model` is not a string
 ├── BodyTooLarge              413 body_too_large
 ├── Unauthorized              401 invalid_admin_token     the admin API without its token
@@ -90,6 +91,15 @@ class MethodNotAllowed(InvalidRequest):
 
     def __init__(self, method: str, path: str) -> None:
         super().__init__(f"Not allowed to {method} on {path}.")
+
+
+class TaskUnsupported(InvalidRequest):
+    """A 400 and not a 501: clients repeat what a server can't do, and this won't work the next time."""
+
+    code, param = "task_unsupported", "model"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"The model that is served here can't answer {path}: it generates text.")
 
 
 class InvalidBody(InvalidRequest):

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve import openapi
 from serve.access import AccessLog
 from serve.admin import Admin
 from serve.authentication import Authentication
@@ -22,7 +23,7 @@ from serve.catalogue import Catalogue
 from serve.config import GatewaySettings, ServeSettings
 from serve.engine import Engine
 from serve.engine_call import EngineCall, known_models
-from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, UnknownModel, UnknownRoute
+from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, TaskUnsupported, UnknownModel, UnknownRoute
 from serve.forward import Peers
 from serve.keys import Key, KeyRing
 from serve.names import AdapterRevision, RequestedModel
@@ -70,6 +71,7 @@ class Gateway:
         self._peers = peers
         self._listed: tuple[int, bytes] = (-1, b"")
         self.passages = passages or Passages(settings.gateway, engine)
+        self._openapi = bytes(JSONResponse(openapi.document(engine.openapi)).body)
         rollouts = rollouts or Rollouts(admin.give_up)
         call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway, self.passages, rollouts, peers)
         http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
@@ -89,8 +91,11 @@ class Gateway:
             await send({"type": "websocket.close", "code": 1008})
 
     def _routes(self, call: ASGIApp, admin: Admin) -> list[Route]:
+        offered = openapi.offered(self._engine.openapi)
         return [
-            *(Route(path, call, methods=["POST"]) for path in ENGINE_ROUTES),
+            *(Route(path, call, methods=["POST"]) for path in offered),
+            *(Route(path, _not_offered, methods=["POST"]) for path in ENGINE_ROUTES if path not in offered),
+            Route("/openapi.json", self._describe),
             Route("/health", self._health),
             Route("/v1/models", self._list_models),
             Route("/v1/models/{name}", self._get_model),
@@ -103,6 +108,9 @@ class Gateway:
         if self._engine.is_dead:
             raise EngineUnavailable
         return Response(status_code=200)
+
+    async def _describe(self, _: Request) -> Response:
+        return Response(self._openapi, media_type="application/json")
 
     async def _list_models(self, request: Request) -> Response:
         catalogue = self._catalogue()
@@ -150,10 +158,14 @@ def guarded(app: ASGIApp, settings: GatewaySettings) -> ASGIApp:
     return app
 
 
+async def _not_offered(request: Request) -> Response:
+    raise TaskUnsupported(request.url.path)
+
+
 async def _serve_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServeError)
     record_of(request.scope).failed(error.code, error.status)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _http_exception(request: Request, error: Exception) -> Response:

@@ -35,6 +35,7 @@ _SOCKETS = shutil.ignore_patterns("*.sock")
 _PROXY_TIMEOUT_S = 60
 # Ray's own sockets live below its directory, and a path of a Unix socket holds 107 bytes: keep it short.
 _TEMPORARY_PREFIX = "graft-"
+_HAPROXY_THREADS = 4
 # Requests and answers never pass through it.
 _OBJECT_STORE_BYTES = 100 << 20
 
@@ -124,6 +125,14 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         # One hop: HAProxy passes bytes on to the process that holds the engine, which runs one event loop.
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        # A thread for each replica, up to Ray's default: threads that wake each other cost a third of HAProxy's time.
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(_HAPROXY_THREADS, settings.replicas)),
+        # What Ray does by itself, whether anyone asks or not: its control loop less often than ten times a second,
+        # and no metrics of Ray's own, which come out of a port that nobody is told.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_enable_metrics_collection": "0",
         # A replica whose engine died answers 503: another one gets the request.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
         "RAY_SERVE_HAPROXY_RETRIES": "3",
@@ -145,6 +154,8 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         # A busy machine may take longer than the default 15 s to start Ray's agent.
         "RAY_raylet_start_wait_time_s": "120",
         "VLLM_NO_USAGE_STATS": "1",
+        # One request may ask for as many answers as with OpenAI; vLLM would take 16384.
+        "VLLM_MAX_N_SEQUENCES": os.environ.get("VLLM_MAX_N_SEQUENCES", "128"),
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         # The model is a directory on this machine: nothing may ask a hub.

@@ -22,6 +22,14 @@ ENGINE_ROUTES: tuple[str, ...] = (
     "/detokenize",
 )
 
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 _NO = frozenset({b"null", b"false"})
 
@@ -38,9 +46,21 @@ def wants_prompt_logprobs(fields: Mapping[str, Any]) -> bool:
     return said["prompt_logprobs"] != b"null" or (said["echo"] not in _NO and of_generated)
 
 
-def error_response(error: ServeError) -> JSONResponse:
+def error_response(error: ServeError, path: str = "") -> JSONResponse:
+    """The answer in the shape that clients of `path` read."""
     retry = {"retry-after": str(error.retry_after_s)} if error.retry_after_s else {}
-    return JSONResponse(error.body(), status_code=error.status, headers={**error.headers, **retry})
+    body = anthropic_body(error) if is_anthropic(path) else error.body()
+    return JSONResponse(body, status_code=error.status, headers={**error.headers, **retry})
+
+
+def is_anthropic(path: str) -> bool:
+    return path.startswith("/v1/messages")
+
+
+def anthropic_body(error: ServeError) -> dict[str, Any]:
+    """Anthropic's shape, with Graft's own code beside it."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error), "code": error.code}}
 
 
 def model_card(name: str, root: str, parent: str | None, created: int) -> dict[str, Any]:

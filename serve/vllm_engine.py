@@ -10,7 +10,7 @@ import tempfile
 import types
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from serve.config import EngineSettings
 from serve.empty_adapter import save_empty_adapter
 from serve.errors import AdapterUnavailable, EngineStartFailed
+from serve.misread import tell_misread
 from serve.names import AdapterRevision
 from serve.recorder import Finished
 from serve.tokens import counter, step
@@ -82,6 +83,7 @@ class VllmEngine:
         tasks = await engine.get_supported_tasks()
         api = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, api.state, args, tasks)
+        tell_misread(api)
         # vLLM's handler for a dead engine sets `.should_exit` on its HTTP server; here Ray Serve owns that.
         api.state.server = types.SimpleNamespace()
         started = cls(engine, api)
@@ -93,6 +95,11 @@ class VllmEngine:
     def api(self) -> ASGIApp:
         api: ASGIApp = self._api
         return api
+
+    @property
+    def openapi(self) -> Mapping[str, Any]:
+        document: Mapping[str, Any] = self._api.openapi()  # FastAPI makes it once
+        return document
 
     @property
     def is_dead(self) -> bool:

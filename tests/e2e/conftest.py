@@ -20,7 +20,10 @@ from examples.server import running_server
 from tests.convert import parts
 
 REPLICAS = 2
-ENGINE_OPTIONS = ("--vllm-arg=--max-model-len=2048", f"--vllm-arg=--kv-cache-memory-bytes={64 << 20}")
+ENGINE_OPTIONS = (
+    *("--vllm-arg=--max-model-len=2048", f"--vllm-arg=--kv-cache-memory-bytes={64 << 20}"),
+    *("--vllm-arg=--enable-auto-tool-choice", "--vllm-arg=--tool-call-parser=hermes"),
+)
 # Few slots, so that a handful of adapters is more than fits.
 SLOTS, RESIDENT = 2, 4
 SLOT_OPTIONS = ("--max-active-adapters", str(SLOTS), "--max-resident-adapters", str(RESIDENT))

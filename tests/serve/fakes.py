@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
 from serve.errors import AdapterUnavailable
 from serve.names import AdapterRevision
+from serve.openai import ENGINE_ROUTES
 
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -34,6 +36,13 @@ class FakeEngine:
         self.gives_prompt_logprobs = True
         self.vocabulary_size = 272
         self.context_tokens = 64
+        self.routes = ENGINE_ROUTES
+
+    @property
+    def openapi(self) -> Mapping[str, Any]:
+        """Its routes, and one that must not be public."""
+        operation = {"post": {"responses": {"200": {"description": "an answer"}}}}
+        return {"openapi": "3.1.0", "paths": dict.fromkeys((*self.routes, "/scale_elastic_ep"), operation)}
 
     async def api(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.handler(scope, receive, send)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,23 @@ def log(tmp_path: Path) -> CatalogueLog:
     return log
 
 
+MakeGateway = Callable[[], Awaitable[Gateway]]
+
+
 @pytest.fixture
-async def gateway(engine: FakeEngine, log: CatalogueLog, store: AdapterStore, tmp_path: Path) -> Gateway:
+async def gateway(make_gateway: MakeGateway) -> Gateway:
+    return await make_gateway()
+
+
+@pytest.fixture
+def make_gateway(engine: FakeEngine, log: CatalogueLog, store: AdapterStore, tmp_path: Path) -> MakeGateway:
+    async def make() -> Gateway:
+        return await gateway_of(engine, log, store, tmp_path)
+
+    return make
+
+
+async def gateway_of(engine: FakeEngine, log: CatalogueLog, store: AdapterStore, tmp_path: Path) -> Gateway:
     settings = ServeSettings(
         engine=EngineSettings(model_path=tmp_path, model_name="small-llama", fingerprint=BASE, max_lora_rank=16),
         gateway=GatewaySettings(max_body_bytes=MAX_BODY_BYTES, admin_tokens={"admin": sha256(TOKEN)}),
@@ -81,9 +96,13 @@ async def gateway(engine: FakeEngine, log: CatalogueLog, store: AdapterStore, tm
 
 @pytest.fixture
 async def client(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(gateway, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://graft") as client:
+    async with calling(gateway) as client:
         yield client
+
+
+def calling(gateway: Gateway) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(gateway, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://graft")
 
 
 async def seen_by_engine(client: httpx.AsyncClient, body: str, path: str = "/v1/completions") -> dict[str, Any]:
@@ -128,7 +147,7 @@ async def test_every_public_route_reaches_the_engine(client: httpx.AsyncClient, 
         ("POST", "/start_profile"),
         ("POST", "/invocations"),
         ("GET", "/metrics"),
-        ("GET", "/openapi.json"),
+        ("GET", "/docs"),
         ("POST", "/v1/completions/"),
         ("POST", "/v1/../scale_elastic_ep"),
         ("POST", "//v1/load_lora_adapter"),
@@ -405,3 +424,42 @@ async def test_what_would_stop_an_engine_with_adapters_never_reaches_it(
         assert answer.status_code == status
         if status == 400:
             assert answer.json()["error"]["code"] == "prompt_logprobs_unavailable"
+
+
+async def test_the_description_names_every_public_route_and_no_other(client: httpx.AsyncClient) -> None:
+    described = (await client.get("/openapi.json")).json()["paths"]
+
+    own = {"/health", "/v1/models", "/v1/models/{name}"}
+    assert set(described) == {*ENGINE_ROUTES, *own}
+
+
+async def test_a_route_that_the_model_cannot_answer_is_refused_and_not_unknown(
+    engine: FakeEngine, make_gateway: MakeGateway
+) -> None:
+    engine.routes = tuple(path for path in ENGINE_ROUTES if path != "/v1/embeddings")
+    async with calling(await make_gateway()) as client:
+        response = await client.post("/v1/embeddings", json={"model": "pirate", "input": "hi"})
+        described = (await client.get("/openapi.json")).json()["paths"]
+
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "task_unsupported")
+    assert "/v1/embeddings" not in described
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+@pytest.mark.parametrize(
+    ("body", "status", "kind", "code"),
+    [
+        (b'{"model": "nobody"}', 404, "not_found_error", "model_not_found"),
+        (b"[]", 400, "invalid_request_error", "invalid_body"),
+        (b'{"prompt": "' + b"a" * MAX_BODY_BYTES + b'"}', 413, "request_too_large", "body_too_large"),
+    ],
+)
+async def test_errors_of_anthropics_routes_have_anthropics_shape(
+    client: httpx.AsyncClient, path: str, body: bytes, status: int, kind: str, code: str
+) -> None:
+    response = await client.post(path, content=body)
+
+    told = response.json()
+    assert response.status_code == status
+    assert (told["type"], told["error"]["type"], told["error"]["code"]) == ("error", kind, code)
+    assert told["error"]["message"]

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+
+from serve import openapi
+from serve.openai import ENGINE_ROUTES
+
+ENGINE: dict[str, Any] = {
+    "openapi": "3.1.0",
+    "info": {"title": "FastAPI", "version": "0.1.0"},
+    "paths": {
+        "/v1/completions": {
+            "post": {
+                "tags": ["internal"],
+                "requestBody": {
+                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Completion"}}}
+                },
+                "responses": {
+                    "200": {"description": "OK", "content": {"application/json": {}, "text/event-stream": {}}},
+                    "422": {"description": "Validation Error", "content": {"application/json": {}}},
+                    "501": {"description": "Not Implemented"},
+                },
+            }
+        },
+        "/v1/messages": {"post": {"responses": {"200": {"description": "OK"}}}},
+        "/v1/load_lora_adapter": {
+            "post": {"requestBody": {"$ref": "#/components/schemas/Secret"}, "responses": {"200": {}}}
+        },
+        "/metrics": {"get": {"responses": {"200": {}}}},
+    },
+    "components": {
+        "schemas": {
+            "Completion": {"properties": {"options": {"$ref": "#/components/schemas/Options"}}},
+            "Options": {"properties": {"again": {"$ref": "#/components/schemas/Completion"}}},
+            "Secret": {"type": "string"},
+        }
+    },
+}
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    return openapi.document(ENGINE)
+
+
+def test_only_public_routes_that_the_engine_has_are_described(document: dict[str, Any]) -> None:
+    engine_routes = set(document["paths"]) & set(ENGINE["paths"])
+
+    assert engine_routes == {"/v1/completions", "/v1/messages"} == set(openapi.offered(ENGINE))
+    assert engine_routes < set(ENGINE_ROUTES)
+
+
+def test_schemas_come_along_with_what_they_refer_to_and_no_others(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+
+    assert {"Completion", "Options"} < set(schemas)
+    assert "Secret" not in json.dumps(document)
+
+
+def test_what_is_never_answered_is_not_declared_and_what_the_gateway_answers_is(document: dict[str, Any]) -> None:
+    answers = document["paths"]["/v1/completions"]["post"]["responses"]
+
+    assert set(answers) == {"200", "400", "404", "413", "429", "500", "501", "503"}
+    assert answers["200"] == ENGINE["paths"]["/v1/completions"]["post"]["responses"]["200"]
+    assert answers["501"]["content"]["application/json"]["schema"]["$ref"].endswith("/GraftError")
+
+
+def test_errors_of_each_route_are_described_in_the_shape_that_it_has(document: dict[str, Any]) -> None:
+    for path, schema in (("/v1/completions", "GraftError"), ("/v1/messages", "GraftAnthropicError")):
+        told = document["paths"][path]["post"]["responses"]["404"]["content"]["application/json"]["schema"]
+        assert told == {"$ref": f"#/components/schemas/{schema}"}
+
+
+@pytest.mark.parametrize("name", ["GraftError", "GraftAnthropicError", "GraftModel", "GraftModelList"])
+def test_every_schema_of_ours_is_one(document: dict[str, Any], name: str) -> None:
+    jsonschema.Draft202012Validator.check_schema(document["components"]["schemas"][name])
