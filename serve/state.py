@@ -10,6 +10,7 @@ import secrets
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serve.bucket import Bucket
@@ -30,6 +31,7 @@ class RunningServer(BaseModel):
 
     url: str
     pid: int
+    started: float | None = None  # of that process: in a new container another may soon have its number
 
 
 class StateDir:
@@ -88,7 +90,9 @@ class StateDir:
             )
 
     def announce(self, url: str) -> None:
-        (self.root / _SERVER).write_text(RunningServer(url=url, pid=os.getpid()).model_dump_json())
+        (self.root / _SERVER).write_text(
+            RunningServer(url=url, pid=os.getpid(), started=_start_of(os.getpid())).model_dump_json()
+        )
 
     def withdraw(self) -> None:
         (self.root / _SERVER).unlink(missing_ok=True)
@@ -102,7 +106,7 @@ class StateDir:
                 f"No server runs on the state directory {self.root}. "
                 "Start one with: python -m serve run ARTIFACT --state DIR"
             ) from error
-        if not _is_alive(server.pid):
+        if not _is_alive(server):
             raise ServerNotRunning(f"The server of {self.root} (process {server.pid}) is gone; start it again.")
         return server
 
@@ -111,5 +115,14 @@ def sha256(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _is_alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+def _is_alive(server: RunningServer) -> bool:
+    started = _start_of(server.pid)
+    return started is not None and server.started in (None, started)
+
+
+def _start_of(pid: int) -> float | None:
+    """Seconds since the epoch; None if there is no such process."""
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:
+        return None
