@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from serve import commands, split_commands
+from serve import commands, size_command, split_commands
 from serve.bundle import Bundle
 from serve.commands import DEFAULT_STATE, LocalOption, StateOption
 from serve.config import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
@@ -116,6 +116,7 @@ def run(
 
 commands.add_to(app)
 split_commands.add_to(app)
+app.command()(size_command.size)
 
 
 def _serve_until_told(
