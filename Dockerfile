@@ -89,6 +89,7 @@ RUN grep -E '^(hatchling|packaging|pathspec|pluggy|trove-classifiers)==' deploy/
 COPY convert convert
 COPY serve serve
 RUN python -m pip install --no-deps --no-build-isolation --prefix /layer/opt/graft . \
+ && install -m 755 deploy/image/drain_node.py /layer/opt/graft/bin/drain-node \
  && python -m compileall -q -s /layer --invalidation-mode unchecked-hash /layer
 
 # The list of what is in an image, as CycloneDX JSON; Debian's packages are in /var/lib/dpkg/status.

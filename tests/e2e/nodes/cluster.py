@@ -123,6 +123,17 @@ class Cluster:
             time.sleep(1)
         raise AssertionError(f"not {replicas} running replicas: {self._application()}")
 
+    def wait_until_wanted(self, more_than: int) -> int:
+        """How many replicas autoscaling wants, once these are more than that."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while time.monotonic() < deadline:
+            deployments = self._application().get("deployments", {}).values()
+            wanted = sum(it["target_num_replicas"] for it in deployments)
+            if wanted > more_than:
+                return int(wanted)
+            time.sleep(1)
+        raise AssertionError(f"never more than {more_than} replicas are wanted: {self._application()}")
+
     def _application(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self._rest("GET") or "{}").get("applications", {}).get(APP_NAME, {})
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.manifests import only, rendered
+from tests.deploy.manifests import ROOT, only, rendered
 from tests.e2e.conftest import Story
 from tests.e2e.nodes.cluster import Cluster, cluster, possible
 from tests.e2e.nodes.load import CALLERS, Outcome
@@ -98,6 +99,19 @@ def test_a_new_version_of_the_application_rolls_out_without_a_failed_request(nod
     assert outcome.answered > 0
 
 
+def test_a_pod_that_is_deleted_drains_its_node_first(nodes: Cluster) -> None:
+    """As its preStop does, with no room for a replacement anywhere."""
+    with load(nodes, "french", "tiny-llama") as outcome:
+        nodes.run(2, sys.executable, ROOT / "deploy" / "image" / "drain_node.py", "60")
+        assert nodes.addresses_of_replicas() == [nodes.address(1)]
+        nodes.kill(2)
+        time.sleep(10)
+
+    assert outcome.failed == []
+    nodes.start(2)
+    nodes.wait_until_running(WORKERS)
+
+
 def test_a_node_that_dies_costs_only_what_ran_on_it(nodes: Cluster) -> None:
     with load(nodes, "french", "tiny-llama") as outcome:
         nodes.kill(2)
@@ -114,6 +128,22 @@ def test_the_node_comes_back_and_serves_again(nodes: Cluster) -> None:
         nodes.start(2)
         nodes.wait_until_running(WORKERS)
 
+    assert outcome.failed == []
+
+
+def test_more_requests_than_wanted_ask_for_more_replicas(nodes: Cluster) -> None:
+    """The configuration of prod, with a target that these few callers exceed; there is no room for a third."""
+    text: str = only(rendered("prod"), "RayService")["spec"]["serveConfigV2"]
+    low = re.sub("target_ongoing_requests: .*", "target_ongoing_requests: 1", text)
+    low = re.sub("upscale_delay_s: .*", "upscale_delay_s: 1", low)
+    before = nodes.replica_ids()
+
+    with load(nodes, "french", "tiny-llama") as outcome:
+        nodes.deploy(low)
+        wanted = nodes.wait_until_wanted(more_than=WORKERS)
+
+    assert wanted <= 8
+    assert before <= nodes.replica_ids()
     assert outcome.failed == []
 
 
