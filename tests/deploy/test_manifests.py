@@ -131,7 +131,8 @@ def wanted(template: Document) -> set[tuple[str, str]]:
             kind = "ConfigMap" if "configMapRef" in source else "Secret"
             found.add((kind, next(iter(source.values()))["name"]))
         for variable in container.get("env", []):
-            found.add(("Secret", variable["valueFrom"]["secretKeyRef"]["name"]))
+            if secret := variable["valueFrom"].get("secretKeyRef"):
+                found.add(("Secret", secret["name"]))
     return found
 
 

@@ -88,7 +88,7 @@ class Cluster:
         role = (
             ["--head", "--dashboard-host=0.0.0.0", "--num-cpus=0"]
             if node == 0
-            else [f"--address={self.address(0)}:6379", "--num-cpus=1"]
+            else [f"--address={self.address(0)}:6379", "--num-cpus=2"]
         )
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={self.address(node)}"]
         self.run(node, *command, "--object-store-memory=104857600", *role)
