@@ -59,6 +59,19 @@ def test_artifact_and_tokens_become_what_they_stand_for(
     assert (settings.gateway.max_wait_s, settings.replicas) == (5, 2)
 
 
+def test_a_model_goes_by_the_name_that_is_said(make_artifact: MakeArtifact, tokens: Path, tmp_path: Path) -> None:
+    settings = settings_of(
+        write(
+            tmp_path / "settings.yaml",
+            engine={"artifact": str(make_artifact("a").root), "model_name": "house-model"},
+            gateway={"admin_tokens_dir": str(tokens)},
+            state_dir=str(tmp_path / "state"),
+        )
+    )
+
+    assert settings.engine.model_name == "house-model"
+
+
 def test_settings_said_in_full_are_taken_as_they_are(tmp_path: Path) -> None:
     plain = {
         "engine": {"model_path": str(tmp_path), "model_name": "base", "fingerprint": "b" * 64},
