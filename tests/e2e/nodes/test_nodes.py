@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.manifests import ROOT, only, rendered
+from tests.deploy.manifests import ROOT, only, pod_templates, rendered
 from tests.e2e.conftest import Story
 from tests.e2e.nodes.cluster import Cluster, cluster, possible
 from tests.e2e.nodes.load import CALLERS, Outcome
@@ -76,6 +76,23 @@ def load(nodes: Cluster, *models: str) -> Iterator[Outcome]:
 
 def test_every_node_but_the_head_holds_one_engine(nodes: Cluster) -> None:
     assert nodes.addresses_of_replicas() == [nodes.address(1), nodes.address(2)]
+
+
+def test_every_probe_of_the_manifests_is_answered_without_a_token(nodes: Cluster) -> None:
+    service = only(rendered("dev-ray"), "RayService")
+    for node, (name, template) in enumerate(pod_templates(service)):
+        container = template["spec"]["containers"][0]
+        ports = {it["name"]: it["containerPort"] for it in container["ports"]}
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            asked = container[probe]["httpGet"]
+            url = f"http://{nodes.address(node)}:{ports.get(asked['port'], asked['port'])}{asked['path']}"
+            assert nodes.run(0, "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", url) == "200", (name, probe)
+
+
+def test_ray_takes_nobody_without_its_token(nodes: Cluster) -> None:
+    url = f"http://{nodes.address(0)}:8265/api/serve/applications/"
+
+    assert nodes.run(1, "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", url) == "401"
 
 
 def test_an_adapter_is_published_to_all_nodes_under_load(nodes: Cluster) -> None:
