@@ -7,6 +7,7 @@ from typing import Any
 from ray.serve import Application, Deployment
 
 from serve.config import ServeSettings
+from serve.deployed import settings_of
 from serve.replica import DEPLOYMENT, EngineReplica
 
 IMPORT_PATH = "serve.app:build"
@@ -16,8 +17,9 @@ _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The builder that Ray Serve imports in its own process; `args` are ServeSettings as plain data."""
-    settings = ServeSettings.model_validate(args)
+    """The builder that Ray Serve imports in its own process; `args` are ServeSettings as plain data,
+    or the file that says them."""
+    settings = settings_of(args)
     deployment: Deployment = EngineReplica  # what the decorator makes of the class
     return deployment.options(
         num_replicas=settings.replicas,

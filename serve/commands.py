@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +43,21 @@ OneRevision = Annotated[str, typer.Argument(metavar="NAME@REVISION", help="As `s
 
 def add_to(app: typer.Typer) -> None:
     """Make every command below a command of `app`."""
-    commands = (publish, promote, rollback, abandon, retire, pin, unpin, list_adapters, show, history, apply, status)
+    commands = (
+        publish,
+        promote,
+        rollback,
+        abandon,
+        retire,
+        pin,
+        unpin,
+        list_adapters,
+        show,
+        history,
+        apply,
+        follow,
+        status,
+    )
     for command in commands:
         app.command(name=command.__name__.removesuffix("_adapters"))(command)
 
@@ -230,6 +246,27 @@ def apply(
         raise typer.Exit(1)
 
 
+def follow(
+    file: Annotated[Path, typer.Argument(help="adapters.yaml: which adapters there shall be.")],
+    state: StateOption = DEFAULT_STATE,
+    local: LocalOption = None,
+    url: UrlOption = None,
+) -> None:
+    """Apply a file to the running server now, and again whenever it changes, until Ctrl-C or SIGTERM.
+
+    A rollback that someone makes by hand stays until the file says something else.
+    """
+    from serve.watch import Watcher, watching
+
+    with told_errors():
+        directory = StateDir(state, local)
+        directory.prepare()
+        client = AdminClient.of(directory, url)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), watching(Watcher(file, client, _tell_line)):
+        signal.pause()
+
+
 def status(
     state: StateOption = DEFAULT_STATE, local: LocalOption = None, url: UrlOption = None, as_json: AsJson = False
 ) -> None:
@@ -249,6 +286,10 @@ def status(
         row = (replica["replica"], str(replica["epoch"]), held, str(replica["running_requests"]), failures, repairs)
         shown.add_row(*row)
     Console().print(shown)
+
+
+def _tell_line(line: str) -> None:
+    err.print(line, markup=False)
 
 
 def _client(state: str, local: Path | None, url: str | None) -> AdminClient:

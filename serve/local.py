@@ -185,6 +185,7 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]
     import ray
     from ray import serve as ray_serve
 
+    on_term = signal.getsignal(signal.SIGTERM)
     ray.init(
         address="local",  # not the cluster that someone else may run on this machine
         num_cpus=max(os.cpu_count() or 1, int(settings.replicas * settings.cpus_per_replica) + 1),
@@ -195,8 +196,8 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]
         _node_ip_address="127.0.0.1",
         _temp_dir=str(directory / "ray"),
     )
-    # Ray's native side took SIGTERM over and would abort on it: put the handler of this program back.
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    # Ray took SIGTERM over and would end with 15 on it: put the handler of this program back.
+    signal.signal(signal.SIGTERM, on_term)
     try:
         yield ray.cluster_resources()
     finally:

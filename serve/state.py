@@ -10,6 +10,7 @@ import secrets
 from functools import cached_property
 from pathlib import Path
 
+import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serve.bucket import Bucket
@@ -31,6 +32,7 @@ class RunningServer(BaseModel):
     url: str
     pid: int
     metrics: str | None = None
+    started: float | None = None  # of that process: in a new container another may soon have its number
 
 
 class StateDir:
@@ -93,7 +95,8 @@ class StateDir:
             )
 
     def announce(self, url: str, metrics: str | None = None) -> None:
-        server = RunningServer(url=url, pid=os.getpid(), metrics=metrics)
+        pid = os.getpid()
+        server = RunningServer(url=url, pid=pid, started=_start_of(pid), metrics=metrics)
         (self.root / _SERVER).write_text(server.model_dump_json())
 
     def withdraw(self) -> None:
@@ -108,7 +111,7 @@ class StateDir:
                 f"No server runs on the state directory {self.root}. "
                 "Start one with: python -m serve run ARTIFACT --state DIR"
             ) from error
-        if not _is_alive(server.pid):
+        if not _is_alive(server):
             raise ServerNotRunning(f"The server of {self.root} (process {server.pid}) is gone; start it again.")
         return server
 
@@ -117,5 +120,14 @@ def sha256(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _is_alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+def _is_alive(server: RunningServer) -> bool:
+    started = _start_of(server.pid)
+    return started is not None and server.started in (None, started)
+
+
+def _start_of(pid: int) -> float | None:
+    """Seconds since the epoch; None if there is no such process."""
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:
+        return None

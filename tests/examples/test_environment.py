@@ -88,7 +88,7 @@ def test_an_unknown_lock_is_refused_with_the_known_ones() -> None:
     finished = run_script("--lock", "tpu")
 
     assert finished.returncode == 1
-    assert "no lock 'tpu'; known: cpu\n" in finished.stderr
+    assert "no lock 'tpu'; known: cpu, cuda\n" in finished.stderr
 
 
 def test_a_lock_may_only_hold_exact_versions(create: ModuleType, tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ async def test_without_a_good_key_nothing_is_told(
     response = await client.request("POST" if path in ENGINE_ROUTES else "GET", path, headers=headers)
 
     assert code(response) == (401, "invalid_api_key")
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    kind = "authentication_error" if path.startswith("/v1/messages") else "invalid_request_error"
+    assert response.json()["error"]["type"] == kind
     assert response.headers["www-authenticate"] == "Bearer"
 
 

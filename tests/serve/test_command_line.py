@@ -22,7 +22,7 @@ from tests.serve.conftest import MakeArtifact, write_weights
 
 COMMANDS = (
     "run", "publish", "promote", "rollback", "abandon", "retire", "pin", "unpin", "list", "show", "history", "apply",
-    "status",
+    "follow", "status",
 )  # fmt: skip
 
 

@@ -1,0 +1,64 @@
+"""Settings as a deployment's file says them: by an artifact and a mounted secret, not by their digests.
+
+    engine:
+      artifact: /srv/graft/artifacts/base     # instead of model_path and fingerprint; model_name may be left out
+    gateway:
+      admin_tokens_dir: /srv/graft/admin      # instead of admin_tokens: a file LABEL.token for each
+
+Everything else is ServeSettings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve.bundle import Bundle
+from serve.config import ServeSettings
+from serve.errors import StateInvalid
+from serve.state import sha256
+
+_FILE = "settings_file"
+
+
+def settings_of(args: Mapping[str, Any]) -> ServeSettings:
+    """The arguments of the Ray Serve application: ServeSettings as plain data, or `settings_file`, a path to such a
+    document. Raises ValidationError, StateInvalid or ArtifactRefused."""
+    return ServeSettings.model_validate(args) if _FILE not in args else read_settings(Path(args[_FILE]))
+
+
+def read_settings(path: Path) -> ServeSettings:
+    """Raises ValidationError, StateInvalid if there is no such document, ArtifactRefused if the artifact is broken."""
+    document = _read(path)
+    engine, gateway = (dict(document.get(part) or {}) for part in ("engine", "gateway"))
+    if artifact := engine.pop("artifact", None):
+        bundle = Bundle.of([Path(artifact)], engine.get("model_name"))
+        engine |= {
+            "model_path": bundle.model_path,
+            "model_name": bundle.model_name,
+            "fingerprint": bundle.fingerprint,
+        }
+    if directory := gateway.pop("admin_tokens_dir", None):
+        gateway["admin_tokens"] = _tokens(Path(directory))
+    return ServeSettings.model_validate(document | {"engine": engine, "gateway": gateway})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StateInvalid(f"The settings file {path} can't be read: {error}") from error
+    if not isinstance(document, dict):
+        raise StateInvalid(f"The settings file {path} must hold ServeSettings as a YAML mapping.")
+    return document
+
+
+def _tokens(directory: Path) -> dict[str, str]:
+    """SHA-256 by label. Raises StateInvalid without any: nobody could publish."""
+    found = {path.stem: sha256(path.read_text().strip()) for path in sorted(directory.glob("*.token"))}
+    if not found:
+        raise StateInvalid(f"{directory} holds no LABEL.token: without one nobody could publish an adapter.")
+    return found

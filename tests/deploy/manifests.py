@@ -1,0 +1,92 @@
+"""The manifests as kubectl renders them, and the strict schemas that they are checked against."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
+KUBERNETES = "1.34"
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which renders, is not there")
+
+Document = dict[str, Any]
+
+
+@cache
+def rendered(overlay: str) -> tuple[Document, ...]:
+    command = ["kubectl", "kustomize", str(DEPLOY / "overlays" / overlay)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return tuple(yaml.safe_load_all(result.stdout))
+
+
+def only(documents: tuple[Document, ...], kind: str, name: str | None = None) -> Document:
+    """The one object of that kind; a generated name may end in a hash."""
+    found = [
+        it
+        for it in documents
+        if it["kind"] == kind and (name is None or re.fullmatch(f"{name}(-[a-z0-9]{{10}})?", it["metadata"]["name"]))
+    ]
+    assert len(found) == 1, [it["metadata"]["name"] for it in found]
+    return found[0]
+
+
+def pod_templates(document: Document) -> Iterator[tuple[str, Document]]:
+    """Every pod that an object makes, by a name for messages."""
+    kind, name = document["kind"], document["metadata"]["name"]
+    if kind in ("Deployment", "StatefulSet", "Job"):
+        yield f"{kind}/{name}", document["spec"]["template"]
+    if kind == "RayService":
+        cluster = document["spec"]["rayClusterConfig"]
+        yield f"{kind}/{name} head", cluster["headGroupSpec"]["template"]
+        for group in cluster["workerGroupSpecs"]:
+            yield f"{kind}/{name} {group['groupName']}", group["template"]
+
+
+def containers(template: Document) -> list[Document]:
+    spec = template["spec"]
+    return [*spec.get("initContainers", []), *spec["containers"]]
+
+
+@cache
+def crd_validator(api_version: str, kind: str) -> Draft202012Validator | None:
+    path = Path(__file__).parent / "schemas" / f"{kind.lower()}.json"
+    if not path.exists():
+        return None
+    known = json.loads(path.read_text())
+    assert (known["apiVersion"], known["kind"]) == (api_version, kind)
+    schema = _strict(known["schema"])
+    schema["properties"]["metadata"] = {"type": "object"}
+    return Draft202012Validator(schema)
+
+
+def _strict(schema: Any) -> Any:
+    """A structural schema of Kubernetes as JSON schema that refuses fields it does not know."""
+    if not isinstance(schema, dict):
+        return schema
+    schema = dict(schema)
+    if schema.pop("x-kubernetes-int-or-string", False):
+        schema.pop("anyOf", None)
+        schema["type"] = ["integer", "string"]
+    keeps = schema.pop("x-kubernetes-preserve-unknown-fields", False)
+    if "properties" in schema:
+        schema["properties"] = {name: _strict(it) for name, it in schema["properties"].items()}
+        if not keeps:
+            schema.setdefault("additionalProperties", False)
+    for part in ("items", "additionalProperties"):
+        if isinstance(schema.get(part), dict):
+            schema[part] = _strict(schema[part])
+    return schema

@@ -1,0 +1,260 @@
+"""What `kubectl apply -k` would send: valid, and as closed as the docs say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from serve.app import APP_NAME, IMPORT_PATH, deploy_config
+from serve.config import ServeSettings
+from serve.local import environment
+from serve.replica import DEPLOYMENT
+from tests.deploy.manifests import (
+    DEPLOY,
+    KUBERNETES,
+    OVERLAYS,
+    Document,
+    containers,
+    crd_validator,
+    needs_kubectl,
+    only,
+    pod_templates,
+    rendered,
+)
+
+pytestmark = needs_kubectl
+RAY = ("dev-ray", "prod")
+
+
+def validate(document: Document) -> list[str]:
+    """What is wrong with an object, by Kubernetes' own schema or that of its CRD."""
+    if validator := crd_validator(document["apiVersion"], document["kind"]):
+        return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
+    try:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
+        return [repr(error)]
+    return []
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_object_fits_the_schema_of_its_kind(overlay: str) -> None:
+    wrong = {f"{it['kind']}/{it['metadata']['name']}": found for it in rendered(overlay) if (found := validate(it))}
+
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("overlay", RAY)
+def test_pods_of_a_rayservice_fit_the_schema_of_a_pod(overlay: str) -> None:
+    service = only(rendered(overlay), "RayService")
+    for name, template in pod_templates(service):
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "it"}, "template": template}
+        assert validate(pod) == [], name
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [({"replica": 3}, "replica"), ({"rayVersion": 2}, "rayVersion")],
+    ids=["unknown field", "wrong type"],
+)
+def test_a_mistake_in_a_rayservice_is_found(change: Document, told: str) -> None:
+    service = only(rendered("dev-ray"), "RayService")
+    spec = service["spec"]
+
+    wrong = service | {"spec": spec | {"rayClusterConfig": spec["rayClusterConfig"] | change}}
+
+    assert any(told in it for it in validate(wrong))
+
+
+def test_a_kind_without_a_schema_is_an_error() -> None:
+    assert validate({"apiVersion": "example.com/v1", "kind": "Strange", "metadata": {"name": "it"}})
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_keeps_the_restricted_pod_security_standard(overlay: str) -> None:
+    for document in rendered(overlay):
+        for name, template in pod_templates(document):
+            pod = template["spec"]["securityContext"]
+            assert pod["runAsNonRoot"] is True, name
+            assert pod["seccompProfile"] == {"type": "RuntimeDefault"}, name
+            assert "hostNetwork" not in template["spec"], name
+            for container in containers(template):
+                own = container["securityContext"]
+                assert own["allowPrivilegeEscalation"] is False, name
+                assert own["readOnlyRootFilesystem"] is True, name
+                assert own["capabilities"] == {"drop": ["ALL"]}, name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_container_says_what_it_needs(overlay: str) -> None:
+    for document in rendered(overlay):
+        for name, template in pod_templates(document):
+            for container in containers(template):
+                assert set(container["resources"]["requests"]) >= {"cpu", "memory", "ephemeral-storage"}, name
+                assert "memory" in container["resources"]["limits"], name
+                tag = container["image"].rpartition(":")[2]
+                assert tag not in (container["image"], "latest"), name
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_a_pod_mounts_is_there(overlay: str) -> None:
+    documents = rendered(overlay)
+    made = {(it["kind"], it["metadata"]["name"]) for it in documents}
+    # Made by whoever installs (docs/deploy.md), or by the overlay that is served beside.
+    made |= {("Secret", name) for name in ("graft-admin", "graft-redis", "graft-object-store")}
+    if overlay.startswith("convert"):
+        made |= {("PersistentVolumeClaim", name) for name in ("graft-artifacts", "graft-state", "graft-checkpoints")}
+    for document in documents:
+        for name, template in pod_templates(document):
+            volumes = {it["name"] for it in template["spec"]["volumes"]}
+            volumes |= {it["metadata"]["name"] for it in document["spec"].get("volumeClaimTemplates", [])}
+            for container in containers(template):
+                assert {it["name"] for it in container["volumeMounts"]} <= volumes, name
+            assert wanted(template) <= made, name
+
+
+def wanted(template: Document) -> set[tuple[str, str]]:
+    """Objects that a pod refers to."""
+    found = set()
+    for volume in template["spec"]["volumes"]:
+        if "configMap" in volume:
+            found.add(("ConfigMap", volume["configMap"]["name"]))
+        if "secret" in volume:
+            found.add(("Secret", volume["secret"]["secretName"]))
+        if "persistentVolumeClaim" in volume:
+            found.add(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
+    for container in containers(template):
+        for source in container.get("envFrom", []):
+            kind = "ConfigMap" if "configMapRef" in source else "Secret"
+            found.add((kind, next(iter(source.values()))["name"]))
+        for variable in container.get("env", []):
+            if secret := variable["valueFrom"].get("secretKeyRef"):
+                found.add(("Secret", secret["name"]))
+    return found
+
+
+@pytest.mark.parametrize("overlay", [it for it in OVERLAYS if not it.startswith("convert")])
+def test_only_clients_reach_the_gateway_and_nobody_anything_else(overlay: str) -> None:
+    policies = [it["spec"] for it in rendered(overlay) if it["kind"] == "NetworkPolicy"]
+    everything = {"matchLabels": {"app.kubernetes.io/part-of": "graft"}}
+    open_to: dict[int, list[Document]] = {}
+    for policy in policies:
+        assert policy["podSelector"] == everything
+        for rule in policy.get("ingress", []):
+            if rule["from"] == [{"podSelector": everything}]:
+                continue  # Graft's own pods among themselves
+            for port in rule["ports"]:
+                open_to.setdefault(port["port"], []).extend(rule["from"])
+
+    assert {"namespaceSelector": {"matchLabels": {"graft-client": "true"}}} in open_to.pop(8000)
+    for sources in open_to.values():  # of the operator, and of Prometheus
+        assert all("app.kubernetes.io/name" in it["podSelector"]["matchLabels"] for it in sources)
+
+
+def test_every_pod_is_one_that_the_network_policies_cover() -> None:
+    for overlay in OVERLAYS:
+        for document in rendered(overlay):
+            for name, template in pod_templates(document):
+                assert template["metadata"]["labels"]["app.kubernetes.io/part-of"] == "graft", name
+
+
+def test_adapters_never_restart_a_pod_and_a_base_model_always_brings_new_ones() -> None:
+    documents = rendered("dev-ray")
+
+    assert only(documents, "ConfigMap", "graft-adapters")["metadata"]["name"] == "graft-adapters"
+    settings = only(documents, "ConfigMap", "graft-settings")["metadata"]["name"]
+    assert settings != "graft-settings"
+    for name, template in pod_templates(only(documents, "RayService")):
+        assert {"name": settings} in [it.get("configMap") for it in template["spec"]["volumes"]], name
+
+
+@pytest.mark.parametrize("overlay", RAY)
+def test_ray_starts_what_the_local_server_starts(overlay: str) -> None:
+    documents = rendered(overlay)
+    config = yaml.safe_load(only(documents, "RayService")["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+
+    assert config["proxy_location"] == "EveryNode"
+    assert (application["name"], application["import_path"], application["route_prefix"]) == (
+        APP_NAME, IMPORT_PATH, "/",
+    )  # fmt: skip
+    assert [it["name"] for it in application["deployments"]] == [DEPLOYMENT]
+
+
+def test_autoscaling_changes_nothing_else_of_the_serve_config() -> None:
+    plain, scaled = (yaml.safe_load(only(rendered(it), "RayService")["spec"]["serveConfigV2"]) for it in RAY)
+
+    scaled["applications"][0]["deployments"] = plain["applications"][0]["deployments"]
+    assert scaled == plain
+
+
+def test_replicas_and_nodes_scale_within_the_same_bounds() -> None:
+    documents = rendered("prod")
+    service = only(documents, "RayService")
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (deployment,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["deployments"]
+    bounds = deployment["autoscaling_config"]
+    settings = yaml.safe_load(only(documents, "ConfigMap", "graft-settings")["data"]["settings.yaml"])
+
+    assert (bounds["min_replicas"], bounds["max_replicas"]) == (group["minReplicas"], group["maxReplicas"])
+    assert settings["replicas"] == bounds["min_replicas"]
+
+
+def test_pods_run_with_the_environment_of_the_local_server(tmp_path: Path) -> None:
+    settings = ServeSettings.model_validate(plain_settings(tmp_path))
+    local = environment(Path("/tmp/graft"), settings)
+    # Of one machine only, or made by KubeRay, or left to the limits of the pod.
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "VLLM_HOST_IP", "OMP_NUM_THREADS"):
+        del local[name]
+    for name in ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"):
+        del local[name]  # free ports there, the default ones in a pod of its own
+
+    for overlay in RAY:
+        documents = rendered(overlay)
+        ray = only(documents, "ConfigMap", "graft-ray")
+        assert ray["data"] == local
+        for name, template in pod_templates(only(documents, "RayService")):
+            sources = template["spec"]["containers"][0]["envFrom"]
+            assert {"configMapRef": {"name": ray["metadata"]["name"]}} in sources, name
+
+
+def plain_settings(home: Path) -> dict[str, object]:
+    return {
+        "engine": {"model_path": str(home), "model_name": "base", "fingerprint": "b" * 64},
+        "gateway": {"admin_tokens": {"admin": "a" * 64}},
+        "state_dir": str(home),
+    }
+
+
+def test_ray_accepts_the_serve_config(tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    for overlay in RAY:
+        ServeDeploySchema.model_validate(yaml.safe_load(only(rendered(overlay), "RayService")["spec"]["serveConfigV2"]))
+    ServeDeploySchema.model_validate(deploy_config(ServeSettings.model_validate(plain_settings(tmp_path))))
+
+
+def test_the_bucket_is_named_once_for_servers_and_once_for_publishers() -> None:
+    documents = rendered("prod")
+    settings = yaml.safe_load(only(documents, "ConfigMap", "graft-settings")["data"]["settings.yaml"])
+
+    assert only(documents, "ConfigMap", "graft-state-place")["data"]["STATE_URL"] == settings["state_url"]
+
+
+def test_the_autoscaler_may_ask_kubernetes_and_nobody_else() -> None:
+    for overlay in OVERLAYS:
+        for document in rendered(overlay):
+            for name, template in pod_templates(document):
+                asks = template["spec"]["automountServiceAccountToken"]
+                assert asks == (overlay == "prod" and name.endswith(" head")), name
+
+
+def test_folders_are_named_in_the_readme() -> None:
+    readme = (DEPLOY / "README.md").read_text()
+
+    for folder in ("base", "components", "overlays"):
+        for path in (DEPLOY / folder).iterdir():
+            assert f"`{folder}/{path.name}`" in readme
