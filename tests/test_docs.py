@@ -85,7 +85,8 @@ def test_the_readme_quotes_the_measured_figures() -> None:
     figures = json.loads((ROOT / "benchmarks" / "results" / "routes.json").read_text())["figures"]
     readme = (ROOT / "README.md").read_text()
 
-    for way in ("adapter", "exact_float16", "exact_bfloat16", "original_bfloat16", "original_nf4", "peft_nf4", "base"):
+    graft = ("adapter", "exact_float16", "exact_bfloat16", "rebase_64", "recover_64")
+    for way in (*graft, "original_bfloat16", "original_nf4", "peft_nf4", "base"):
         chat, other = (figures[f"{way}_kl_{text}"]["value"] for text in ("chat", "other_text"))
         assert f"| {chat:.2g} | {other:.2g} |" in readme, way
 
