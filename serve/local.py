@@ -132,6 +132,8 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]
     import ray
     from ray import serve as ray_serve
 
+    from serve.app import APP_NAME
+
     ray.init(
         num_cpus=max(os.cpu_count() or 1, int(settings.replicas * settings.cpus_per_replica) + 1),
         include_dashboard=False,
@@ -148,6 +150,9 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]
     finally:
         # Ray tells the wanted end of its controller as a failed task, on standard output.
         with contextlib.redirect_stdout(io.StringIO()):
+            # The replicas first: what runs on them finishes, and its answers pass through the proxy.
+            with contextlib.suppress(Exception):
+                ray_serve.delete(APP_NAME)
             ray_serve.shutdown()
             ray.shutdown()
 
