@@ -185,6 +185,8 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]
     import ray
     from ray import serve as ray_serve
 
+    from serve.app import APP_NAME
+
     on_term = signal.getsignal(signal.SIGTERM)
     ray.init(
         address="local",  # not the cluster that someone else may run on this machine
@@ -203,6 +205,9 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]
     finally:
         # Ray tells the wanted end of its controller as a failed task, on standard output.
         with contextlib.redirect_stdout(io.StringIO()):
+            # The replicas first: what runs on them finishes, and its answers pass through the proxy.
+            with contextlib.suppress(Exception):
+                ray_serve.delete(APP_NAME)
             ray_serve.shutdown()
             ray.shutdown()
 
