@@ -77,7 +77,7 @@ class Shape:
 
 
 def weight_bytes(shape: Shape, stored: Stored) -> int:
-    """Of the whole model, once it is loaded."""
+    """Of the whole model. (vLLM rounds the vocabulary up to a multiple of 64, which Llama's is.)"""
     block = sum(into * out * stored.weight_bytes + out * stored.channel_bytes for into, out in shape.linears)
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     norms = (2 * shape.layers + 1) * shape.hidden

@@ -145,7 +145,8 @@ def test_vllm_makes_of_a_model_what_was_foretold(tmp_path: Path, stored: str) ->
     assert told["slot_bytes"] == slot_bytes(shape, max_rank)
     assert told["cached_tokens"] == cached_tokens(cache_bytes, token_bytes(shape), told["block_tokens"])
     if stored == "bfloat16":
-        assert told["weight_bytes"] == weight_bytes(shape, STORED[stored])
+        padding_bytes = -shape.vocabulary % 64 * shape.hidden * 2
+        assert told["weight_bytes"] == weight_bytes(shape, STORED[stored]) + padding_bytes
 
 
 def vllm_told(model: Path, *numbers: int) -> dict[str, Any]:
