@@ -103,6 +103,8 @@ def lines(
         panel = panel.stacking(common.StackingConfig().mode(common_models.StackingMode.NORMAL).group("A"))
     if highest is not None:
         panel = panel.max(highest)
+    elif unit == "percentunit":
+        panel = panel.axis_soft_max(0.1)  # a share of nothing is a flat line, not one of a million percent
     for number, (expression, legend) in enumerate(queries):
         panel = panel.with_target(_query(expression, legend, number))
     return panel

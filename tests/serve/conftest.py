@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,14 @@ def store(tmp_path: Path) -> AdapterStore:
 @pytest.fixture
 def log(tmp_path: Path) -> CatalogueLog:
     return CatalogueLog(Directory(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def awake_loggers() -> None:
+    """The check of the layers configures logging, which puts every logger to sleep that was there before."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("serve"):
+            logging.getLogger(name).disabled = False
 
 
 async def believe(_: Candidate) -> None:
