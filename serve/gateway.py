@@ -78,7 +78,8 @@ class Gateway:
         http.router.redirect_slashes = False  # a path is public as it is listed, or not at all
         recorder = recorder or Recorder(settings.metrics.max_adapters)
         access = AccessLog(settings.log.access_sample)
-        self._http = Observed(guarded(http, settings.gateway), recorder, access, tracer)
+        self.keys = KeyRing(settings.gateway.keys_file) if settings.gateway.keys_file else None
+        self._http = Observed(guarded(http, settings.gateway, self.keys), recorder, access, tracer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -141,10 +142,9 @@ class Gateway:
         return model_card(current.name, current.engine_name, self._base_model, self._started)
 
 
-def guarded(app: ASGIApp, settings: GatewaySettings) -> ASGIApp:
+def guarded(app: ASGIApp, settings: GatewaySettings, keys: KeyRing | None) -> ASGIApp:
     """The application as the settings let callers reach it."""
-    if settings.keys_file or settings.oidc:
-        keys = KeyRing(settings.keys_file) if settings.keys_file else None
+    if keys or settings.oidc:
         app = Authentication(app, keys, Issuer(settings.oidc) if settings.oidc else None)
     if settings.cors_origins:
         # Outermost: a browser asks beforehand, without a key.

@@ -158,6 +158,13 @@ class KeyRing:
             return None
         return known.key
 
+    def expiries(self) -> dict[str, float]:
+        """Of keys that expire: when no secret of theirs is good any more, in seconds since the epoch, by their id."""
+        ends: dict[str, float] = {}
+        for known in self._known.values():
+            ends[known.key.id] = max(known.expires_s, ends.get(known.key.id, 0.0))
+        return {name: end for name, end in ends.items() if end != float("inf")}
+
     def _look(self, now: float) -> None:
         self._looked_s = now
         signature = _signature(self._path)

@@ -55,6 +55,15 @@ class Places:
     def waiting(self) -> int:
         return self._waiting.total()
 
+    @property
+    def waiting_requests(self) -> Counter[str]:
+        """By model."""
+        queues = (it for models in self._queues.values() for it in models.items())
+        counts: Counter[str] = Counter()
+        for model, waiters in queues:
+            counts[model] += len(waiters)
+        return counts
+
     @asynccontextmanager
     async def place(self, caller: str, model: str) -> AsyncIterator[None]:
         """One place in the engine. Raises CallerQueueFull or EngineQueueFull at once if the queue has no room, and

@@ -90,7 +90,8 @@ class EngineReplica:
         self._watching = asyncio.create_task(self._watch_identity())
 
     async def __serve_build_asgi_app__(self) -> Gateway:
-        return Gateway(
+        passages = Passages(self._settings.gateway, self._engine, self._ledgers, self._meter)
+        gateway = Gateway(
             self._settings,
             self._engine,
             self._pool,
@@ -98,10 +99,14 @@ class EngineReplica:
             self._admin,
             self._rollouts,
             self._peers if self._settings.replicas > 1 else None,
-            Passages(self._settings.gateway, self._engine, self._ledgers, self._meter),
+            passages,
             self._recorder,
             self._tracer,
         )
+        self._snapshot.places = passages.places
+        if gateway.keys:
+            self._snapshot.keys = gateway.keys.expiries
+        return gateway
 
     async def _begin_telling(self, replica: str) -> None:
         """Logs, metrics and traces, before there is an engine: a replica that never gets ready is seen."""

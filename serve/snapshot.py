@@ -18,6 +18,7 @@ from serve.config import ServeSettings
 from serve.engine import Engine
 from serve.metrics import Families
 from serve.names import AdapterRevision
+from serve.places import Places
 from serve.reconcile import Reconciler
 from serve.recorder import Recorder
 from serve.residency import AdapterPool
@@ -36,6 +37,7 @@ class Snapshot:
     pool: AdapterPool | None = None
     reconciler: Reconciler | None = None
     rollouts: Rollouts | None = None
+    places: Places | None = None
     forwarded: Callable[[], int] = int
     keys: Expiries = dict
     is_ready: bool = False
@@ -72,13 +74,20 @@ class Snapshot:
             metrics.SLOTS: turns.slots,
             metrics.SLOTS_USED: len(turns.holding),
         })  # fmt: skip
-        waiting: Counter[str] = Counter()
+        waiting = self._waiting_for_places()
         for adapter, count in turns.waiting_requests.items():
             waiting[self.recorder.label(adapter.name)] += count
         for label, count in (waiting or Counter({metrics.OTHER: 0})).items():
             families.add(metrics.WAITING, (label,), count)
         if self.settings.engine.max_lora_rank and self.reconciler:
             self._tell_gateways(families, pool, self.reconciler.catalogue)
+
+    def _waiting_for_places(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for model, count in (self.places.waiting_requests if self.places else Counter()).items():
+            is_base = model == self.settings.engine.model_name
+            counts[metrics.BASE if is_base else self.recorder.label(model)] += count
+        return counts
 
     def _tell_gateways(self, families: Families, pool: AdapterPool, catalogue: Catalogue) -> None:
         slots, waiting = pool.turns.holding, pool.turns.waiting_requests

@@ -237,3 +237,12 @@ def test_keys_that_nobody_may_write_are_told_without_a_traceback(tmp_path: Path)
 
     assert result.exit_code == 1
     assert "error[keys_invalid]" in result.output
+
+
+def test_when_keys_expire_can_be_asked(path: Path, clock: Clock) -> None:
+    soon, later = (datetime.fromtimestamp(clock.now_s + wait_s, UTC) for wait_s in (60, 600))
+    add(path, "for-ever")
+    add(path, "soon", expires=soon)
+    add(path, "later", expires=later)
+
+    assert KeyRing(path, clock).expiries() == {"soon": soon.timestamp(), "later": later.timestamp()}

@@ -171,3 +171,16 @@ def test_whoever_leaves_whenever_every_place_is_free_in_the_end(
     assert (engine.places.taken, engine.places.waiting) == (0, 0)
     assert not engine.places._queues
     assert engine.most <= count
+
+
+def test_who_waits_is_counted_by_model() -> None:
+    async def main() -> dict[str, int]:
+        engine = Engine(1)
+        requests = [ask(engine, who, model) for who, model in (("a", "base"), ("a", "x"), ("b", "x"), ("b", "base"))]
+        await begin()
+        waiting = dict(engine.places.waiting_requests)
+        await asyncio.gather(*requests)
+        assert not engine.places.waiting_requests
+        return waiting
+
+    assert virtual_time.run(main()) == {"x": 2, "base": 1}
