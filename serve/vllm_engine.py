@@ -20,6 +20,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineGenerateError
 
 from serve.config import EngineSettings
 from serve.errors import AdapterUnavailable, EngineStartFailed
@@ -55,7 +56,7 @@ class VllmEngine:
         tasks = await engine.get_supported_tasks()
         api = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, api.state, args, tasks)
-        tell_misread(api)
+        tell_misread(api, EngineGenerateError)
         # vLLM's handler for a dead engine sets `.should_exit` on its HTTP server; here Ray Serve owns that.
         api.state.server = types.SimpleNamespace()
         return cls(engine, api)
