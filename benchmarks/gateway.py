@@ -55,8 +55,9 @@ def main() -> None:
 def take_turns(work: Path, turns: int, seconds: float) -> Visits:
     """Every side `turns` times, each time in the other order."""
     sides = ["bare", "graft"]
-    tiny = work / "tiny"
-    artifact = adapters.tiny(tiny).first if not tiny.exists() else tiny / "artifacts" / "first"
+    artifact = work / "artifact"
+    if not artifact.exists():
+        adapters.plain(work / "made", artifact)
     visits: dict[str, list[list[Run]]] = {side: [] for side in sides}
     for number in range(turns):
         for side in sides if number % 2 == 0 else reversed(sides):
