@@ -87,6 +87,9 @@ def figures(visits: Visits) -> dict[str, Figure]:
     }
     found |= {f"throughput_ratio_{cell.name}": Figure.of(throughput[cell], "Graft / vLLM") for cell in CELLS}
     found |= {f"cpu_ratio_{cell.name}": Figure.of(cpu[cell], "Graft / vLLM") for cell in CELLS}
+    for cell in CELLS:
+        by_engine = paired(bare, graft, cell, lambda it: it.front_end_ms / it.cpu_ms("engine"), ratio)
+        found[f"cpu_ratio_by_engine_{cell.name}"] = Figure.of(by_engine, "Graft / vLLM, each per CPU-s of its engine")
     for side, of_side in visits.items():
         for cell in CELLS:
             found |= figures_of(f"{side}_{cell.name}", runs_of(of_side, cell))
