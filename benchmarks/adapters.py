@@ -1,4 +1,5 @@
-"""The adapters that are swapped: two QLoRA revisions of a tiny model, made and converted here."""
+"""The adapters of the benchmarks: QLoRA revisions of a tiny model that are swapped, and a LoRA; made and converted
+here."""
 
 from __future__ import annotations
 
@@ -25,6 +26,17 @@ class Tiny:
         made = Candidate.of(Artifact.open(artifact).manifest, name)
         assert made is not None
         return made
+
+
+def plain(home: Path, artifact: Path) -> None:
+    """An artifact of the same tiny model in bfloat16, and one LoRA beside it: the least work for an engine."""
+    from tests.convert import parts
+    from tests.e2e.conftest import convert
+
+    home.mkdir(parents=True)
+    base = parts.save_base(home / "base", tied=True, hidden=128)
+    checkpoint = parts.mark_lora(parts.save_adapter(base, home / "one"))
+    convert(checkpoint, base, artifact, "--name", "french", "--route", "adapter")
 
 
 def tiny(home: Path) -> Tiny:

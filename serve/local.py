@@ -130,7 +130,7 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(_HAPROXY_THREADS, settings.replicas)),
         # What Ray does by itself, whether anyone asks or not: its control loop less often than ten times a second,
         # and no metrics of Ray's own, which come out of a port that nobody is told.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",

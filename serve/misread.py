@@ -1,8 +1,12 @@
-"""Bodies that vLLM stumbles over while it reads them: valid by its own schema, told as 500, a client's to change.
+"""Bodies that vLLM stumbles over: valid by its own schema, told as 500, a client's to change.
 
-Known of vLLM 0.32: the history of a `/v1/responses` request with an answer of the assistant that has no content, or
-that is a refusal (`item.content[0].text`). Only errors from the modules that turn a body into a conversation are taken;
-everything else stays the 500 that it is.
+Known of vLLM 0.32, each found by fuzzing:
+
+- the history of a `/v1/responses` request with an answer of the assistant that has no content, or that is a refusal
+  (`item.content[0].text`): taken if the error comes from a module that turns a body into a conversation;
+- a number that its message to the engine core can't hold, as `top_k` of more than 64 bits.
+
+Everything else stays the 500 that it is.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import traceback
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 _READERS = frozenset({"vllm.entrypoints.openai.responses.utils"})
 _STUMBLES = (AttributeError, IndexError, KeyError)
@@ -20,23 +24,35 @@ _STUMBLES = (AttributeError, IndexError, KeyError)
 logger = logging.getLogger(__name__)
 
 
-def tell_misread(api: Any) -> None:
-    """Have the engine's application (a FastAPI or Starlette) answer them with 400."""
+def tell_misread(api: Any, failed: type[Exception]) -> None:
+    """Have the engine's application (a FastAPI or Starlette) answer them with 400. `failed` is what it raises, from
+    the cause, where the engine didn't take a request."""
+    handlers = api.exception_handlers
+    usual = next(handlers[it] for it in failed.__mro__ if it in handlers)
+
+    async def answer_failed(request: Request, error: Exception) -> Response:
+        if not isinstance(error.__cause__, OverflowError):
+            response: Response = await usual(request, error)
+            return response
+        return _bad_request(f"A number in this request is too large for the engine: {error.__cause__}.")
+
     for kind in _STUMBLES:
-        api.add_exception_handler(kind, _answer)
-    api.middleware_stack = (
-        None  # vLLM has built it already, with the handlers of that moment; the first call does again
-    )
+        api.add_exception_handler(kind, _answer_stumble)
+    api.add_exception_handler(failed, answer_failed)
+    api.middleware_stack = None  # vLLM has built it already, with the handlers of that moment
 
 
-async def _answer(_: Request, error: Exception) -> JSONResponse:
+async def _answer_stumble(_: Request, error: Exception) -> Response:
     if _raised_in(error) not in _READERS:
         raise error
     logger.warning("vLLM could not read a request", exc_info=error)
-    told = f"The engine can't read this request; is there a message without text in it? ({error})"
-    return JSONResponse(
-        {"error": {"message": told, "type": "BadRequestError", "param": None, "code": 400}}, status_code=400
-    )
+    return _bad_request(f"The engine can't read this request; is there a message without text in it? ({error})")
+
+
+def _bad_request(message: str) -> JSONResponse:
+    """As vLLM tells one."""
+    error = {"message": message, "type": "BadRequestError", "param": None, "code": 400}
+    return JSONResponse({"error": error}, status_code=400)
 
 
 def _raised_in(error: Exception) -> str:

@@ -4,6 +4,7 @@ import types
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -21,6 +22,10 @@ class Answer(BaseModel):
     """Without the text that is asked for."""
 
 
+class EngineFailed(Exception):
+    """What the engine raises, from whatever the cause was."""
+
+
 def client(module_name: str) -> httpx.AsyncClient:
     """Of an application whose bodies are read by a module of that name; like vLLM it tells other errors as 500."""
     module: Any = types.ModuleType(module_name)
@@ -28,14 +33,21 @@ def client(module_name: str) -> httpx.AsyncClient:
     exec(CODE, module.__dict__)
 
     async def route(request: Request) -> JSONResponse:
-        return JSONResponse(module.read(await request.json()))
+        body = await request.json()
+        if "number" in body:
+            try:
+                msgspec.msgpack.encode(body["number"])
+                raise RuntimeError("the engine failed")
+            except Exception as error:
+                raise EngineFailed from error
+        return JSONResponse(module.read(body))
 
     async def other(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": {"message": str(error)}}, status_code=500)
 
     app = Starlette(routes=[Route("/", route, methods=["POST"])], exception_handlers={Exception: other})
     app.middleware_stack = app.build_middleware_stack()  # as vLLM leaves it
-    tell_misread(app)
+    tell_misread(app, EngineFailed)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://engine")
 
 
@@ -51,3 +63,16 @@ async def test_a_body_that_the_engine_stumbles_over_is_a_bad_request(body: dict[
 async def test_the_same_error_from_anywhere_else_stays_a_server_error(caplog: pytest.LogCaptureFixture) -> None:
     async with client("vllm.v1.engine") as engine:
         assert (await engine.post("/", json={"content": []})).status_code == 500
+
+
+async def test_a_number_that_does_not_fit_a_message_to_the_engine_is_a_bad_request() -> None:
+    async with client(READER) as engine:
+        response = await engine.post("/", content=b'{"number": 585959563330838724608}')
+
+    assert response.status_code == 400
+    assert "too large" in response.json()["error"]["message"]
+
+
+async def test_any_other_failure_of_the_engine_is_told_as_before() -> None:
+    async with client(READER) as engine:
+        assert (await engine.post("/", json={"number": 7})).status_code == 500

@@ -34,6 +34,7 @@ CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content":
         {"tools": "hammer"},
         {"tool_choice": {"type": "function", "function": {"name": "missing"}}},
         {"model": 7},
+        {"top_k": 2**70},
     ],
     ids=str,
 )

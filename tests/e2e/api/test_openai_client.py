@@ -26,7 +26,10 @@ SCHEMA = {
     "required": ["city", "days"],
     "additionalProperties": False,
 }
-TOOL = {"type": "function", "function": {"name": "book", "description": "Book a trip.", "parameters": SCHEMA}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "book", "description": "Book a trip.", "parameters": SCHEMA, "strict": True},
+}
 
 
 def test_models_are_listed_and_told_one_by_one(client: openai.OpenAI) -> None:
