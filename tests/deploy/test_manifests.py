@@ -104,7 +104,7 @@ def test_what_a_pod_mounts_is_there(overlay: str) -> None:
     documents = rendered(overlay)
     made = {(it["kind"], it["metadata"]["name"]) for it in documents}
     # Made by whoever installs (docs/deploy.md), or by the overlay that is served beside.
-    made |= {("Secret", name) for name in ("graft-admin", "graft-redis", "graft-object-store")}
+    made |= {("Secret", name) for name in ("graft-admin", "graft-keys", "graft-redis", "graft-object-store")}
     if overlay.startswith("convert"):
         made |= {("PersistentVolumeClaim", name) for name in ("graft-artifacts", "graft-state", "graft-checkpoints")}
     for document in documents:

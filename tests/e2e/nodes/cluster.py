@@ -31,7 +31,7 @@ _TIMEOUT_S = 300
 _ENTER = """
 mount -t tmpfs tmpfs /srv
 mkdir -p /srv/graft
-for name in artifacts state settings admin; do
+for name in artifacts state settings admin keys; do
     mkdir /srv/graft/$name && mount --bind "$HOME_OF_ALL/$name" /srv/graft/$name
 done
 for name in ray graft; do
@@ -165,7 +165,7 @@ def _replicas(application: Mapping[str, Any]) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def cluster(home: Path, workers: int) -> Iterator[Cluster]:
     """Nodes that are connected, with Ray running on them. All of it is gone at the end."""
-    for name in ("artifacts", "state", "settings", "admin"):
+    for name in ("artifacts", "state", "settings", "admin", "keys"):
         (home / name).mkdir(exist_ok=True)
     made = [path for path in (Path("/tmp/ray"), Path("/tmp/graft")) if not path.exists()]
     for path in made:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 import time
@@ -62,7 +63,8 @@ async def call(client: httpx.AsyncClient, models: list[str], number: int, stoppi
 async def main(url: str, models: list[str]) -> None:
     stopping, outcome = asyncio.Event(), Outcome()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    headers = {"authorization": f"Bearer {os.environ['GRAFT_KEY']}"}
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
         await asyncio.gather(*(call(client, models, number, stopping, outcome) for number in range(CALLERS)))
     print(json.dumps(asdict(outcome)))
 

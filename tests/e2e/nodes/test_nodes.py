@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from serve import key_writing
+from serve.keys import Key
 from tests.deploy.manifests import ROOT, only, pod_templates, rendered
 from tests.e2e.conftest import Story
 from tests.e2e.nodes.cluster import Cluster, cluster, possible
@@ -33,6 +35,8 @@ def nodes(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
         shutil.copytree(story.artifacts[artifact], home / "artifacts" / name)
     with cluster(home, WORKERS) as found:
         (home / "admin" / "admin.token").write_text("the operator's token")
+        secret = key_writing.create(home / "keys" / "keys.json", lambda it: Key(id="load", secrets=it))
+        (home / "key").write_text(secret)
         (home / "settings" / "settings.yaml").write_text(settings())
         found.deploy(serve_config())
         found.wait_until_running(WORKERS)
@@ -62,7 +66,7 @@ def load(nodes: Cluster, *models: str) -> Iterator[Outcome]:
     """Callers on the head's node; the outcome is filled in at the end."""
     outcome = Outcome()
     command = [sys.executable, "-m", "tests.e2e.nodes.load", nodes.url, *models]
-    process = nodes.popen(0, *command, stdout=subprocess.PIPE)
+    process = nodes.popen(0, "env", f"GRAFT_KEY={(nodes.home / 'key').read_text()}", *command, stdout=subprocess.PIPE)
     try:
         time.sleep(5)
         yield outcome
