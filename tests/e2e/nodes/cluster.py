@@ -109,7 +109,8 @@ class Cluster:
         return {it["replica_id"] for it in _replicas(self._application())}
 
     def addresses_of_replicas(self) -> list[str]:
-        return sorted(it["node_ip"] for it in _replicas(self._application()))
+        """Of those that run; one that waits for room is nowhere yet."""
+        return sorted(it["node_ip"] for it in _replicas(self._application()) if it["state"] == "RUNNING")
 
     def wait_until_running(self, replicas: int, besides: Collection[str] = ()) -> None:
         """Until there are so many replicas, none of them in `besides`, and the application says that it runs."""
