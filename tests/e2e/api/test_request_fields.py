@@ -28,7 +28,6 @@ SAMPLING = {
     "skip_special_tokens": {"skip_special_tokens": False},
     "spaces_between_special_tokens": {"spaces_between_special_tokens": False},
     "truncate_prompt_tokens": {"truncate_prompt_tokens": 3},
-    "prompt_logprobs": {"prompt_logprobs": 2},
     "allowed_token_ids": {"allowed_token_ids": [40, 41, 42]},
     "bad_words": {"bad_words": ["rain"]},
     "add_special_tokens": {"add_special_tokens": False},
@@ -87,12 +86,12 @@ def test_an_echo_begins_with_the_prompt(client: openai.OpenAI) -> None:
     assert "the rain" in answer["choices"][0]["text"]
 
 
-def test_prompt_logprobs_are_told_for_every_token_but_the_first(client: openai.OpenAI) -> None:
-    told = completion(client, {"prompt_logprobs": 1})["choices"][0]["prompt_logprobs"]
+@pytest.mark.parametrize("fields", [{"prompt_logprobs": 1}, {"echo": True, "logprobs": 1}])
+def test_prompt_logprobs_are_refused_by_an_engine_with_adapters(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        completion(client, fields)
 
-    assert len(told) == len(TOKENS)
-    assert told[0] is None
-    assert all(str(token) in logprobs for token, logprobs in zip(TOKENS[1:], told[1:], strict=True))
+    assert refused.value.code == "prompt_logprobs_unavailable"
 
 
 def test_a_number_with_many_digits_reaches_the_engine_as_it_is(client: openai.OpenAI) -> None:
