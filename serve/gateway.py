@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
 from starlette.applications import Starlette
@@ -67,7 +66,8 @@ class Gateway:
         self._engine = engine
         self._catalogue = catalogue
         self._base_model = settings.engine.model_name
-        self._started = int(time.time())
+        # Every replica tells the same.
+        self._base_made = int(settings.engine.model_path.stat().st_mtime)
         self._peers = peers
         self._listed: tuple[int, bytes] = (-1, b"")
         self.passages = passages or Passages(settings.gateway, engine)
@@ -118,7 +118,7 @@ class Gateway:
         if (key := key_of(request.scope)) is not None:
             return JSONResponse(model_list(self._cards_for(key, catalogue)))
         if self._listed[0] != catalogue.epoch:  # thousands of adapters, and seldom a new one
-            cards = [self._base_card(), *(self._card(current) for current in sorted(catalogue.current))]
+            cards = [self._base_card(), *(self._card(catalogue, current) for current in sorted(catalogue.current))]
             self._listed = (catalogue.epoch, bytes(JSONResponse(model_list(cards)).body))
         return Response(self._listed[1], media_type="application/json")
 
@@ -128,18 +128,21 @@ class Gateway:
         is_base = name == self._base_model
         if (current is None and not is_base) or (key is not None and not key.may_use(name)):
             raise UnknownModel(name, known_models(self._base_model, catalogue, key))
-        return JSONResponse(self._base_card() if is_base or current is None else self._card(current))
+        return JSONResponse(self._base_card() if is_base or current is None else self._card(catalogue, current))
 
     def _cards_for(self, key: Key, catalogue: Catalogue) -> list[dict[str, object]]:
         """What there is for one caller."""
         base = [self._base_card()] if key.may_use(self._base_model) else []
-        return [*base, *(self._card(current) for current in sorted(catalogue.current) if key.may_use(current.name))]
+        mine = (it for it in sorted(catalogue.current) if key.may_use(it.name))
+        return [*base, *(self._card(catalogue, current) for current in mine)]
 
     def _base_card(self) -> dict[str, object]:
-        return model_card(self._base_model, self._base_model, None, self._started)
+        return model_card(self._base_model, self._base_model, None, self._base_made)
 
-    def _card(self, current: AdapterRevision) -> dict[str, object]:
-        return model_card(current.name, current.engine_name, self._base_model, self._started)
+    def _card(self, catalogue: Catalogue, current: AdapterRevision) -> dict[str, object]:
+        revision = catalogue.revision(current)
+        published = int(revision.at.timestamp()) if revision else self._base_made
+        return model_card(current.name, current.engine_name, self._base_model, published)
 
 
 def guarded(app: ASGIApp, settings: GatewaySettings, keys: KeyRing | None) -> ASGIApp:

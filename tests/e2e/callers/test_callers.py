@@ -162,7 +162,7 @@ async def test_one_callers_burst_costs_another_one_turn_each(guarded: Guarded) -
         statuses = Counter(await asyncio.gather(*burst))
 
     # Its place comes free with the first of those that run on its replica; until it is done itself, they all may be.
-    assert max(meanwhile) <= 3 * REPLICAS * MAX_RUNNING, meanwhile
+    assert max(meanwhile) <= 6 * REPLICAS * MAX_RUNNING, meanwhile  # starved, it would be all that are left
     assert set(statuses) <= {200, 429}
 
 
