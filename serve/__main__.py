@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from serve import commands, exporter_command, key_commands, size_command, split_commands, usage_commands
+from serve import advise_command, commands, exporter_command, key_commands, size_command, split_commands, usage_commands
 from serve.bundle import Bundle
 from serve.commands import DEFAULT_STATE, LocalOption, StateOption
 from serve.config import (
@@ -163,6 +163,7 @@ commands.add_to(app)
 exporter_command.add_to(app)
 split_commands.add_to(app)
 app.command()(size_command.size)
+advise_command.add_to(app)
 key_commands.add_to(app)
 usage_commands.add_to(app)
 

@@ -37,6 +37,7 @@ ServeError                    500 server_error
     ├── DesiredStateInvalid   desired_state_invalid       the file of `apply` says what can't be
     ├── KeysInvalid           keys_invalid                the file of keys can't be used, or not changed like that
     ├── KeysMissing           keys_missing                others could reach the server, and it would know no caller
+    ├── TrafficLogInvalid     traffic_log_invalid         `advise` was given a log that it can't read
     ├── ServerNotRunning      server_not_running          `publish` found nobody to talk to
     ├── EngineStartFailed     engine_start_failed
     └── AdminRefused                                      what the admin API answered, with its code
@@ -321,6 +322,10 @@ class KeysMissing(StartError):
             f"Others may reach {host}, and there are no keys: anyone could use every model. Make one with "
             "`python -m serve key create ID`, or say --open if that is what you want."
         )
+
+
+class TrafficLogInvalid(StartError):
+    code = "traffic_log_invalid"
 
 
 class ServerNotRunning(StartError):

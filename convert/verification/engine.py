@@ -216,4 +216,4 @@ def _wait_until_ready(
 def _short_directory() -> str | None:
     """A Unix socket's path has little room; None: the usual place for temporary files is short enough."""
     usual = Path(tempfile.gettempdir()) / "graft-12345678" / "vllm.sock"
-    return None if len(os.fsencode(usual)) < _SOCKET_PATH_BYTES else "/tmp"  # noqa: S108 (made with a random name)
+    return None if len(os.fsencode(usual)) < _SOCKET_PATH_BYTES else "/tmp"  # nosec B108  # noqa: S108
