@@ -57,7 +57,7 @@ RUN apt-get update \
       [ -z "${PIP_EXTRA_INDEX_URL}" ] || echo "extra-index-url = ${PIP_EXTRA_INDEX_URL}"; \
       [ -z "${PIP_FIND_LINKS}" ] || echo "find-links = ${PIP_FIND_LINKS}"; } > /etc/pip.conf
 COPY deploy/environment/create.py deploy/environment/cpu.lock /src/deploy/environment/
-COPY deploy/image /src/deploy/image
+COPY deploy/image/packages.py deploy/image/convert.txt deploy/image/dev.txt /src/deploy/image/
 WORKDIR /src
 
 FROM builder AS cpu-torch
@@ -88,6 +88,7 @@ RUN grep -E '^(hatchling|packaging|pathspec|pluggy|trove-classifiers)==' deploy/
  && python -m pip install --no-deps -r build.txt
 COPY convert convert
 COPY serve serve
+COPY deploy/image/drain_node.py deploy/image/
 RUN python -m pip install --no-deps --no-build-isolation --prefix /layer/opt/graft . \
  && install -m 755 deploy/image/drain_node.py /layer/opt/graft/bin/drain-node \
  && install -m 755 serve/haproxy.sh /layer/opt/graft/bin/graft-haproxy \

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+VOCABULARY_STEP = 64  # vLLM makes embeddings a multiple of it long
 BLOCK_TOKENS = 16  # vLLM's block of the KV cache on a GPU
 _MODEL_VALUE_BYTES = 2  # bfloat16 and float16: activations, KV cache, adapters
 
@@ -77,9 +78,10 @@ class Shape:
 
 
 def weight_bytes(shape: Shape, stored: Stored) -> int:
-    """Of the whole model. (vLLM rounds the vocabulary up to a multiple of 64, which Llama's is.)"""
+    """Of the whole model, once vLLM has loaded it."""
     block = sum(into * out * stored.weight_bytes + out * stored.channel_bytes for into, out in shape.linears)
-    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    vocabulary = math.ceil(shape.vocabulary / VOCABULARY_STEP) * VOCABULARY_STEP
+    embeddings = vocabulary * shape.hidden * (1 if shape.tied else 2)
     norms = (2 * shape.layers + 1) * shape.hidden
     return round(shape.layers * block) + (embeddings + norms) * _MODEL_VALUE_BYTES
 

@@ -168,7 +168,7 @@ def test_more_requests_than_wanted_ask_for_more_replicas(nodes: Cluster) -> None
     assert outcome.failed == []
 
 
-def test_what_a_node_writes_stays_on_it(nodes: Cluster, tmp_path: Path) -> None:
-    assert not (Path("/tmp/graft") / "haproxy").exists()
-    for node in (1, 2):
-        assert (nodes.home / f"node-{node}" / "graft" / "haproxy" / "haproxy.cfg").is_file()
+def test_what_a_node_writes_stays_on_it(nodes: Cluster) -> None:
+    assert list(Path("/tmp/graft").iterdir()) == []
+    for node in range(WORKERS + 1):
+        assert list((nodes.home / f"node-{node}" / "graft" / "haproxy").rglob("haproxy.cfg")), node
