@@ -11,7 +11,7 @@ SECRETS_OPTIONS = --disable-plugin Base64HighEntropyString --disable-plugin HexH
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo serve observe test lint unit sbom bench-convert bench-routes bench-swap bench-gateway clean
+.PHONY: help environment demo serve observe test lint unit rehearse sbom bench-convert bench-routes bench-swap bench-gateway clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -45,6 +45,9 @@ bench-swap: environment ## A hot-swap under load: time, failures, latency (minut
 
 bench-gateway: environment ## What the gateway costs beside vLLM's own API server (half an hour)
 	@$(RUN) -m benchmarks.gateway
+
+rehearse: environment ## What the manifests deploy, on three "nodes": an upgrade, a node that dies (root; ten minutes)
+	@GRAFT_REHEARSE=1 $(RUN) -m pytest tests/e2e/nodes
 
 lint: environment ## Style, types, static analysis, secrets
 	@$(RUN) -m ruff check

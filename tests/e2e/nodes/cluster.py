@@ -43,6 +43,8 @@ exec "$@"
 
 def possible() -> str | None:
     """Why there can't be such nodes here, or None."""
+    if os.environ.get("GRAFT_REHEARSE") != "1":
+        return "ten minutes; `make rehearse` runs them"
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None or shutil.which("kubectl") is None:
