@@ -82,7 +82,7 @@ def publish(
     """
     with told_errors():
         candidate_of(Artifact.open(artifact), name)  # told before a server is looked for
-        answer = _client(state, local, url).publish(artifact, name, stage_only=stage_only, reason=reason)
+        answer = client_of(state, local, url).publish(artifact, name, stage_only=stage_only, reason=reason)
     if stage_only:
         tell(answer, as_json, "[bold]{revision}[/] is staged on {replicas} replicas ({staged_s} s).")
     else:
@@ -99,7 +99,7 @@ def promote(
 ) -> None:
     """Point a name to a revision that is staged, or that served before."""
     with told_errors():
-        tell_moved(_client(state, local, url).change("promote", *_split(adapter, required=True), reason), as_json)
+        tell_moved(client_of(state, local, url).change("promote", *_split(adapter, required=True), reason), as_json)
 
 
 def rollback(
@@ -117,7 +117,7 @@ def rollback(
     """
     with told_errors():
         revision = to.rpartition("@")[2] if to else None
-        tell_moved(_client(state, local, url).roll_back(name, revision, reason), as_json)
+        tell_moved(client_of(state, local, url).roll_back(name, revision, reason), as_json)
 
 
 def abandon(
@@ -130,7 +130,7 @@ def abandon(
 ) -> None:
     """Give a staged revision up: every replica lets go of it."""
     with told_errors():
-        answer = _client(state, local, url).change("abandon", *_split(adapter, required=True), reason)
+        answer = client_of(state, local, url).change("abandon", *_split(adapter, required=True), reason)
         tell(answer, as_json, f"[bold]{adapter}[/] is given up.")
 
 
@@ -147,7 +147,7 @@ def retire(
     New requests for it get a 404, running ones finish. Publishing it, or giving it to `run`, brings it back.
     """
     with told_errors():
-        answer = _client(state, local, url).retire(name, reason)
+        answer = client_of(state, local, url).retire(name, reason)
         tell(answer, as_json, "[bold]{model}[/] is retired on {replicas} replicas.")
 
 
@@ -161,7 +161,7 @@ def pin(
 ) -> None:
     """Keep a revision resident on every replica; it is not retired until it is unpinned."""
     with told_errors():
-        answer = _client(state, local, url).change("pin", *_split(adapter), reason)
+        answer = client_of(state, local, url).change("pin", *_split(adapter), reason)
         tell(answer, as_json, "[bold]{revision}[/] is pinned.")
 
 
@@ -175,7 +175,7 @@ def unpin(
 ) -> None:
     """Let a pinned revision come and go with its use again."""
     with told_errors():
-        answer = _client(state, local, url).change("unpin", *_split(adapter), reason)
+        answer = client_of(state, local, url).change("unpin", *_split(adapter), reason)
         tell(answer, as_json, "[bold]{revision}[/] is no longer pinned.")
 
 
@@ -184,7 +184,7 @@ def list_adapters(
 ) -> None:
     """Every adapter with the revision it means, the one before, and what is staged or pinned."""
     with told_errors():
-        found = _client(state, local, url).adapters()
+        found = client_of(state, local, url).adapters()
     table(found, ("name", "current", "previous", "staged", "pinned"), as_json, {"adapters": found})
 
 
@@ -197,7 +197,7 @@ def show(
 ) -> None:
     """All revisions of an adapter: state, reason, author, and where each came from (with --json)."""
     with told_errors():
-        found = _client(state, local, url).show(name)
+        found = client_of(state, local, url).show(name)
     table(found["revisions"], ("revision", "state", "pinned", "at", "by", "reason"), as_json, found)
 
 
@@ -211,7 +211,7 @@ def history(
 ) -> None:
     """What was done, by whom, when and why; newest first."""
     with told_errors():
-        found = _client(state, local, url).history(name, limit)
+        found = client_of(state, local, url).history(name, limit)
     table(found, ("epoch", "at", "by", "verb", "revision", "reason"), as_json, {"history": found})
 
 
@@ -228,7 +228,7 @@ def apply(
 
     with told_errors():
         wanted = desired.Desired.read(file)
-        client = _client(state, local, url)
+        client = client_of(state, local, url)
         steps = desired.diff(wanted, client.adapters())
         failed = {} if dry_run else desired.apply(wanted, steps, client)
     if as_json:
@@ -272,7 +272,7 @@ def status(
 ) -> None:
     """What every replica of the running server holds, what it failed to load, and what it had to mend."""
     with told_errors():
-        client = _client(state, local, url)
+        client = client_of(state, local, url)
         found = client.replicas()
     if as_json:
         print_json({"replicas": found, "url": client.url})
@@ -292,7 +292,8 @@ def _tell_line(line: str) -> None:
     err.print(line, markup=False)
 
 
-def _client(state: str, local: Path | None, url: str | None) -> AdminClient:
+def client_of(state: str, local: Path | None, url: str | None) -> AdminClient:
+    """The admin API of the server that these options name. Raises ServerNotRunning."""
     return AdminClient.of(StateDir(state, local), url)
 
 

@@ -103,8 +103,7 @@ class EngineCall:
 
     async def _run_base(self, scope: Scope, fields: Fields, body: bytes, receive: Receive, send: Send) -> None:
         async with self._passages.open(scope, self._base_model, fields, len(body)) as passage:
-            if passage.added:
-                body = msgspec.json.encode(fields | passage.added)
+            body = with_added(body, fields, passage)
             sent = with_content_length(scope, len(body))
             async with self._passages.places.place(caller_of(scope), self._base_model):
                 told = saying(self._base_model, record_of(scope), passage.telling(send))
@@ -112,26 +111,19 @@ class EngineCall:
 
     async def _run_adapter(self, choice: Choice, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
         adapter = choice.adapter
-        body = msgspec.json.encode(fields | {"model": adapter.engine_name})
+        fields |= {"model": adapter.engine_name}
+        body = msgspec.json.encode(fields)
         if await self._passed_on(adapter, with_content_length(scope, len(body)), body, record_of(scope), send):
             return  # whoever answers counts it
         async with self._passages.open(scope, adapter.name, fields, len(body)) as passage:
-            witness = await self._run_on(adapter, choice, passage, scope, fields, receive, send)
+            witness = await self._run_on(choice, passage, scope, with_added(body, fields, passage), receive, send)
         if choice.shadow:
             self._shadows.send_copy(choice.shadow, scope, fields, witness.body)
 
     async def _run_on(
-        self,
-        adapter: AdapterRevision,
-        choice: Choice,
-        passage: Passage,
-        scope: Scope,
-        fields: Fields,
-        receive: Receive,
-        send: Send,
+        self, choice: Choice, passage: Passage, scope: Scope, body: bytes, receive: Receive, send: Send
     ) -> Witness:
-        caller = caller_of(scope)
-        body = msgspec.json.encode(fields | passage.added | {"model": adapter.engine_name})
+        adapter, caller = choice.adapter, caller_of(scope)
         sent = with_content_length(scope, len(body))
         record = record_of(scope)
         record.queues(self._pool.level_of(adapter))
@@ -193,6 +185,11 @@ class DeadEngineGuard:
             await _send_unavailable(self._send)
         elif not self.replaced:
             await self._send(message)
+
+
+def with_added(body: bytes, fields: Fields, passage: Passage) -> bytes:
+    """The body, which is `fields`, with what its passage adds; written again only for that."""
+    return msgspec.json.encode(fields | passage.added) if passage.added else body
 
 
 def known_models(base_model: str, catalogue: Catalogue, key: Key | None) -> set[str]:

@@ -24,7 +24,7 @@ from serve.engine import Engine
 from serve.engine_call import EngineCall, known_models
 from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, TaskUnsupported, UnknownModel, UnknownRoute
 from serve.forward import Peers
-from serve.keys import Key, KeyRing
+from serve.keys import KeyRing
 from serve.names import AdapterRevision, RequestedModel
 from serve.observed import Observed
 from serve.oidc import Issuer
@@ -116,10 +116,10 @@ class Gateway:
     async def _list_models(self, request: Request) -> Response:
         catalogue = self._catalogue()
         if (key := key_of(request.scope)) is not None:
-            return JSONResponse(model_list(self._cards_for(key, catalogue)))
+            return JSONResponse(model_list(self._cards(catalogue, key.may_use)))
         if self._listed[0] != catalogue.epoch:  # thousands of adapters, and seldom a new one
-            cards = [self._base_card(), *(self._card(catalogue, current) for current in sorted(catalogue.current))]
-            self._listed = (catalogue.epoch, bytes(JSONResponse(model_list(cards)).body))
+            everything = self._cards(catalogue, lambda _: True)
+            self._listed = (catalogue.epoch, bytes(JSONResponse(model_list(everything)).body))
         return Response(self._listed[1], media_type="application/json")
 
     async def _get_model(self, request: Request) -> Response:
@@ -130,10 +130,10 @@ class Gateway:
             raise UnknownModel(name, known_models(self._base_model, catalogue, key))
         return JSONResponse(self._base_card() if is_base or current is None else self._card(catalogue, current))
 
-    def _cards_for(self, key: Key, catalogue: Catalogue) -> list[dict[str, object]]:
-        """What there is for one caller."""
-        base = [self._base_card()] if key.may_use(self._base_model) else []
-        mine = (it for it in sorted(catalogue.current) if key.may_use(it.name))
+    def _cards(self, catalogue: Catalogue, may_use: Callable[[str], bool]) -> list[dict[str, object]]:
+        """What there is for a caller who may use those names."""
+        base = [self._base_card()] if may_use(self._base_model) else []
+        mine = sorted(it for it in catalogue.current if may_use(it.name))
         return [*base, *(self._card(catalogue, current) for current in mine)]
 
     def _base_card(self) -> dict[str, object]:

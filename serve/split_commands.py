@@ -6,11 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from serve.commands import DEFAULT_STATE, AdapterName, AsJson, LocalOption, Reason, StateOption, UrlOption
+from serve.commands import DEFAULT_STATE, AdapterName, AsJson, LocalOption, Reason, StateOption, UrlOption, client_of
 from serve.output import tell, told_errors
 from serve.remote import AdminClient
 from serve.split import Kind, Terms
-from serve.state import StateDir
 
 SecondRevision = Annotated[
     str | None, typer.Argument(metavar="REVISION", help="12 or more digits of a revision that is known.")
@@ -58,7 +57,7 @@ def canary(
     }
     wanted = _wanted_revision(revision, end)
     with told_errors():
-        _split(AdminClient.of(StateDir(state, local), url), "canary", name, wanted, terms, reason, as_json)
+        _split(client_of(state, local, url), "canary", name, wanted, terms, reason, as_json)
 
 
 def shadow(
@@ -78,7 +77,7 @@ def shadow(
     """
     wanted = _wanted_revision(revision, end)
     with told_errors():
-        _split(AdminClient.of(StateDir(state, local), url), "shadow", name, wanted, {"share": share}, reason, as_json)
+        _split(client_of(state, local, url), "shadow", name, wanted, {"share": share}, reason, as_json)
 
 
 def _wanted_revision(revision: str | None, end: bool) -> str | None:

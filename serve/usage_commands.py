@@ -6,10 +6,8 @@ from typing import Annotated
 
 import typer
 
-from serve.commands import DEFAULT_STATE, AsJson, LocalOption, StateOption, UrlOption
+from serve.commands import DEFAULT_STATE, AsJson, LocalOption, StateOption, UrlOption, client_of
 from serve.output import table, told_errors
-from serve.remote import AdminClient
-from serve.state import StateDir
 
 _COLUMNS = ("day", "key", "model", "requests", "prompt_tokens", "completion_tokens")
 
@@ -29,5 +27,5 @@ def usage(
     """Requests and tokens by day, key and model. What runs now counts when it has ended."""
     asked = "&".join(f"{name}={day}" for name, day in (("since", since), ("until", until)) if day)
     with told_errors():
-        found = AdminClient.of(StateDir(state, local), url).call("GET", f"/admin/v1/usage?{asked}")
+        found = client_of(state, local, url).call("GET", f"/admin/v1/usage?{asked}")
     table(found["usage"], _COLUMNS, as_json, found)

@@ -16,7 +16,6 @@ from typing import Any
 
 from prometheus_client import REGISTRY
 from starlette.types import ASGIApp
-from vllm.config import LoRAConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -88,7 +87,7 @@ class VllmEngine:
         # vLLM's handler for a dead engine sets `.should_exit` on its HTTP server; here Ray Serve owns that.
         api.state.server = types.SimpleNamespace()
         started = cls(engine, api)
-        if _leaks_last_slot(engine.vllm_config.lora_config):
+        if engine.vllm_config.lora_config is not None and _leaks_last_slot():
             await started._close_last_slot()
         return started
 
@@ -297,7 +296,7 @@ def command_line(settings: EngineSettings, traces: str | None = None) -> list[st
     return [
         *("--model", str(settings.model_path), "--served-model-name", settings.model_name),
         *platform,
-        *_lora_args(settings, 2 if current_platform.is_cpu() else 0),
+        *_lora_args(settings, 2 if _leaks_last_slot() else 0),
         *(("--otlp-traces-endpoint", traces) if traces else ()),
         *settings.vllm_args,
     ]
@@ -308,21 +307,20 @@ def _lora_args(settings: EngineSettings, more_slots: int) -> list[str]:
     closed one for usable and a batch without room for its adapters would stop the engine."""
     if settings.max_lora_rank == 0:
         return []
-    slots = settings.max_active_adapters + more_slots
     return [
         "--enable-lora",
         *("--max-lora-rank", str(settings.max_lora_rank)),
-        *("--max-loras", str(slots)),
+        *("--max-loras", str(settings.max_active_adapters + more_slots)),
         # More than the pool ever holds: the engine must never evict by itself.
-        *("--max-cpu-loras", str(max(settings.adapter_capacity + 1 + more_slots, slots))),
+        *("--max-cpu-loras", str(settings.adapter_capacity + 1 + more_slots)),
     ]
 
 
-def _leaks_last_slot(lora: LoRAConfig | None) -> bool:
+def _leaks_last_slot() -> bool:
     """On a CPU vLLM 0.32 takes the index of "no adapter", -1, for the last slot: requests for the base model that meet
     an adapter's requests in a batch are answered with the adapter in that slot
     (https://github.com/vllm-project/vllm/pull/48421). Its GPU kernels know better."""
-    return lora is not None and bool(current_platform.is_cpu())
+    return bool(current_platform.is_cpu())
 
 
 class _Parser(FlexibleArgumentParser):
