@@ -37,6 +37,8 @@ _PROXY_TIMEOUT_S = 60
 # Ray's own sockets live below its directory, and a path of a Unix socket holds 107 bytes: keep it short.
 _TEMPORARY_PREFIX = "graft-"
 _HAPROXY_THREADS = 4
+# Those of one server. A replica that takes the place of another gets a new port for some minutes.
+_REPLICA_PORTS = 100
 # Requests and answers never pass through it.
 _OBJECT_STORE_BYTES = 100 << 20
 
@@ -102,7 +104,7 @@ def metrics_address(host: str, port: int | None) -> tuple[str, int] | None:
     try:
         check_port(host, DEFAULT_PORT)
     except PortInUse:
-        return host, _free_port()
+        return host, _free_ports(1)[0]
     return host, DEFAULT_PORT
 
 
@@ -146,8 +148,7 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        **_ports(),
         # A token of its own for each run; without it Ray writes one into the home directory.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -158,11 +159,27 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         # One request may ask for as many answers as with OpenAI; vLLM would take 16384.
         "VLLM_MAX_N_SEQUENCES": os.environ.get("VLLM_MAX_N_SEQUENCES", "128"),
         "VLLM_HOST_IP": "127.0.0.1",
+        # Python's dictConfig closes every handler of the process. Ray Serve's own would be among them, and a replica
+        # without it is stopped when the controller was restarted.
+        "VLLM_CONFIGURE_LOGGING": "0",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         # The model is a directory on this machine: nothing may ask a hub.
         "HF_HUB_OFFLINE": "1",
         **_proxy_environment(),
         **_cpu_environment(replica_cpus),
+    }
+
+
+def _ports() -> dict[str, str]:
+    """Of what one server's parts say to each other. Ray's defaults are the same for every server on the machine, and
+    two of them may listen on one: a request would be answered by the other server."""
+    replicas_from = secrets.choice(range(20_000, 32_000, _REPLICA_PORTS))  # below those that the system gives away
+    own = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+    free = _free_ports(len(own))
+    return {
+        **{f"RAY_SERVE_{name}_PORT": str(port) for name, port in zip(own, free, strict=True)},
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas_from),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas_from + _REPLICA_PORTS - 1),
     }
 
 
@@ -284,8 +301,10 @@ def _kill_leftovers(directory: Path) -> None:
                 process.kill()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _free_ports(count: int) -> list[int]:
+    """Different ones."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]

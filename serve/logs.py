@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
@@ -65,15 +66,22 @@ def fields_of(record: logging.LogRecord) -> dict[str, object]:
 
 
 def set_up(settings: LogSettings, replica: str) -> None:
-    """What this package logs goes where the settings say. Called once in a process."""
+    """What this package logs goes where the settings say; what vLLM logs goes to the error stream in the same format.
+    Called once in a process, before vLLM is imported there with VLLM_CONFIGURE_LOGGING=0."""
+    formatter = JsonLines(replica=replica) if settings.format == "json" else TextLines()
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if settings.directory:
         settings.directory.mkdir(parents=True, exist_ok=True)
         _forget_old(settings.directory)
         path = settings.directory / f"{replica}.log"
         handler = RotatingFileHandler(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")
-    handler.setFormatter(JsonLines(replica=replica) if settings.format == "json" else TextLines())
-    logger = logging.getLogger(__package__)
+    _send(logging.getLogger(__package__), handler, formatter, logging.INFO)
+    level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING").upper()
+    _send(logging.getLogger("vllm"), logging.StreamHandler(sys.stderr), formatter, level)
+
+
+def _send(logger: logging.Logger, handler: logging.Handler, formatter: logging.Formatter, level: int | str) -> None:
+    handler.setFormatter(formatter)
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False

@@ -3,7 +3,8 @@
 Known of vLLM 0.32, each found by fuzzing:
 
 - the history of a `/v1/responses` request with an answer of the assistant that has no content, or that is a refusal
-  (`item.content[0].text`): taken if the error comes from a module that turns a body into a conversation;
+  (`item.content[0].text`), a part of a message that is no object (`assert isinstance(part, dict)`): taken if the error
+  comes from a module that turns a body into a conversation;
 - a number that its message to the engine core can't hold, as `top_k` of more than 64 bits.
 
 Everything else stays the 500 that it is.
@@ -18,8 +19,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-_READERS = frozenset({"vllm.entrypoints.openai.responses.utils"})
-_STUMBLES = (AttributeError, IndexError, KeyError)
+_READERS = frozenset({"vllm.entrypoints.openai.responses.utils", "vllm.renderers.chat_utils"})
+_STUMBLES = (AssertionError, AttributeError, IndexError, KeyError)
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,10 @@ async def _answer_stumble(_: Request, error: Exception) -> Response:
     if _raised_in(error) not in _READERS:
         raise error
     logger.warning("vLLM could not read a request", exc_info=error)
-    return _bad_request(f"The engine can't read this request; is there a message without text in it? ({error})")
+    reason = f" ({error})" if str(error) else ""
+    return _bad_request(
+        f"The engine can't read this request: a message without text, or with a part that is no object?{reason}"
+    )
 
 
 def _bad_request(message: str) -> JSONResponse:

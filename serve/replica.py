@@ -41,6 +41,9 @@ from serve.usage import Meter
 from serve.waiting import WaitLimits
 
 DEPLOYMENT = "EngineReplica"
+# Of ray.serve's ReplicaState: one that a restarted controller has not looked at yet goes on answering.
+_SERVING_STATES = frozenset({"RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION"})
+_HANDLE_LAG_S = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -237,11 +240,21 @@ class RayReplicas:
     """serve.publish.Replicas through Ray Serve's broadcast."""
 
     def __init__(self, app_name: str, timeout_s: float) -> None:
+        self._app_name = app_name
         self._handle = ray_serve.get_deployment_handle(DEPLOYMENT, app_name)
         self._timeout_s = timeout_s
 
     async def sync(self, awaited: str | None = None) -> Sequence[ReplicaReport]:
-        return await self._all("sync", awaited)
+        """Broadcasts until every replica that the controller counts has answered: this handle learns of a new one a
+        little later than the callers that it answers."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            reports, serving = await asyncio.gather(self._all("sync", awaited), self._serving())
+            if len(reports) >= serving:
+                return reports
+            if time.monotonic() > deadline:
+                raise ReplicaUnreachable(f"{serving} replicas serve, but only {len(reports)} could be asked.")
+            await asyncio.sleep(_HANDLE_LAG_S)
 
     async def report(self) -> Sequence[ReplicaReport]:
         """What every one holds, as it is. Raises ReplicaUnreachable if one does not answer."""
@@ -254,3 +267,13 @@ class RayReplicas:
         except Exception as error:
             raise ReplicaUnreachable(f"A replica did not answer within {self._timeout_s} s: {error!r}.") from error
         return [ReplicaReport.model_validate(report) for report in reports]
+
+    async def _serving(self) -> int:
+        """How many replicas may be answering callers, as the controller knows it."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                status = await asyncio.to_thread(ray_serve.status)
+        except Exception as error:
+            raise ReplicaUnreachable(f"Ray Serve's controller did not tell of its replicas: {error!r}.") from error
+        states = status.applications[self._app_name].deployments[DEPLOYMENT].replica_states
+        return sum(count for state, count in states.items() if state in _SERVING_STATES)

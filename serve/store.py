@@ -3,7 +3,8 @@
     DIR/<revision>/adapter_config.json, adapter_model.safetensors
 
 vLLM re-reads an evicted adapter from its path and dies if the files are gone or reads other weights if they
-changed. So a revision's files are written once, never altered, and outlive its last use.
+changed. So a revision's files are written once, never altered, and outlive its last use; before an engine reads them
+their digest is taken again, unless nobody has written to them since.
 
 With a bucket the directory is this machine's copy of what all machines share there:
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -27,7 +29,7 @@ from typing import BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
-from convert.artifact import FileDigests, digest
+from convert.artifact import FileDigests, digest, file_digests
 from serve.bucket import Bucket
 from serve.errors import AdapterUnavailable, ArtifactRefused, StoreUnavailable
 from serve.names import AdapterRevision
@@ -36,6 +38,10 @@ from serve.objects import Objects, fsync_directory
 _COPY_BYTES = 8 << 20
 _LISTING = TypeAdapter(FileDigests)
 
+logger = logging.getLogger(__name__)
+
+# Of every file: name, inode, size in bytes, time of the last change in nanoseconds.
+_Signature = tuple[tuple[str, int, int, int], ...]
 # Writes the content of the named file into a stream.
 Source = Callable[[str, BinaryIO], None]
 
@@ -48,17 +54,22 @@ class AdapterStore:
         self._directory = directory
         self._objects = objects
         self._bucket = objects if isinstance(objects, Bucket) else None
+        self._whole: dict[str, _Signature] = {}
 
     def path(self, adapter: AdapterRevision) -> Path:
-        """Where the files of a revision lie on this machine; brings them here once, whoever asks first.
-        Raises AdapterUnavailable if nobody has them, StoreUnavailable if the bucket is out of reach."""
+        """Where the files of a revision lie on this machine, every byte of them as it was published; brings them here
+        once, whoever asks first. Raises AdapterUnavailable if nobody has them, StoreUnavailable if the bucket is out
+        of reach."""
         path = self._directory / adapter.revision
-        if not path.is_dir() and self._bucket:
-            with _told_disk_errors(self._directory), self._alone(adapter.revision):
-                if not path.is_dir():
-                    self._download(self._bucket, adapter)
-        if not path.is_dir():
-            raise AdapterUnavailable(f"The files of {adapter} are not in the adapter store; publish it again.")
+        with _told_disk_errors(self._directory):
+            if not self._is_whole(path) and self._bucket:
+                with self._alone(adapter.revision):
+                    if not self._is_whole(path):
+                        self._download(self._bucket, adapter)
+            if not path.is_dir():
+                raise AdapterUnavailable(f"The files of {adapter} are not in the adapter store; publish it again.")
+            if not self._is_whole(path):
+                raise AdapterUnavailable(f"The files of {adapter} in {path} are damaged; publish it again.")
         return path
 
     def put(self, revision: str, files: Mapping[str, str], source: Source) -> None:
@@ -66,7 +77,7 @@ class AdapterStore:
         by its listing. Raises ArtifactRefused if the bytes are not what `files` says, StoreUnavailable."""
         path = self._directory / revision
         with _told_disk_errors(self._directory):
-            if not path.is_dir():
+            if not self._is_whole(path):
                 self._write(revision, files, source)
         if self._bucket and self._bucket.read(_listing_key(revision)) is None:
             for name in files:
@@ -115,11 +126,31 @@ class AdapterStore:
                         "Convert or copy it again."
                     )
             temporary.chmod(0o755)
-            if not (self._directory / revision).is_dir():
-                temporary.rename(self._directory / revision)
+            self._put_in_place(temporary, self._directory / revision)
             fsync_directory(self._directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _put_in_place(self, temporary: Path, path: Path) -> None:
+        if path.is_dir() and not self._is_whole(path):
+            logger.warning("replacing damaged files", extra={"event": "adapter damaged", "path": str(path)})
+            aside = Path(tempfile.mkdtemp(dir=self._directory, prefix=".damaged-"))
+            path.rename(aside / path.name)
+            temporary.rename(path)
+            shutil.rmtree(aside)
+        elif not path.is_dir():
+            temporary.rename(path)
+
+    def _is_whole(self, path: Path) -> bool:
+        """Whether these are the bytes that the directory is named after. Once they were, that nothing was written."""
+        if not path.is_dir():
+            return False
+        signature = _signature(path)
+        if self._whole.get(path.name) != signature:
+            if digest(file_digests(path)) != path.name:
+                return False
+            self._whole[path.name] = signature
+        return True
 
     @contextmanager
     def _alone(self, revision: str) -> Iterator[None]:
@@ -128,6 +159,11 @@ class AdapterStore:
         with (self._directory / f".{revision}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _signature(path: Path) -> _Signature:
+    found = ((it.name, it.stat()) for it in sorted(path.iterdir()))
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
 class _HashingStream:

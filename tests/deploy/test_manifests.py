@@ -209,7 +209,7 @@ def test_pods_run_with_the_environment_of_the_local_server(tmp_path: Path) -> No
     # Of one machine only, or made by KubeRay, or left to the limits of the pod.
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "VLLM_HOST_IP", "OMP_NUM_THREADS"):
         del local[name]
-    for name in ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT"):
+    for name in [it for it in local if it.endswith("_PORT")]:
         del local[name]  # free ports there, the default ones in a pod of its own
     # Where the image has them.
     local |= {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from convert.artifact import digest
 from serve.bucket import Bucket
 from serve.errors import AdapterUnavailable, StateInvalid, StoreUnavailable
 from serve.intake import take_artifact
@@ -153,6 +154,17 @@ def test_files_that_were_changed_in_the_bucket_never_reach_the_engine(
     assert not (tmp_path / "other" / "adapters" / published.revision).exists()
 
 
+def test_a_damaged_copy_on_this_machine_is_fetched_again(url: str, make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    artifact = make_artifact("a")
+    store = StateDir(url, tmp_path / "one").store
+    published = take_artifact(artifact, None, store)
+    weights = store.path(published.adapter) / "adapter_model.safetensors"
+    weights.write_bytes(bytes(len(weights.read_bytes())))
+
+    assert store.path(published.adapter) == weights.parent
+    assert weights.read_bytes() == (artifact.root / "adapter" / weights.name).read_bytes()
+
+
 def test_an_upload_that_did_not_end_is_no_revision(url: str, make_artifact: MakeArtifact, tmp_path: Path) -> None:
     published = take_artifact(make_artifact("a"), None, StateDir(url, tmp_path / "one").store)
     Bucket(url).delete(f"adapters/{published.revision}.json")
@@ -165,7 +177,8 @@ async def test_a_store_out_of_reach_is_told_while_what_is_resident_is_served(
     unreachable: str, tmp_path: Path, engine: FakeEngine
 ) -> None:
     state = StateDir(unreachable, tmp_path)
-    resident, other = candidate("pirate", "1").adapter, candidate("pirate", "2").adapter
+    resident = AdapterRevision("pirate", digest({}))
+    other = candidate("pirate", "2").adapter
     (tmp_path / "adapters" / resident.revision).mkdir(parents=True)
     pool = AdapterPool(engine, state.store, capacity=2)
     await pool.load(resident)

@@ -73,6 +73,13 @@ def make_gateway(engine: FakeEngine, log: CatalogueLog, store: AdapterStore, tmp
     return make
 
 
+class NamedOnly(AdapterStore):
+    """A directory of the right name will do."""
+
+    def _is_whole(self, path: Path) -> bool:
+        return path.is_dir()
+
+
 async def gateway_of(engine: FakeEngine, log: CatalogueLog, store: AdapterStore, tmp_path: Path) -> Gateway:
     settings = ServeSettings(
         engine=EngineSettings(model_path=tmp_path, model_name="small-llama", fingerprint=BASE, max_lora_rank=16),
@@ -88,7 +95,7 @@ async def gateway_of(engine: FakeEngine, log: CatalogueLog, store: AdapterStore,
         settings.engine,
         settings.admission,
         Unchecked(settings.engine, settings.admission),
-        AdapterStore(tmp_path, Directory(tmp_path)),
+        NamedOnly(tmp_path, Directory(tmp_path)),
         Control(log, OneReplica(reconciler)),
     )
     return Gateway(settings, engine, pool, lambda: reconciler.catalogue, admin)

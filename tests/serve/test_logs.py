@@ -2,22 +2,26 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from serve import logs
+from serve import local, logs
 from serve.access import AccessLog
-from serve.config import LogSettings
+from serve.config import EngineSettings, GatewaySettings, LogSettings, ServeSettings
 from serve.request_record import RequestRecord
 
 
 @pytest.fixture(autouse=True)
 def untouched() -> object:
-    logger = logging.getLogger("serve")
-    before = (logger.handlers, logger.level, logger.propagate)
+    loggers = [logging.getLogger(name) for name in ("serve", "vllm")]
+    before = [(it.handlers, it.level, it.propagate) for it in loggers]
     yield
-    logger.handlers, logger.level, logger.propagate = before
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers, logger.level, logger.propagate = handlers, level, propagate
 
 
 def written(directory: Path) -> list[str]:
@@ -47,12 +51,36 @@ def test_text_is_for_people(tmp_path: Path) -> None:
     assert written(tmp_path)[0].endswith("INFO adapter loaded fetch_s=0.5")
 
 
-def test_other_packages_keep_their_own_logs(tmp_path: Path) -> None:
+def test_what_vllm_says_goes_to_the_error_stream_in_the_same_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     logs.set_up(LogSettings(directory=tmp_path), "one")
 
-    logging.getLogger("vllm").warning("not ours")
+    logging.getLogger("vllm.engine").warning("not ours")
+    logging.getLogger("vllm.engine").info("not asked for")
 
     assert written(tmp_path) == []
+    (line,) = capsys.readouterr().err.splitlines()
+    told = json.loads(line)
+    assert (told["logger"], told["message"], told["replica"]) == ("vllm.engine", "not ours", "one")
+
+
+def test_handlers_of_ray_serve_stay_open_when_the_engine_is_imported() -> None:
+    """A child process, as a replica is one: with its variables, a handler like Ray Serve's, and vLLM."""
+    code = """
+import logging, logging.handlers
+handler = logging.handlers.MemoryHandler(1, target=logging.StreamHandler())
+from serve import logs, vllm_engine
+assert handler.target is not None
+"""
+    settings = ServeSettings(
+        engine=EngineSettings(model_path=Path(), model_name="m", fingerprint="0" * 64),
+        gateway=GatewaySettings(admin_tokens={}),
+        state_dir=Path(),
+    )
+    variables = os.environ | local.environment(Path(), settings)
+    child = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
 
 
 def test_a_sample_of_good_answers_is_written_down_and_every_failure(tmp_path: Path) -> None:

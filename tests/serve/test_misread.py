@@ -15,7 +15,12 @@ from starlette.routing import Route
 from serve.misread import tell_misread
 
 READER = "vllm.entrypoints.openai.responses.utils"
-CODE = "def read(body):\n    return (Answer() if body.get('refused') else body['content'][0]).text\n"
+CODE = """
+def read(body):
+    for part in body.get("parts", ()):
+        assert isinstance(part, dict)
+    return (Answer() if body.get("refused") else body["content"][0]).text
+"""
 
 
 class Answer(BaseModel):
@@ -51,9 +56,10 @@ def client(module_name: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://engine")
 
 
-@pytest.mark.parametrize("body", [{"content": []}, {"content": ["refusal"]}, {"refused": True}, {}])
-async def test_a_body_that_the_engine_stumbles_over_is_a_bad_request(body: dict[str, Any]) -> None:
-    async with client(READER) as engine:
+@pytest.mark.parametrize("body", [{"content": []}, {"content": ["refusal"]}, {"refused": True}, {}, {"parts": [7]}])
+@pytest.mark.parametrize("reader", [READER, "vllm.renderers.chat_utils"])
+async def test_a_body_that_the_engine_stumbles_over_is_a_bad_request(body: dict[str, Any], reader: str) -> None:
+    async with client(reader) as engine:
         response = await engine.post("/", json=body)
 
     assert response.status_code == 400

@@ -93,3 +93,36 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(
     assert list((tmp_path / "catalogue").iterdir()) == []
     taken = take_artifact(artifact, None, adapters)
     assert log.stage(taken).staged == {taken.adapter}
+
+
+def turn_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_files_that_changed_after_they_were_taken_in_are_served_to_nobody(
+    adapters: AdapterStore, make_artifact: MakeArtifact
+) -> None:
+    artifact = make_artifact("a", weights="pirate weights")
+    candidate = take_artifact(artifact, None, adapters)
+    path = adapters.path(candidate.adapter)
+
+    turn_a_bit(path / "adapter_model.safetensors")
+
+    with pytest.raises(AdapterUnavailable, match="damaged; publish it again"):
+        adapters.path(candidate.adapter)
+    take_artifact(artifact, None, adapters)
+    assert (path / CONFIG).parent == adapters.path(candidate.adapter)
+    assert [it.name for it in path.parent.iterdir()] == [candidate.revision], "the damaged ones are gone"
+
+
+def test_files_are_read_again_only_after_a_change(
+    adapters: AdapterStore, make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidate = take_artifact(make_artifact("a", weights="pirate weights"), None, adapters)
+    adapters.path(candidate.adapter)
+
+    monkeypatch.setattr("serve.store.file_digests", lambda _: pytest.fail("read again"))
+
+    adapters.path(candidate.adapter)

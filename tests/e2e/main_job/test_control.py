@@ -249,7 +249,7 @@ def test_what_is_killed_during_a_publish_leaves_a_consistent_catalogue(
     """Whatever the publish then tells its caller, the alias means one revision everywhere, nothing stays half
     staged, and a replica that takes the place of a killed one holds what the catalogue says before it answers."""
     admin.publish(story.artifacts["german"], "swiss")
-    victim = processes(server, actor)[0]
+    victim, replicas = processes(server, actor)[0], names(admin)
     outcome: list[str] = []
 
     def publish() -> None:
@@ -262,6 +262,7 @@ def test_what_is_killed_during_a_publish_leaves_a_consistent_catalogue(
     victim.kill()
     publishing.join()
     wait_for_replicas(admin)
+    assert len(replicas & names(admin)) == (REPLICAS if actor == "ServeController" else REPLICAS - 1)
 
     state = admin.state.log.read().adapters["swiss"]
     assert not any(it.staged for it in state.revisions.values()), outcome
@@ -270,6 +271,10 @@ def test_what_is_killed_during_a_publish_leaves_a_consistent_catalogue(
     assert all(current in resident for resident in held(admin)), outcome
     assert {answer(server, "swiss").headers["x-graft-model"] for _ in range(2 * REPLICAS)} == {current}
     admin.retire("swiss")
+
+
+def names(admin: AdminClient) -> set[str]:
+    return {replica["replica"] for replica in admin.replicas()}
 
 
 def wait_for_replicas(admin: AdminClient) -> None:

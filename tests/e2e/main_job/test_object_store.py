@@ -29,6 +29,7 @@ def test_what_another_machine_published_is_served_and_what_is_published_here_is_
         with running_server([story.artifacts["french"]], here, *options, log=tmp_path / "log", store=store) as url:
             request = {"model": "swiss", "prompt": "the rain", "max_tokens": 1}
             answer = httpx.post(f"{url}/v1/completions", json=request, timeout=60)
+            assert answer.is_success, answer.text
             assert answer.headers["x-graft-model"] == published.adapter.engine_name
             place = ("--state", store, "--local", here)
             result = run("serve", "publish", story.artifacts["french-2"], "--name", "swiss", *place)
