@@ -46,6 +46,18 @@ bench-swap: environment ## A hot-swap under load: time, failures, latency (minut
 bench-gateway: environment ## What the gateway costs beside vLLM's own API server (half an hour)
 	@$(RUN) -m benchmarks.gateway
 
+chaos: environment ## Break everything, one after the other, under load (a quarter of an hour; as root the disk too)
+	@$(RUN) -m benchmarks.faults
+
+soak: environment ## Mixed traffic, swaps and rude callers for half an hour: does anything grow?
+	@$(RUN) -m benchmarks.soak
+
+hostile: environment ## Thousands of bad requests and damaged files: what crashes, hangs, escapes or leaks (minutes)
+	@$(RUN) -m benchmarks.hostile
+
+report: environment ## One page of everything that was measured: docs/report.md
+	@$(RUN) -m benchmarks.report
+
 rehearse: environment ## What the manifests deploy, on three "nodes": an upgrade, a node that dies (root; ten minutes)
 	@GRAFT_REHEARSE=1 $(RUN) -m pytest tests/e2e/nodes
 

@@ -39,14 +39,18 @@ class Figure:
         return {"<=": self.value <= float(bound), ">=": self.value >= float(bound)}[comparison]
 
 
-def write_result(name: str, figures: Mapping[str, Figure], command: str) -> Path:
-    """Write the JSON and print it as lines; returns its path. Raises ValueError for a goal of another form."""
+def write_result(
+    name: str, figures: Mapping[str, Figure], command: str, details: Mapping[str, object] | None = None
+) -> Path:
+    """Write the JSON and print it as lines; returns its path. `details` is what the figures were counted from.
+    Raises ValueError for a goal of another form."""
     document = {
         "figures": {key: asdict(figure) for key, figure in figures.items()},
         "machine": machine(),
         "versions": versions(),
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
+        **(details or {}),
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

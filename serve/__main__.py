@@ -194,7 +194,11 @@ def _serve_until_told(
     metrics: tuple[str, int | None],
     adapters: Path | None,
 ) -> None:
-    from serve.local import local_server, metrics_address  # bring Ray: seconds that `--help` need not wait
+    from serve.local import (
+        local_server,
+        metrics_address,
+        wait_while_ray_runs,
+    )  # bring Ray: seconds that `--help` need not wait
 
     for number in _STOP_SIGNALS:
         signal.signal(number, _stop)
@@ -214,7 +218,7 @@ def _serve_until_told(
             directory.announce(url, f"http://{told_at[0]}:{told_at[1]}/metrics" if told_at else None)
             _print_ready(settings, directory, url)
             with _following(adapters, directory):
-                signal.pause()
+                wait_while_ray_runs()
     except KeyboardInterrupt:
         err.print("Stopped.")
     finally:

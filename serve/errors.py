@@ -40,6 +40,7 @@ ServeError                    500 server_error
     ├── TrafficLogInvalid     traffic_log_invalid         `advise` was given a log that it can't read
     ├── ServerNotRunning      server_not_running          `publish` found nobody to talk to
     ├── EngineStartFailed     engine_start_failed
+    ├── NodeLost              node_lost                   a process of Ray's own ended under the running server
     └── AdminRefused                                      what the admin API answered, with its code
 
 `code` is stable. Messages say what was wrong, what was expected and what to do.
@@ -334,6 +335,10 @@ class ServerNotRunning(StartError):
 
 class EngineStartFailed(StartError):
     code = "engine_start_failed"
+
+
+class NodeLost(StartError):
+    code = "node_lost"
 
 
 class AdminRefused(StartError):

@@ -27,11 +27,13 @@ import httpx
 import psutil
 
 from serve.config import ServeSettings
-from serve.errors import EngineStartFailed, PortInUse
+from serve.errors import EngineStartFailed, NodeLost, PortInUse
 from serve.exporter import DEFAULT_PORT
 
 _PROXY = Path(__file__).with_name("haproxy.sh")
 _POLL_S = 0.2
+_NODE_POLL_S = 1.0
+_RAY_PROCESSES = frozenset({"raylet", "gcs_server"})
 _SOCKETS = shutil.ignore_patterns("*.sock")
 _PROXY_TIMEOUT_S = 60
 # Ray's own sockets live below its directory, and a path of a Unix socket holds 107 bytes: keep it short.
@@ -139,6 +141,8 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         # A replica whose engine died answers 503: another one gets the request.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
         "RAY_SERVE_HAPROXY_RETRIES": "3",
+        # A proxy that died is found after three looks, by default ten seconds apart: nobody is answered until then.
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         # An hour by default. The replica drops a caller that doesn't read; this closes what the proxy holds of it.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(_proxy_patience_s(settings)),
@@ -212,9 +216,6 @@ def _cpu_environment(replica_cpus: int) -> dict[str, str]:
 def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]:
     """Ray's resources, for as long as it runs."""
     import ray
-    from ray import serve as ray_serve
-
-    from serve.app import APP_NAME
 
     on_term = signal.getsignal(signal.SIGTERM)
     ray.init(
@@ -229,16 +230,44 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]
     )
     # Ray took SIGTERM over and would end with 15 on it: put the handler of this program back.
     signal.signal(signal.SIGTERM, on_term)
+    stop = _shut_down
     try:
         yield ray.cluster_resources()
+    except NodeLost:
+        stop = _kill_children  # nobody is left who could end them in order
+        raise
     finally:
-        # Ray tells the wanted end of its controller as a failed task, on standard output.
-        with contextlib.redirect_stdout(io.StringIO()):
-            # The replicas first: what runs on them finishes, and its answers pass through the proxy.
-            with contextlib.suppress(Exception):
-                ray_serve.delete(APP_NAME)
-            ray_serve.shutdown()
-            ray.shutdown()
+        stop()
+
+
+def _shut_down() -> None:
+    import ray
+    from ray import serve as ray_serve
+
+    from serve.app import APP_NAME
+
+    # Ray tells the wanted end of its controller as a failed task, on standard output.
+    with contextlib.redirect_stdout(io.StringIO()):
+        # The replicas first: what runs on them finishes, and its answers pass through the proxy.
+        with contextlib.suppress(Exception):
+            ray_serve.delete(APP_NAME)
+        ray_serve.shutdown()
+        ray.shutdown()
+
+
+def _kill_children() -> None:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def wait_while_ray_runs() -> None:
+    """Until a signal ends it. Raises NodeLost when a process of Ray's own is gone, and with it every replica: nobody
+    starts these again."""
+    parts = [it for it in psutil.Process().children() if it.name() in _RAY_PROCESSES]
+    while all(it.is_running() and it.status() != psutil.STATUS_ZOMBIE for it in parts):
+        time.sleep(_NODE_POLL_S)
+    raise NodeLost("A process of Ray's own ended, and the replicas with it. Start the server again.")
 
 
 def _require_gpus(resources: dict[str, float], settings: ServeSettings) -> None:

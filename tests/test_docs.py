@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 import convert.errors
 import serve.errors
+from benchmarks.report import PAGE, page
 from serve.config import (
     AdmissionSettings,
     EngineSettings,
@@ -74,11 +75,11 @@ def test_every_public_route_is_documented() -> None:
     assert [route for route in ENGINE_ROUTES if f"POST {route}`" not in page] == []
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(DOCS.rglob("*.md")), ids=lambda it: it.name)
-def test_every_link_between_pages_leads_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted(DOCS.rglob("*.md")), ids=lambda it: it.name)
+def test_every_link_between_pages_leads_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", path.read_text())
 
-    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
 
 
 def test_the_readme_quotes_the_measured_figures() -> None:
@@ -89,6 +90,10 @@ def test_the_readme_quotes_the_measured_figures() -> None:
     for way in (*graft, "original_bfloat16", "original_nf4", "peft_nf4", "base"):
         chat, other = (figures[f"{way}_kl_{text}"]["value"] for text in ("chat", "other_text"))
         assert f"| {chat:.2g} | {other:.2g} |" in readme, way
+
+
+def test_the_report_is_made_of_the_committed_results() -> None:
+    assert PAGE.read_text() == page(), "run: make report"
 
 
 def test_readme_commands_are_targets_of_the_makefile() -> None:

