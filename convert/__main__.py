@@ -1,4 +1,4 @@
-"""The command line: `python -m convert inspect | plan | run | compare | verify`.
+"""The command line: `python -m convert inspect | plan | run | compare | verify | sign`.
 
 Exit status: 0 done; 1 an error of the input, told as `error[code]: …`; 2 a wrong use of the command; 3 a limit was not
 kept and nothing was published; 4 the artifact is not what it should be.
@@ -178,6 +178,24 @@ def compare(
         _print_json(json.loads((out / survey.DOCUMENT).read_bytes()))
     else:
         print_page(survey_page(surveyed, out))
+
+
+@app.command()
+def sign(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory with a manifest.json.")],
+    key: Annotated[Path, typer.Option(help="Ed25519 private key in PEM: openssl genpkey -algorithm ed25519")],
+) -> None:
+    """Vouch for an artifact's adapter, for servers that take only what a key of theirs has signed.
+
+    Hashes every file first, then writes manifest.sig beside the manifest. The server is started with the public key:
+    openssl pkey -in KEY.pem -pubout.
+    """
+    from convert import signature
+
+    with _told_errors():
+        opened = Artifact.open(artifact)
+        opened.verify()
+        typer.echo(f"signed: {signature.sign(opened, key)}")
 
 
 @app.command()

@@ -17,6 +17,7 @@ ConvertError
 ├── OutputBusy               output_busy             another process is writing this destination
 ├── OutputUnwritable         output_unwritable       no room or no permission at the destination
 ├── ArtifactInvalid          artifact_invalid        not an artifact, or its bytes changed
+├── SigningKeyInvalid        signing_key_invalid     not an Ed25519 key in PEM
 ├── VerificationFailed       verification_failed     the engine doesn't say what the artifact's golden answers say
 └── VerificationImpossible   verification_impossible no engine here, or nothing to compare it with
 
@@ -94,6 +95,10 @@ class OutputUnwritable(ConvertError):
 
 class ArtifactInvalid(ConvertError):
     code = "artifact_invalid"
+
+
+class SigningKeyInvalid(ConvertError):
+    code = "signing_key_invalid"
 
 
 class VerificationFailed(ConvertError):

@@ -80,6 +80,10 @@ def run(
     allow_other_template: Annotated[
         bool, typer.Option("--allow-other-template", help="Take adapters trained with another tokenizer or template.")
     ] = False,
+    trusted_key: Annotated[
+        list[Path] | None,
+        typer.Option(help="A public key: adapters that none of them signed are refused. Repeatable."),
+    ] = None,
     keys_file: Annotated[
         Path | None,
         typer.Option(help="Keys of callers; default: keys.json of the state directory, if `key create` made one."),
@@ -144,6 +148,7 @@ def run(
             admission=AdmissionSettings(
                 adapter_roots=tuple(it.absolute() for it in adapter_root or ()),
                 allow_other_template=allow_other_template,
+                trusted_keys=tuple(it.absolute() for it in trusted_key or ()),
             ),
             log=LogSettings.model_validate(
                 {"format": log_format, "directory": directory.root / "logs", "access_sample": access_sample}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+from convert.signature import is_signed, public_key
 from serve.adapter_files import largest_rank, linear_shapes, problems
 from serve.candidate import Candidate
 from serve.config import AdmissionSettings, EngineSettings
@@ -18,13 +19,20 @@ class Admission:
     """The checks of one server: what it is for, and what its base model is made of."""
 
     def __init__(self, engine: EngineSettings, settings: AdmissionSettings) -> None:
+        """Raises SigningKeyInvalid."""
         self._engine = engine
         self._settings = settings
+        self._trusted = [public_key(path) for path in settings.trusted_keys]
 
     def check(self, candidate: Candidate, directory: Path) -> None:
         """Raises AdapterRejected with every reason why the files in `directory` can't be served as `candidate`."""
         if found := objections(candidate, self._engine):
             raise AdapterRejected(f"{candidate.adapter} can't be served here: {'; '.join(found)}.")
+        if self._trusted and not is_signed(candidate.signature, candidate.statement, self._trusted):
+            raise AdapterRejected(
+                f"{candidate.adapter} is not signed by a key that this server trusts: `python -m convert sign` it with "
+                "one of them, and publish it again."
+            )
         size = sum(it.stat().st_size for it in directory.iterdir())
         if size > self._settings.max_adapter_bytes:
             raise AdapterRejected(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from convert.artifact import Artifact
 from convert.errors import ArtifactInvalid
+from convert.signature import signature_of
 from serve.candidate import Candidate
 from serve.config import LORA_RANKS, supported_rank
 from serve.errors import ArtifactRefused
@@ -82,6 +83,7 @@ def _adapters(artifacts: Sequence[Artifact], base_name: str) -> tuple[tuple[Cand
         candidate = Candidate.of(artifact.manifest)
         if candidate is None:
             continue
+        candidate = candidate.model_copy(update={"signature": signature_of(artifact.root)})
         if candidate.name == base_name or candidate.name in found:
             raise ArtifactRefused(
                 f"{artifact.root}: the name {candidate.name!r} is taken already; convert it with another --name."

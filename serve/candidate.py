@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from convert.artifact import Manifest, Name, Sha256
+from convert.signature import statement
 from serve.names import AdapterRevision
 
 
@@ -33,6 +34,7 @@ class Candidate(BaseModel):
     rank: int = Field(ge=1)
     golden: Sha256 | None = Field(default=None, description="SHA-256 of its golden.json, where it has one.")
     lineage: Lineage | None = None
+    signature: str | None = Field(default=None, max_length=128, description="convert.signature, in Base64.")
 
     @classmethod
     def of(cls, manifest: Manifest, name: str | None = None) -> Candidate | None:
@@ -51,6 +53,11 @@ class Candidate(BaseModel):
     @property
     def adapter(self) -> AdapterRevision:
         return AdapterRevision(self.name, self.revision)
+
+    @property
+    def statement(self) -> bytes:
+        """What a signature of it signs."""
+        return statement(self.revision, self.base, self.golden)
 
 
 def _lineage(manifest: Manifest) -> Lineage:

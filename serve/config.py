@@ -135,6 +135,10 @@ class AdmissionSettings(_Settings):
     allow_other_template: bool = Field(
         False, description="Take adapters that bring another tokenizer or chat template than the base model's."
     )
+    trusted_keys: tuple[Path, ...] = Field(
+        (),
+        description="Public keys (Ed25519, PEM): an adapter that none of them signed is refused; none: all fit.",
+    )
     least_change_nats: NonNegativeFloat = Field(
         0.005,
         description="A new revision must change some log-probability of a probe by more than this; 0: no probe.",

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from convert.artifact import GOLDEN, MANIFEST, Artifact, digest, file_sha256, problems_of
 from convert.errors import ArtifactInvalid
+from convert.signature import signature_of
 from serve.adapter_files import ADAPTER_FILES, CONFIG, WEIGHTS, largest_rank, read_config
 from serve.candidate import Candidate, Lineage
 from serve.config import AdmissionSettings, EngineSettings
@@ -50,7 +51,7 @@ def candidate_of(artifact: Artifact, name: str | None) -> Candidate:
         raise ArtifactRefused(
             f"{artifact.root} holds a merged model, not an adapter. Serve it with: python -m serve run"
         )
-    return candidate
+    return candidate.model_copy(update={"signature": signature_of(artifact.root)})
 
 
 def take_path(

@@ -56,4 +56,4 @@ def test_serve_knows_the_artifact_and_nothing_else_of_convert() -> None:
         if imported.startswith("convert")
     }
 
-    assert known == {"convert.artifact", "convert.errors"}
+    assert known == {"convert.artifact", "convert.errors", "convert.signature"}

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from convert.signature import sign
+from serve.admission import Admission
 from serve.config import AdmissionSettings, EngineSettings
 from serve.errors import AdapterRejected, ArtifactRefused, PathRefused, StoreUnavailable
 from serve.intake import take_artifact, take_path
 from serve.objects import Directory
 from serve.store import AdapterStore
+from tests.convert.test_signature import make_key
 from tests.serve.conftest import BASE, MakeArtifact, write_adapter, write_base
 
 
@@ -149,3 +152,21 @@ def test_golden_answers_are_taken_along_and_must_be_the_ones_of_the_manifest(
     (artifact.root / "golden.json").unlink()
     with pytest.raises(ArtifactRefused, match="missing"):
         take_artifact(artifact, None, desk.store)
+
+
+def test_where_keys_are_trusted_only_what_one_of_them_signed_gets_in(
+    desk: Desk, make_artifact: MakeArtifact, tmp_path: Path
+) -> None:
+    artifact = make_artifact("roots/a")
+    private, public = make_key(tmp_path)
+    unsigned = desk.take(desk.roots / "a")
+    engine = desk.engine.model_copy(update={"fingerprint": unsigned.base})  # type: ignore[attr-defined]
+    admission = Admission(engine, desk.settings.model_copy(update={"trusted_keys": (public,)}))
+    files = desk.store.path(unsigned.adapter)  # type: ignore[attr-defined]
+
+    with pytest.raises(AdapterRejected, match="is not signed by a key"):
+        admission.check(unsigned, files)  # type: ignore[arg-type]
+
+    sign(artifact, private)
+    admission.check(desk.take(desk.roots / "a"), files)  # type: ignore[arg-type]
+    admission.check(desk.take(desk.roots / "a", "corsair"), files)  # type: ignore[arg-type]
