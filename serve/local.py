@@ -323,9 +323,12 @@ def _reason(application: Any) -> str:
 
 
 def _kill_leftovers(directory: Path) -> None:
-    """An HAProxy that was just being replaced when Serve stopped stays behind: end what names our directory."""
-    for process in psutil.process_iter(["cmdline"]):
-        if any(str(directory) in argument for argument in process.info["cmdline"] or ()):
+    """An HAProxy that was just being replaced when Serve stopped stays behind, and so do engines whose replica was
+    killed with its node: end what names our directory, in its words or in its environment."""
+    own = os.getpid()
+    for process in psutil.process_iter(["pid", "cmdline", "environ"]):
+        words = (*(process.info["cmdline"] or ()), *(process.info["environ"] or {}).values())
+        if process.pid != own and any(str(directory) in it for it in words):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 

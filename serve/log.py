@@ -9,6 +9,7 @@ state it lost to. A snapshot says nothing that the entries before it don't say: 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -25,6 +26,7 @@ from serve.objects import Objects
 from serve.split import Split
 
 SNAPSHOT_EVERY = 128
+_AT_A_TIME = 256  # entries in memory besides what they make
 _SNAPSHOTS_KEPT = 2  # the one before stays for readers that have just listed it
 _NOBODY = Cause()
 _Document = TypeVar("_Document", bound=BaseModel)
@@ -48,8 +50,10 @@ class CatalogueLog:
 
     def follow(self, catalogue: Catalogue) -> Catalogue:
         """`catalogue` with every entry that came since; one look for the next number when there is none."""
-        entries = list(self._entries_after(catalogue.epoch))
-        return catalogue.after(*entries) if entries else catalogue
+        entries = self._entries_after(catalogue.epoch)
+        while some := tuple(itertools.islice(entries, _AT_A_TIME)):
+            catalogue = catalogue.after(*some)
+        return catalogue
 
     def read(self) -> Catalogue:
         """From the newest snapshot on."""

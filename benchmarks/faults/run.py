@@ -37,7 +37,7 @@ class Row:
     refused_publishes: tuple[str, ...]  # why
     alerts: tuple[str, ...]  # that were pending or firing at any time
     reasons: tuple[str, ...]  # a few of the failed requests
-    left_processes: int = 0  # of the server, more than at the begin
+    left_processes: int = 0  # of the server, that it doesn't know any more
 
     def as_data(self) -> dict[str, Any]:
         return asdict(self)
@@ -76,11 +76,10 @@ class Publisher:
 async def run(world: World, faults: Sequence[Fault], tell: Callable[[str], None]) -> list[Row]:
     await world.learn()
     callers = world.callers()
-    processes = len(world.children())
     rows = []
     async with callers.asking():
         for fault in faults:
-            row = await suffer(world, callers, fault, processes)
+            row = await suffer(world, callers, fault)
             tell(f"{row.name:45} whole after {row.recovery_s:5.1f} s   {dict(row.outcomes)}   {', '.join(row.alerts)}")
             for reason in row.reasons:
                 tell(f"    {reason}")
@@ -88,7 +87,7 @@ async def run(world: World, faults: Sequence[Fault], tell: Callable[[str], None]
     return rows
 
 
-async def suffer(world: World, callers: Callers, fault: Fault, processes: int) -> Row:
+async def suffer(world: World, callers: Callers, fault: Fault) -> Row:
     publisher = Publisher(world)
     async with _running(publisher.publish_on()), _running(_alerts_of(world, alerts := set[str]())):
         await asyncio.sleep(BEFORE_S)
@@ -109,7 +108,7 @@ async def suffer(world: World, callers: Callers, fault: Fault, processes: int) -
         tuple(dict(Counter(publisher.refused).most_common(_SHOWN_REASONS))),
         tuple(sorted(alerts)),
         tuple(dict(Counter(it.told for it in asked if it.outcome != "answered").most_common(_SHOWN_REASONS))),
-        max(0, len(world.children()) - processes),
+        len(world.left_behind()),
     )
 
 

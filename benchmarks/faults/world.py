@@ -107,6 +107,16 @@ class World:
             return found
         return []
 
+    def left_behind(self) -> list[psutil.Process]:
+        """Processes of this server that it doesn't know any more: nobody will ever end them."""
+        known = {it.pid for it in self.children()} | {self.server.pid if self.server else 0}
+        found = []
+        for process in psutil.process_iter(["environ"]):
+            environment = process.info["environ"] or {}
+            if environment.get("AWS_ENDPOINT_URL", "").endswith(f":{self.store.port}") and process.pid not in known:
+                found.append(process)
+        return found
+
     def callers(self, workers: int = 6) -> Callers:
         return Callers(self.url, self.key, BASE, self.said, workers)
 
