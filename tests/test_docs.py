@@ -92,6 +92,29 @@ def test_the_readme_quotes_the_measured_figures() -> None:
         assert f"| {chat:.2g} | {other:.2g} |" in readme, way
 
 
+def test_the_readme_quotes_the_swaps_and_the_faults() -> None:
+    swap, chaos = (
+        {
+            key: it["value"]
+            for key, it in json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["figures"].items()
+        }
+        for name in ("swap", "chaos")
+    )
+    readme = " ".join((ROOT / "README.md").read_text().split())
+
+    assert (
+        f"**{swap['swaps']} swaps under load**, on two engines: {swap['requests']:,} requests, "
+        f"{swap['failed_requests']} failed, {swap['mixed_or_stale_responses']} mixed or stale." in readme
+    )
+    assert f"{swap['bare_mixed_or_stale_responses']} mixed or stale of {swap['bare_requests']:,}." in readme
+    assert (
+        f"**{chaos['faults']} faults under load**, from a killed engine to a full disk: "
+        f"{chaos['requests']:,} requests, "
+        f"{chaos['wrong_answers']} wrong answers, {chaos['hung_requests']} hung, "
+        f"{chaos['acknowledged_lost']} acknowledged" in readme
+    )
+
+
 def test_the_report_is_made_of_the_committed_results() -> None:
     assert PAGE.read_text() == page(), "run: make report"
 

@@ -32,7 +32,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         left = [before + more for before, more in zip(left, counts, strict=True)]
     total = sum(sum(it.outcomes.values()) for it in rows)
     requests.set_title(f"requests without an answer, of {total}", loc="left", fontsize=10)
-    requests.legend(loc="lower right", frameon=False, fontsize=8)
+    requests.legend(loc="center right", frameon=False, fontsize=8)
     for axes in (times, requests):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

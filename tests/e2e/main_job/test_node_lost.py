@@ -1,0 +1,36 @@
+"""A server whose Ray has died ends, says so, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from examples.server import free_port, stop, wait_until_ready
+from serve.state import StateDir
+from tests.e2e.conftest import ENGINE_OPTIONS, Story
+
+
+def test_a_server_whose_node_dies_ends_with_its_reason_and_leaves_nothing_behind(story: Story, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "serve", "run", str(story.artifacts["french"]), "--state", str(tmp_path / "state")]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [*command, "--port", str(free_port()), *ENGINE_OPTIONS],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        wait_until_ready(server, StateDir(tmp_path / "state"), log)
+        processes = psutil.Process(server.pid).children(recursive=True)
+        next(it for it in processes if it.name() == "raylet").kill()
+
+        assert server.wait(60) == 1
+    finally:
+        stop(server)
+
+    assert "error[node_lost]" in log.read_text()
+    assert [it for it in processes if it.is_running()] == []
