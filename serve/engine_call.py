@@ -39,6 +39,7 @@ from serve.witness import Witness
 MODEL_HEADER = b"x-graft-model"  # what answered: NAME@REVISION, or the base model
 
 _ABORT_TIMEOUT_S = 2.0
+_DIGITS_OF_64_BITS = 20
 
 # Only the top level is parsed: every value but `model` reaches the engine byte for byte.
 Fields = dict[str, Any]
@@ -237,9 +238,23 @@ async def _whole(receive: Receive, limit_bytes: int) -> bytes:
 
 def parse_fields(body: bytes) -> Fields:
     """The top level of a JSON object, values unparsed. Raises InvalidBody."""
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
-        return _fields.decode(body)
-    raise InvalidBody("The request body must be a JSON object.")
+    try:
+        fields = _fields.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise InvalidBody("The request body must be a JSON object.") from None
+    for name, value in fields.items():
+        if _is_too_large(memoryview(value)):
+            raise InvalidBody(f"`{name}` is a number of more than 64 bits.")
+    return fields
+
+
+def _is_too_large(value: memoryview) -> bool:
+    """For the message in which vLLM sends parameters to its engine core: an integer of more than 64 bits."""
+    if len(value) < _DIGITS_OF_64_BITS or value[0] not in b"-0123456789":
+        return False
+    number = bytes(value)
+    digits, most = (number[1:], 2**63) if number.startswith(b"-") else (number, 2**64 - 1)
+    return digits.isdigit() and (len(digits) > _DIGITS_OF_64_BITS or int(digits) > most)
 
 
 def requested_model(fields: Fields) -> str | None:

@@ -5,7 +5,8 @@ Known of vLLM 0.32, each found by fuzzing:
 - the history of a `/v1/responses` request with an answer of the assistant that has no content, or that is a refusal
   (`item.content[0].text`), a part of a message that is no object (`assert isinstance(part, dict)`): taken if the error
   comes from a module that turns a body into a conversation;
-- a number that its message to the engine core can't hold, as `top_k` of more than 64 bits.
+- a field that its checks of a body take for another type before they look at it (`structured_outputs: [{}]`);
+- a number that its message to the engine core can't hold, as one of more than 64 bits deep in a body.
 
 Everything else stays the 500 that it is.
 """
@@ -44,13 +45,18 @@ def tell_misread(api: Any, failed: type[Exception]) -> None:
 
 
 async def _answer_stumble(_: Request, error: Exception) -> Response:
-    if _raised_in(error) not in _READERS:
+    if not _reads(_raised_in(error)):
         raise error
     logger.warning("vLLM could not read a request", exc_info=error)
     reason = f" ({error})" if str(error) else ""
     return _bad_request(
         f"The engine can't read this request: a message without text, or with a part that is no object?{reason}"
     )
+
+
+def _reads(module: str) -> bool:
+    """Whether all that it does is to make a request of a body."""
+    return module in _READERS or (module.startswith("vllm.entrypoints.") and module.endswith(".protocol"))
 
 
 def _bad_request(message: str) -> JSONResponse:

@@ -57,7 +57,9 @@ def client(module_name: str) -> httpx.AsyncClient:
 
 
 @pytest.mark.parametrize("body", [{"content": []}, {"content": ["refusal"]}, {"refused": True}, {}, {"parts": [7]}])
-@pytest.mark.parametrize("reader", [READER, "vllm.renderers.chat_utils"])
+@pytest.mark.parametrize(
+    "reader", [READER, "vllm.renderers.chat_utils", "vllm.entrypoints.openai.chat_completion.protocol"]
+)
 async def test_a_body_that_the_engine_stumbles_over_is_a_bad_request(body: dict[str, Any], reader: str) -> None:
     async with client(reader) as engine:
         response = await engine.post("/", json=body)
