@@ -127,7 +127,7 @@ async def test_an_alias_reaches_the_engine_as_the_revision_it_stands_for(client:
 
 
 async def test_everything_but_the_model_reaches_the_engine_byte_for_byte(client: httpx.AsyncClient) -> None:
-    rest = r'{"logit_bias":{"1":1e-7},"seed":123456789012345678901234567890,"prompt":"\u00e9\ud83d\ude00","x":1.10}'
+    rest = r'{"logit_bias":{"1":1e-7},"seed":12345678901234567890,"prompt":"\u00e9\ud83d\ude00","x":1.10}'
 
     seen = await seen_by_engine(client, '{"model":"pirate",' + rest[1:])
 
