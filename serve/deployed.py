@@ -33,17 +33,30 @@ def settings_of(args: Mapping[str, Any]) -> ServeSettings:
 def read_settings(path: Path) -> ServeSettings:
     """Raises ValidationError, StateInvalid if there is no such document, ArtifactRefused if the artifact is broken."""
     document = _read(path)
-    engine, gateway = (dict(document.get(part) or {}) for part in ("engine", "gateway"))
+    engine, gateway = (_mapping(document, part, path) for part in ("engine", "gateway"))
     if artifact := engine.pop("artifact", None):
-        bundle = Bundle.of([Path(artifact)], engine.get("model_name"))
+        bundle = Bundle.of([_path(artifact, "engine.artifact", path)], engine.get("model_name"))
         engine |= {
             "model_path": bundle.model_path,
             "model_name": bundle.model_name,
             "fingerprint": bundle.fingerprint,
         }
     if directory := gateway.pop("admin_tokens_dir", None):
-        gateway["admin_tokens"] = _tokens(Path(directory))
+        gateway["admin_tokens"] = _tokens(_path(directory, "gateway.admin_tokens_dir", path))
     return ServeSettings.model_validate(document | {"engine": engine, "gateway": gateway})
+
+
+def _mapping(document: Mapping[str, Any], part: str, path: Path) -> dict[str, Any]:
+    found = document.get(part) or {}
+    if not isinstance(found, dict):
+        raise StateInvalid(f"{part} of the settings file {path} must be a mapping.")
+    return dict(found)
+
+
+def _path(value: object, name: str, path: Path) -> Path:
+    if not isinstance(value, str) or "\0" in value:
+        raise StateInvalid(f"{name} of the settings file {path} must be a path.")
+    return Path(value)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -242,6 +242,8 @@ def parse_fields(body: bytes) -> Fields:
         fields = _fields.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise InvalidBody("The request body must be a JSON object.") from None
+    except RecursionError:
+        raise InvalidBody("The request body is nested too deeply.") from None
     for name, value in fields.items():
         if _is_too_large(memoryview(value)):
             raise InvalidBody(f"`{name}` is a number of more than 64 bits.")

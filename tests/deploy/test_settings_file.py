@@ -111,6 +111,20 @@ def test_a_file_that_says_nothing_is_told(tmp_path: Path, text: str) -> None:
         settings_of({"settings_file": str(tmp_path / "settings.yaml")})
 
 
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        ({"gateway": [[]]}, "gateway of the settings file"),
+        ({"engine": 1e308}, "engine of the settings file"),
+        ({"engine": {"artifact": True}}, r"engine\.artifact of the settings file"),
+        ({"gateway": {"admin_tokens_dir": "a\0b"}}, r"gateway\.admin_tokens_dir of the settings file"),
+    ],
+)
+def test_a_part_of_another_kind_is_told(tmp_path: Path, document: dict[str, object], told: str) -> None:
+    with pytest.raises(StateInvalid, match=told):
+        settings_of(write(tmp_path / "s.yaml", **document))
+
+
 def test_an_unknown_setting_is_refused(tmp_path: Path, tokens: Path) -> None:
     with pytest.raises(ValidationError, match="replica"):
         settings_of(write(tmp_path / "s.yaml", gateway={"admin_tokens_dir": str(tokens)}, replica=2))

@@ -89,6 +89,11 @@ def test_a_number_that_no_engine_can_be_told_is_refused(number: str) -> None:
         parse_fields(f'{{"top_k": {number}}}'.encode())
 
 
+def test_a_body_that_is_nested_without_end_is_refused() -> None:
+    with pytest.raises(InvalidBody, match="nested too deeply"):
+        parse_fields(b'{"a":' * 20_000)
+
+
 @pytest.mark.parametrize(
     "value", ["18446744073709551615", "-9223372036854775808", "0.12345678901234567890123", '"9"', "1e300"]
 )
