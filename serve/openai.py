@@ -42,8 +42,10 @@ def wants_prompt_logprobs(fields: Mapping[str, Any]) -> bool:
     (https://github.com/vllm-project/vllm/issues/16668, https://github.com/vllm-project/vllm/issues/51594).
     """
     said = {name: bytes(fields.get(name, b"null")) for name in ("prompt_logprobs", "echo", "logprobs", "top_logprobs")}
-    of_generated = not {said["logprobs"], said["top_logprobs"]} <= _NO
-    return said["prompt_logprobs"] != b"null" or (said["echo"] not in _NO and of_generated)
+    # vLLM gives a chat that shall be repeated as many as `top_logprobs` says, and that is 0 where nothing is said; to
+    # it 0 of them, or `false`, is a number.
+    counts = "messages" in fields or {said["logprobs"], said["top_logprobs"]} != {b"null"}
+    return said["prompt_logprobs"] != b"null" or (said["echo"] not in _NO and counts)
 
 
 def error_response(error: ServeError, path: str = "") -> JSONResponse:

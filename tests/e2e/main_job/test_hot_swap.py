@@ -140,8 +140,11 @@ async def test_nobody_stops_an_engine_by_asking_for_prompt_logprobs(server: Serv
         refused = await asyncio.gather(
             *(ask(**each) for each in ({"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}))
         )
+        messages = [{"role": "user", "content": QUESTION}]
+        body = {"model": "french", "messages": messages, "echo": True, "max_tokens": 2}
+        chat = await client.post(f"{server.url}/v1/chat/completions", json=body)
 
-        assert refused == [400, 400]
+        assert [*refused, chat.status_code] == [400, 400, 400]
         assert await asyncio.gather(*others) == [200] * 4
 
 
