@@ -113,8 +113,8 @@ class PromptLogprobsUnavailable(InvalidRequest):
 
     def __init__(self) -> None:
         super().__init__(
-            "Log-probabilities of the prompt (`prompt_logprobs`, `echo` with `logprobs`, `echo` of a chat) can't be had "
-            "from an engine that serves adapters. Those of generated tokens can; a merged model gives both."
+            "Log-probabilities of the prompt (`prompt_logprobs`, `echo` with `logprobs`, `echo` of a chat) are not "
+            "available from an engine that serves adapters. Those of generated tokens are; a merged model gives both."
         )
 
 
