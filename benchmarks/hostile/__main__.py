@@ -26,7 +26,7 @@ def main() -> None:
     every = parser.parse_args().every
     with tempfile.TemporaryDirectory(prefix="graft-hostile-") as directory, world(Path(directory)) as running:
         found = asyncio.run(attack_api(running, every))
-        found += attack_files(running.artifacts, Path(directory) / "files", FILES_EACH // every)
+        found += attack_files(running.artifacts, Path(directory) / "files" / "work", FILES_EACH // every)
     for case in found:
         if case.what:
             print(f"{case.surface}: {case.what}: {case.told}")
