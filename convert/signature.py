@@ -23,7 +23,7 @@ from convert.artifact import Artifact
 from convert.errors import ArtifactInvalid, SigningKeyInvalid
 
 SIGNATURE = "manifest.sig"
-_MAX_BYTES = 4096
+MAX_CHARACTERS = 128  # of a file that holds 88; what is longer is no signature, and kept nowhere
 
 
 def statement(revision: str, base: str, golden: str | None) -> bytes:
@@ -43,9 +43,12 @@ def sign(artifact: Artifact, key: Path) -> Path:
 
 
 def signature_of(root: Path) -> str | None:
-    """What `manifest.sig` holds; None if there is none."""
+    """What `manifest.sig` holds, of a longer file the begin; None if there is none."""
     path = root / SIGNATURE
-    return path.read_text(errors="replace")[:_MAX_BYTES].strip() if path.is_file() else None
+    if not path.is_file():
+        return None
+    with path.open(errors="replace") as stream:
+        return stream.read(MAX_CHARACTERS).strip()
 
 
 def is_signed(signature: str | None, signed: bytes, keys: Sequence[Ed25519PublicKey]) -> bool:

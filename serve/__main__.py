@@ -199,11 +199,8 @@ def _serve_until_told(
     metrics: tuple[str, int | None],
     adapters: Path | None,
 ) -> None:
-    from serve.local import (
-        local_server,
-        metrics_address,
-        wait_while_ray_runs,
-    )  # bring Ray: seconds that `--help` need not wait
+    # Brings Ray: seconds that `--help` need not wait.
+    from serve.local import local_server, metrics_address, wait_while_ray_runs
 
     for number in _STOP_SIGNALS:
         signal.signal(number, _stop)

@@ -80,10 +80,9 @@ def _default_name(holder: Artifact) -> str:
 def _adapters(artifacts: Sequence[Artifact], base_name: str) -> tuple[tuple[Candidate, Artifact], ...]:
     found: dict[str, tuple[Candidate, Artifact]] = {}
     for artifact in artifacts:
-        candidate = Candidate.of(artifact.manifest)
+        candidate = Candidate.of(artifact.manifest, signature=signature_of(artifact.root))
         if candidate is None:
             continue
-        candidate = candidate.model_copy(update={"signature": signature_of(artifact.root)})
         if candidate.name == base_name or candidate.name in found:
             raise ArtifactRefused(
                 f"{artifact.root}: the name {candidate.name!r} is taken already; convert it with another --name."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field
 
 from convert.artifact import Manifest, Name, Sha256
-from convert.signature import statement
+from convert.signature import MAX_CHARACTERS, statement
 from serve.names import AdapterRevision
 
 
@@ -34,10 +34,10 @@ class Candidate(BaseModel):
     rank: int = Field(ge=1)
     golden: Sha256 | None = Field(default=None, description="SHA-256 of its golden.json, where it has one.")
     lineage: Lineage | None = None
-    signature: str | None = Field(default=None, max_length=128, description="convert.signature, in Base64.")
+    signature: str | None = Field(default=None, max_length=MAX_CHARACTERS, description="convert.signature, in Base64.")
 
     @classmethod
-    def of(cls, manifest: Manifest, name: str | None = None) -> Candidate | None:
+    def of(cls, manifest: Manifest, name: str | None = None, signature: str | None = None) -> Candidate | None:
         """The adapter of an artifact under its own or another name; None for a merged model."""
         if manifest.adapter is None:
             return None
@@ -48,6 +48,7 @@ class Candidate(BaseModel):
             rank=manifest.adapter.rank,
             golden=manifest.golden,
             lineage=_lineage(manifest),
+            signature=signature,
         )
 
     @property

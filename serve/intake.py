@@ -42,7 +42,7 @@ def take_artifact(artifact: Artifact, name: str | None, store: AdapterStore) -> 
 def candidate_of(artifact: Artifact, name: str | None) -> Candidate:
     """Raises ArtifactRefused for a merged model, or a name that can't be one."""
     try:
-        candidate = Candidate.of(artifact.manifest, name)
+        candidate = Candidate.of(artifact.manifest, name, signature_of(artifact.root))
     except ValidationError as error:
         raise ArtifactRefused(
             f"{name!r} can't be a name: lower-case letters, digits, '.', '_' and '-' only."
@@ -51,7 +51,7 @@ def candidate_of(artifact: Artifact, name: str | None) -> Candidate:
         raise ArtifactRefused(
             f"{artifact.root} holds a merged model, not an adapter. Serve it with: python -m serve run"
         )
-    return candidate.model_copy(update={"signature": signature_of(artifact.root)})
+    return candidate
 
 
 def take_path(

@@ -7,6 +7,7 @@ import pytest
 
 from convert.signature import sign
 from serve.admission import Admission
+from serve.candidate import Candidate
 from serve.config import AdmissionSettings, EngineSettings
 from serve.errors import AdapterRejected, ArtifactRefused, PathRefused, StoreUnavailable
 from serve.intake import take_artifact, take_path
@@ -170,3 +171,14 @@ def test_where_keys_are_trusted_only_what_one_of_them_signed_gets_in(
     sign(artifact, private)
     admission.check(desk.take(desk.roots / "a"), files)  # type: ignore[arg-type]
     admission.check(desk.take(desk.roots / "a", "corsair"), files)  # type: ignore[arg-type]
+
+
+def test_a_file_that_is_far_too_long_for_a_signature_is_none_and_stays_out_of_the_catalogue(
+    desk: Desk, make_artifact: MakeArtifact
+) -> None:
+    artifact = make_artifact("roots/a")
+    (artifact.root / "manifest.sig").write_text("A" * 5000)
+
+    candidate = desk.take(desk.roots / "a")
+
+    assert Candidate.model_validate_json(candidate.model_dump_json()) == candidate  # type: ignore[attr-defined]
