@@ -39,7 +39,7 @@ SAMPLING = {
     "logit_bias": {"logit_bias": {"17": 5.0}},
 }
 OF_CHAT = {
-    "echo": {"echo": True, "add_generation_prompt": False, "continue_final_message": True},
+    "continue_final_message": {"add_generation_prompt": False, "continue_final_message": True},
     "add_generation_prompt": {"add_generation_prompt": False},
     "chat_template_kwargs": {"chat_template_kwargs": {"anything": 1}},
     "documents": {"documents": [{"title": "a", "text": "b"}]},
@@ -90,6 +90,13 @@ def test_an_echo_begins_with_the_prompt(client: openai.OpenAI) -> None:
 def test_prompt_logprobs_are_refused_by_an_engine_with_adapters(client: openai.OpenAI, fields: dict[str, Any]) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         completion(client, fields)
+
+    assert refused.value.code == "prompt_logprobs_unavailable"
+
+
+def test_a_chat_that_is_to_be_repeated_asks_for_the_same(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.post("/chat/completions", body=CHAT | {"echo": True}, cast_to=object)
 
     assert refused.value.code == "prompt_logprobs_unavailable"
 
