@@ -155,7 +155,7 @@ class EngineCall:
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         client = Client(body, receive)
-        guard = DeadEngineGuard(self._engine, send)
+        guard = DeadEngineGuard(self._engine, scope["path"], send)
         running = asyncio.ensure_future(self._engine.api(scope, client.receive, guard.send))
         try:
             await asyncio.shield(running)
@@ -174,8 +174,9 @@ class DeadEngineGuard:
     """Replaces the 500 of an engine that died under the request by a 503. The proxy sends a 503 to another
     replica, and unlike a fast 500 it doesn't make the dead replica look like the least loaded one."""
 
-    def __init__(self, engine: Engine, send: Send) -> None:
+    def __init__(self, engine: Engine, path: str, send: Send) -> None:
         self._engine = engine
+        self._path = path
         self._send = send
         self.replaced = False
 
@@ -183,7 +184,7 @@ class DeadEngineGuard:
         starts = message["type"] == "http.response.start"
         if starts and message["status"] >= 500 and self._engine.is_dead:
             self.replaced = True
-            await _send_unavailable(self._send)
+            await _send_unavailable(self._path, self._send)
         elif not self.replaced:
             await self._send(message)
 
@@ -204,8 +205,8 @@ def saying(model: str, record: RequestRecord, send: Send) -> Send:
     return record.watching(send, (MODEL_HEADER, model.encode()))
 
 
-async def _send_unavailable(send: Send) -> None:
-    response = error_response(EngineUnavailable())
+async def _send_unavailable(path: str, send: Send) -> None:
+    response = error_response(EngineUnavailable(), path)
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body})
 

@@ -71,7 +71,8 @@ class Gateway:
         self._peers = peers
         self._listed: tuple[int, bytes] = (-1, b"")
         self.passages = passages or Passages(settings.gateway, engine)
-        self._openapi = bytes(JSONResponse(openapi.document(engine.openapi)).body)
+        with_keys = bool(settings.gateway.keys_file or settings.gateway.oidc)
+        self._openapi = bytes(JSONResponse(openapi.document(engine.openapi, with_keys=with_keys)).body)
         rollouts = rollouts or Rollouts(admin.give_up)
         call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway, self.passages, rollouts, peers)
         http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)

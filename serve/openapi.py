@@ -24,6 +24,11 @@ _GATEWAY_ANSWERS = {
     "500": "A defect of the server",
     "503": "The engine or a place for the request is not available now; see Retry-After",
 }
+_UNKNOWN_CALLER = {"401": "No key, or none that is known here"}
+_SECURITY: dict[str, Any] = {
+    "key": {"type": "http", "scheme": "bearer", "description": "A key of the server, or a token of its issuer."},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same, as Anthropic's."},
+}
 _OWN_SCHEMAS: dict[str, Any] = {
     "GraftError": {
         "type": "object",
@@ -80,17 +85,28 @@ _OWN_SCHEMAS: dict[str, Any] = {
 }
 
 
-def document(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """The OpenAPI document; `engine` is that of the engine's application."""
+def document(engine: Mapping[str, Any], *, with_keys: bool = False) -> dict[str, Any]:
+    """The OpenAPI document; `engine` is that of the engine's application, `with_keys`: only known callers get in."""
     paths = {path: {"post": _public(path, engine["paths"][path]["post"])} for path in offered(engine)}
     paths |= _own_paths()
+    if with_keys:
+        _close(paths)
     schemas = _reachable(paths, {**_named(engine), **_OWN_SCHEMAS})
     return {
         "openapi": engine["openapi"],
         "info": {"title": "Graft", "version": "1", "description": "OpenAI's API, answered by vLLM's handlers."},
         "paths": paths,
-        "components": {"schemas": schemas},
+        "components": {"schemas": schemas} | ({"securitySchemes": _SECURITY} if with_keys else {}),
     }
+
+
+def _close(paths: Mapping[str, Any]) -> None:
+    """Everything but the question whether the server lives asks for one of the schemes."""
+    for path, operations in paths.items():
+        for operation in operations.values() if path != "/health" else ():
+            operation["security"] = [{name: []} for name in _SECURITY]
+            told = {code: _answer(_error(path), text) for code, text in _UNKNOWN_CALLER.items()}
+            operation["responses"] = dict(sorted({**operation["responses"], **told}.items()))
 
 
 def offered(engine: Mapping[str, Any]) -> tuple[str, ...]:
@@ -99,12 +115,16 @@ def offered(engine: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _public(path: str, operation: Mapping[str, Any]) -> dict[str, Any]:
-    error = "GraftAnthropicError" if is_anthropic(path) else "GraftError"
+    error = _error(path)
     answers = {code: it for code, it in operation["responses"].items() if code.startswith("2")}
     others = {code: it for code, it in operation["responses"].items() if code == "501"}
     told = {code: _answer(error, text) for code, text in _GATEWAY_ANSWERS.items()}
     told |= {code: _answer(error, it["description"]) for code, it in others.items()}
     return {**_without_prefixes(operation), "responses": answers | dict(sorted(told.items()))}
+
+
+def _error(path: str) -> str:
+    return "GraftAnthropicError" if is_anthropic(path) else "GraftError"
 
 
 def _without_prefixes(operation: Mapping[str, Any]) -> dict[str, Any]:

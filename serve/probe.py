@@ -19,8 +19,9 @@ from serve.store import AdapterStore
 _PROBE_TOKENS = 32
 _STRIDE = 7919  # a prime: tokens from all over the vocabulary
 _MOST_PROMPTS = 8
-# Of each prompt: the engine reads it anew for every one.
-_MOST_POSITIONS = 4
+# The engine reads a prompt anew for every position, while users wait for it.
+_PROBE_POSITIONS = 4
+_GOLDEN_POSITIONS = 2
 
 
 class Prover:
@@ -30,6 +31,7 @@ class Prover:
         self._engine = engine
         self._store = store
         self._settings = settings
+        self._base: tuple[float, ...] | None = None  # what it says to the probe
 
     async def prove(self, candidate: Candidate) -> None:
         """Raises AdapterRejected if the resident adapter fails, AdapterUnavailable if its golden answers are gone."""
@@ -40,17 +42,20 @@ class Prover:
             await self._keeps_its_word(candidate.adapter, _golden(content))
 
     async def _changes_the_base(self, adapter: AdapterRevision) -> None:
-        tokens = [(17 + _STRIDE * number) % self._engine.vocabulary_size for number in range(_PROBE_TOKENS)]
-        positions = _positions(tokens)
-        base = await self._engine.logprobs(None, tokens, positions)
-        changed = await self._engine.logprobs(adapter, tokens, positions)
-        most = max(abs(one - other) for one, other in zip(base, changed, strict=True))
+        if self._base is None:
+            self._base = await self._says_to_the_probe(None)
+        changed = await self._says_to_the_probe(adapter)
+        most = max(abs(one - other) for one, other in zip(self._base, changed, strict=True))
         if not most > self._settings.least_change_nats:
             raise AdapterRejected(
                 f"{adapter} was loaded but changes nothing: log-probabilities of a probe differ by {most:.2g} nats at "
                 f"most ({self._settings.least_change_nats:g} expected; least_change_nats). Its weights match no "
                 "module, or it is untrained."
             )
+
+    async def _says_to_the_probe(self, adapter: AdapterRevision | None) -> tuple[float, ...]:
+        tokens = [(17 + _STRIDE * number) % self._engine.vocabulary_size for number in range(_PROBE_TOKENS)]
+        return await self._engine.logprobs(adapter, tokens, _positions(tokens, _PROBE_POSITIONS))
 
     async def _keeps_its_word(self, adapter: AdapterRevision, golden: Golden) -> None:
         prompts = [it for it in golden.prompts if len(it.token_ids) <= self._engine.context_tokens][:_MOST_PROMPTS]
@@ -68,10 +73,10 @@ class Prover:
             )
 
 
-def _positions(token_ids: Sequence[int]) -> tuple[int, ...]:
-    """At most so many of those that can be predicted, evenly spread, the last one among them."""
+def _positions(token_ids: Sequence[int], most: int = _GOLDEN_POSITIONS) -> tuple[int, ...]:
+    """At most `most` of those that can be predicted, evenly spread, the last one among them."""
     last = len(token_ids) - 1
-    count = min(last, _MOST_POSITIONS)
+    count = min(last, most)
     return tuple(last * number // count for number in range(1, count + 1))
 
 

@@ -33,6 +33,7 @@ class FakeEngine:
         self.handler: Handler = echo
         self.strangers = 0
         self.says: dict[AdapterRevision | None, float] = {}  # the log-probability of every token; absent: its own
+        self.probed: list[AdapterRevision | None] = []
         self.gives_prompt_logprobs = True
         self.vocabulary_size = 272
         self.context_tokens = 64
@@ -71,6 +72,7 @@ class FakeEngine:
         self, adapter: AdapterRevision | None, token_ids: Sequence[int], positions: Sequence[int]
     ) -> tuple[float, ...]:
         assert adapter is None or adapter in self.resident, "asked before it was loaded"
+        self.probed.append(adapter)
         own = -1.0 if adapter is None else -2.0
         return (self.says.get(adapter, own),) * len(positions)
 

@@ -246,17 +246,19 @@ async def test_a_dead_engine_answers_503_so_that_the_proxy_tries_another_replica
         assert response.json()["error"]["code"] == "engine_unavailable"
 
 
+@pytest.mark.parametrize(("path", "shape"), [("/v1/completions", None), ("/v1/messages", "error")])
 async def test_an_engine_that_dies_under_a_request_turns_its_500_into_a_503(
-    client: httpx.AsyncClient, engine: FakeEngine
+    client: httpx.AsyncClient, engine: FakeEngine, path: str, shape: str | None
 ) -> None:
     async def die(scope: Scope, receive: Receive, send: Send) -> None:
         engine.is_dead = True
         await respond(send, 500, b'{"error": "EngineDeadError"}')
 
     engine.handler = die
-    response = await client.post("/v1/completions", json={"model": "pirate"})
+    response = await client.post(path, json={"model": "pirate"})
 
     assert response.status_code == 503
+    assert response.json().get("type") == shape
     assert response.json()["error"]["code"] == "engine_unavailable"
 
 

@@ -75,6 +75,21 @@ def test_errors_of_each_route_are_described_in_the_shape_that_it_has(document: d
         assert told == {"$ref": f"#/components/schemas/{schema}"}
 
 
+def test_a_server_for_known_callers_says_how_they_are_known() -> None:
+    document = openapi.document(ENGINE, with_keys=True)
+    operations = {path: next(iter(methods.values())) for path, methods in document["paths"].items()}
+
+    assert {it["scheme"] for it in document["components"]["securitySchemes"].values() if "scheme" in it} == {"bearer"}
+    for path, operation in operations.items():
+        assert ("security" in operation) == ("401" in operation["responses"]) == (path != "/health")
+    named = {name for it in operations["/v1/models"]["security"] for name in it}
+    assert named == set(document["components"]["securitySchemes"])
+
+
+def test_a_server_without_keys_asks_for_none(document: dict[str, Any]) -> None:
+    assert "security" not in json.dumps(document)
+
+
 @pytest.mark.parametrize("name", ["GraftError", "GraftAnthropicError", "GraftModel", "GraftModelList"])
 def test_every_schema_of_ours_is_one(document: dict[str, Any], name: str) -> None:
     jsonschema.Draft202012Validator.check_schema(document["components"]["schemas"][name])

@@ -55,6 +55,15 @@ async def test_an_adapter_that_changes_nothing_is_refused(
         await Prover(engine, golden_store, AdmissionSettings()).prove(PIRATE)
 
 
+async def test_the_base_model_is_asked_once_for_all_proofs(engine: FakeEngine, golden_store: AdapterStore) -> None:
+    prover = Prover(engine, golden_store, AdmissionSettings())
+
+    for _ in range(3):
+        await prover.prove(PIRATE)
+
+    assert engine.probed == [None, *[PIRATE.adapter] * 3]
+
+
 async def test_the_probe_can_be_left_out(engine: FakeEngine, golden_store: AdapterStore) -> None:
     engine.says = {None: -1.0, PIRATE.adapter: -1.0}
 
