@@ -101,6 +101,9 @@ def run(
     keep_previous: Annotated[
         int, typer.Option(min=0, help="Revisions before the current one that stay loaded, for a rollback at once.")
     ] = 1,
+    sync_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a publish gives up on a replica that doesn't answer.")
+    ] = ServeSettings.model_fields["sync_timeout_s"].default,
     metrics_port: Annotated[
         int | None,
         typer.Option(min=0, max=65535, help="Port for Prometheus; default: 9464, or any if it is taken; 0: none."),
@@ -159,6 +162,7 @@ def run(
             replicas=replicas,
             gpus_per_replica=gpus_per_replica,
             keep_previous=keep_previous,
+            sync_timeout_s=sync_timeout,
         )
         register(bundle, settings, directory)
         _serve_until_told(settings, directory, (host, port), (metrics_host, metrics_port), adapters)

@@ -24,6 +24,8 @@ ENGINE_OPTIONS = (
     *("--vllm-arg=--max-model-len=2048", f"--vllm-arg=--kv-cache-memory-bytes={64 << 20}"),
     *("--vllm-arg=--enable-auto-tool-choice", "--vllm-arg=--tool-call-parser=hermes"),
 )
+# What a dead coordinator has staged is given up after three times as long; the default is a minute.
+SYNC_TIMEOUT_S = 25
 # Few slots, so that a handful of adapters is more than fits.
 SLOTS, RESIDENT = 2, 4
 SLOT_OPTIONS = ("--max-active-adapters", str(SLOTS), "--max-resident-adapters", str(RESIDENT))
@@ -76,7 +78,10 @@ def server(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     served = [story.artifacts["french"], story.artifacts["german"]]
     callers = home / "callers"
     callers.mkdir()
-    options = ("--replicas", str(REPLICAS), "--adapter-root", str(callers), *SLOT_OPTIONS, *ENGINE_OPTIONS)
+    options = (
+        *("--replicas", str(REPLICAS), "--adapter-root", str(callers), "--sync-timeout", str(SYNC_TIMEOUT_S)),
+        *(*SLOT_OPTIONS, *ENGINE_OPTIONS),
+    )
     with running_server(served, home / "state", *options, log=home / "server.log") as url:
         yield Server(url, home / "state", callers)
 
