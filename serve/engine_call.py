@@ -1,5 +1,5 @@
 """One request handed to the engine's own HTTP application: its body read whole, its `model` resolved, its
-client's disconnect told to the engine, and a dead engine turned into a 503 that the proxy retries elsewhere."""
+client's disconnect told to the engine, and nothing said for a dead engine, so that the proxy asks another one."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ from serve.witness import Witness
 MODEL_HEADER = b"x-graft-model"  # what answered: NAME@REVISION, or the base model
 
 _ABORT_TIMEOUT_S = 2.0
+# A replica ends with its engine, within less. The proxy has another one answer what got no word until then; a quick
+# refusal would make a dead replica look like the least loaded of all.
+_SILENCE_S = 2.0
 _DIGITS_OF_64_BITS = 20
 
 # Only the top level is parsed: every value but `model` reaches the engine byte for byte.
@@ -73,6 +76,7 @@ class EngineCall:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._engine.is_dead:
+            await asyncio.sleep(_SILENCE_S)
             raise EngineUnavailable
         check_meant(scope, self._peers.replica if self._peers else None)
         body = await read_body(receive, self._settings.max_body_bytes, self._settings.body_timeout_s)
@@ -171,8 +175,8 @@ class EngineCall:
 
 
 class DeadEngineGuard:
-    """Replaces the 500 of an engine that died under the request by a 503. The proxy sends a 503 to another
-    replica, and unlike a fast 500 it doesn't make the dead replica look like the least loaded one."""
+    """Keeps back the 500 of an engine that died under the request. If the replica is still there after a while, it
+    becomes a 503."""
 
     def __init__(self, engine: Engine, path: str, send: Send) -> None:
         self._engine = engine
@@ -184,6 +188,7 @@ class DeadEngineGuard:
         starts = message["type"] == "http.response.start"
         if starts and message["status"] >= 500 and self._engine.is_dead:
             self.replaced = True
+            await asyncio.sleep(_SILENCE_S)
             await _send_unavailable(self._path, self._send)
         elif not self.replaced:
             await self._send(message)

@@ -26,18 +26,20 @@ from serve.metrics import EXPIRY, REPLICA_SCRAPE, REPLICA_UP, Families
 DEFAULT_PORT = 9464  # the one that OpenTelemetry took for Prometheus exporters
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_SUFFIX = ".sock"  # serve.exposition's, without its imports
+_SUFFIX, _LAST_WORDS = ".sock", ".last"  # serve.exposition's, without its imports
 _READ_BYTES = 1 << 16
 _FORGET_S = 600.0  # a replica that is gone is told as down for as long
+_LAST_WORDS_S = 120.0  # and what it said at its end for as long: a few scrapes
 
 
 @dataclass(frozen=True)
 class Told:
-    """What one replica said; None: nothing in time."""
+    """What one replica said; None: nothing in time. `up`: it is there to be asked."""
 
     replica: str
     text: str | None
     took_s: float
+    up: bool
 
 
 @dataclass
@@ -57,7 +59,7 @@ class Exporter:
             told = list(pool.map(self._ask, paths))
         own = Families({})
         for it in told:
-            own.add(REPLICA_UP, (it.replica,), float(it.text is not None))
+            own.add(REPLICA_UP, (it.replica,), float(it.up))
             own.add(REPLICA_SCRAPE, (it.replica,), it.took_s)
         for path in self.certificates:
             if (end := not_after(path)) is not None:
@@ -67,14 +69,15 @@ class Exporter:
 
     def _ask(self, path: Path) -> Told:
         began = time.monotonic()
+        text, up = None, False
         try:
-            text: str | None = _read(path, began + self.timeout_s)
+            text, up = _read(path, began + self.timeout_s), True
         except ConnectionRefusedError:
-            text = None
+            text = last_words(path)
             self._forget_later(path)
         except OSError:
-            text = None
-        return Told(path.name.removesuffix(_SUFFIX), text, time.monotonic() - began)
+            pass
+        return Told(path.name.removesuffix(_SUFFIX), text, time.monotonic() - began, up)
 
     def _forget_later(self, path: Path) -> None:
         """A killed replica leaves its socket behind. It is told as down for a while, for whoever wants to know."""
@@ -82,7 +85,17 @@ class Exporter:
             since = self._gone.setdefault(path, time.monotonic())
             if time.monotonic() - since > _FORGET_S:
                 path.unlink(missing_ok=True)
+                path.with_suffix(_LAST_WORDS).unlink(missing_ok=True)
                 del self._gone[path]
+
+
+def last_words(path: Path) -> str | None:
+    """What the replica whose socket this was left to be told, while that is new."""
+    file = path.with_suffix(_LAST_WORDS)
+    try:
+        return file.read_text() if time.time() - file.stat().st_mtime < _LAST_WORDS_S else None
+    except OSError:
+        return None
 
 
 def merge(texts: dict[str, str]) -> str:

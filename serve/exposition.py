@@ -13,11 +13,15 @@ from pathlib import Path
 from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.core import Metric
 
-from serve.metrics import ALL
+from serve.metrics import ALL, ENGINE_UP, READY
 from serve.snapshot import Snapshot
 
 SUFFIX = ".sock"
+LAST_WORDS = ".last"
 
+# What still holds when nobody is there any more.
+_LASTING_TYPES = ("counter", "histogram")
+_LASTING = (ENGINE_UP.name, READY.name)
 _OURS = frozenset(it.name.removesuffix("_total") for it in ALL)
 
 
@@ -37,6 +41,13 @@ class Exposition:
         if self._server:
             self._server.close()
         self._path.unlink(missing_ok=True)
+
+    def leave_last_words(self) -> None:
+        """What the exporter tells of this replica for a while after its process has ended without `close`."""
+        metrics = merged(self._snapshot.collect(), REGISTRY.collect())
+        lasting = (it for it in metrics if it.type in _LASTING_TYPES or it.name in _LASTING)
+        words = b"".join(generate_latest(_One(it)) for it in lasting)
+        self._path.with_suffix(LAST_WORDS).write_bytes(words)
 
     async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):

@@ -138,7 +138,7 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
-        # A replica whose engine died answers 503: another one gets the request.
+        # A replica that ends without a word, or has no engine any more: another one gets the request.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
         "RAY_SERVE_HAPROXY_RETRIES": "3",
         # A proxy that died is found after three looks, by default ten seconds apart: nobody is answered until then.

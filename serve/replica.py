@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -44,6 +45,10 @@ DEPLOYMENT = "EngineReplica"
 # Of ray.serve's ReplicaState: one that a restarted controller has not looked at yet goes on answering.
 _SERVING_STATES = frozenset({"RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION"})
 _HANDLE_LAG_S = 0.1
+_ENGINE_LOOK_S = 0.1
+# For the last event of the streams that the engine's death has broken off.
+_LAST_EVENTS_S = 0.2
+_LAST_WRITE_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +96,7 @@ class EngineReplica:
         logger.info("the replica is ready", extra={"event": "replica ready", "epoch": self._reconciler.catalogue.epoch})
         self._following = asyncio.create_task(self._follow())
         self._watching = asyncio.create_task(self._watch_identity())
+        self._outliving = asyncio.create_task(self._end_with_engine())
 
     async def __serve_build_asgi_app__(self) -> Gateway:
         passages = Passages(self._settings.gateway, self._engine, self._ledgers, self._meter)
@@ -159,8 +165,8 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         logger.info("the replica stops", extra={"event": "replica stops"})
-        for task in (getattr(self, "_following", None), getattr(self, "_watching", None)):
-            if task:
+        for name in ("_following", "_watching", "_outliving"):
+            if task := getattr(self, name, None):
                 task.cancel()
         if meter := getattr(self, "_meter", None):
             await asyncio.to_thread(meter.stop)
@@ -198,6 +204,22 @@ class EngineReplica:
                 await sentinel.look()
             except Exception:  # the engine's or the queue's trouble is told by those who have it
                 logger.debug("could not look at an adapter", exc_info=True)
+
+    async def _end_with_engine(self) -> None:
+        """The process ends when its engine has died, and the proxy has another one answer what this one had not begun
+        to. Waiting for a health check to find it would take seconds."""
+        while not self._engine.is_dead:  # noqa: ASYNC110  (vLLM sets a flag and tells nobody)
+            await asyncio.sleep(_ENGINE_LOOK_S)
+        logger.error("the engine died, and this replica ends with it", extra={"event": "engine died"})
+        await asyncio.sleep(_LAST_EVENTS_S)
+        try:
+            async with asyncio.timeout(_LAST_WRITE_S):
+                await asyncio.to_thread(self._meter.stop)
+            if self._settings.metrics.directory:
+                self._exposition.leave_last_words()
+        except Exception:
+            logger.exception("not everything could be written down at the end")
+        os._exit(1)
 
 
 def node_address() -> str:

@@ -115,6 +115,28 @@ async def test_replicas_of_a_node_are_told_in_one_scrape(sockets: Path, tmp_path
     assert (await asyncio.to_thread(Exporter(sockets).scrape)).decode() == ""
 
 
+async def test_what_a_replica_leaves_at_its_end_is_told_for_a_while(
+    sockets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = snapshot(tmp_path)
+    told.is_ready = True
+    with socket.socket(socket.AF_UNIX) as abandoned:
+        abandoned.bind(str(sockets / "one.sock"))  # nobody listens, as after a kill
+    Exposition(sockets, "one", told).leave_last_words()
+
+    text = (await asyncio.to_thread(Exporter(sockets).scrape)).decode()
+
+    assert values(text, "graft_replica_up") == {"one": 0}
+    assert values(text, "graft_engine_up") == {"one": 0}
+    assert values(text, "graft_replica_ready") == {"one": 1}
+    assert values(text, "graft_catalogue_failures_total") == {"one": 0}
+    assert not values(text, "graft_requests_in_flight")
+    monkeypatch.setattr("serve.exporter._LAST_WORDS_S", 0.0)
+    text = (await asyncio.to_thread(Exporter(sockets).scrape)).decode()
+    assert values(text, "graft_replica_up") == {"one": 0}
+    assert not values(text, "graft_engine_up")
+
+
 async def test_a_replica_that_says_nothing_costs_its_own_series_only(sockets: Path, tmp_path: Path) -> None:
     good = Exposition(sockets, "good", snapshot(tmp_path))
     await good.start()

@@ -235,6 +235,13 @@ async def test_a_bug_is_answered_without_its_cause(client: httpx.AsyncClient, en
     assert "secret detail" not in response.text
 
 
+@pytest.fixture
+def ends_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process, which by rights ends before it says anything for a dead engine."""
+    monkeypatch.setattr("serve.engine_call._SILENCE_S", 0.01)
+
+
+@pytest.mark.usefixtures("ends_late")
 async def test_a_dead_engine_answers_503_so_that_the_proxy_tries_another_replica(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
@@ -246,6 +253,7 @@ async def test_a_dead_engine_answers_503_so_that_the_proxy_tries_another_replica
         assert response.json()["error"]["code"] == "engine_unavailable"
 
 
+@pytest.mark.usefixtures("ends_late")
 @pytest.mark.parametrize(("path", "shape"), [("/v1/completions", None), ("/v1/messages", "error")])
 async def test_an_engine_that_dies_under_a_request_turns_its_500_into_a_503(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, shape: str | None
@@ -260,6 +268,27 @@ async def test_an_engine_that_dies_under_a_request_turns_its_500_into_a_503(
     assert response.status_code == 503
     assert response.json().get("type") == shape
     assert response.json()["error"]["code"] == "engine_unavailable"
+
+
+async def test_nothing_is_said_for_a_dead_engine_before_its_replica_ends(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    async def die(scope: Scope, receive: Receive, send: Send) -> None:
+        engine.is_dead = True
+        await respond(send, 500, b'{"error": "EngineDeadError"}')
+
+    engine.handler = die
+    under_way = asyncio.create_task(client.post("/v1/completions", json={"model": "pirate"}))
+    await asyncio.sleep(0.1)
+    late = asyncio.create_task(client.post("/v1/completions", json={"model": "pirate"}))
+    await asyncio.sleep(0.1)
+
+    assert engine.is_dead
+    assert not under_way.done()
+    assert not late.done()
+    assert (await client.get("/health")).status_code == 503, "whoever watches is told at once"
+    for task in (under_way, late):
+        task.cancel()
 
 
 async def test_a_cancelled_request_reaches_the_engine_as_a_disconnect(gateway: Gateway, engine: FakeEngine) -> None:

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from benchmarks.faults.callers import Callers
 from benchmarks.faults.run import Row, run
 from benchmarks.faults.suite import Fault, copy_corrupted, killed, link_being, paused
 from benchmarks.faults.world import world
@@ -43,4 +44,7 @@ def test_callers_are_refused_only_while_they_cannot_be_counted_or_lose_what_a_ki
     by_name = {row.name: row for row in rows}
     stored = by_name["object store silent for 5 s"].outcomes
     assert set(stored) == {"answered"}, "what is resident is served on"
+    killed_engine = by_name["engine killed"].outcomes
+    lost = sum(count for outcome, count in killed_engine.items() if outcome != "answered")
+    assert lost <= Callers.workers, "the other engine answers everything that the killed one had not begun to"
     assert "refused" in by_name["Redis gone for 3 s"].outcomes
