@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+import sys
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from convert.artifact import Manifest, Name, Sha256
 from convert.signature import MAX_CHARACTERS, statement
 from serve.names import AdapterRevision
 
+# Thousands of adapters have the same one.
+_Base = Annotated[Sha256, AfterValidator(sys.intern)]
 
-class Lineage(BaseModel):
-    """What the manifest tells of a revision's making; kept in history."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """What the manifest tells of a revision's making; kept in history. No model of pydantic's: see serve.catalogue."""
 
-    source: str = Field(description="The base model as the checkpoint or the user names it.")
-    layout: str = Field(description="The trainer's layout it came in.")
-    origin: Sha256 | None = Field(default=None, description="digest() of the checkpoint's adapter files.")
-    training: str | None = Field(default=None, description="lora or qlora; null: unknown.")
-    route: str | None = Field(default=None, description="How it was converted; null: it was not.")
-    kl_mean: float | None = Field(default=None, description="Measured loss, nats per token.")
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    source: str  # the base model as the checkpoint or the user names it
+    layout: str  # the trainer's layout it came in
+    origin: Sha256 | None = None  # digest() of the checkpoint's adapter files
+    training: str | None = None  # lora or qlora; None: unknown
+    route: str | None = None  # how it was converted; None: it was not
+    kl_mean: float | None = None  # measured loss, nats per token
     top1_agreement: float | None = None
 
 
@@ -30,7 +38,7 @@ class Candidate(BaseModel):
 
     name: Name
     revision: Sha256
-    base: Sha256 = Field(description="Fingerprint of the base model it was made for.")
+    base: _Base = Field(description="Fingerprint of the base model it was made for.")
     rank: int = Field(ge=1)
     golden: Sha256 | None = Field(default=None, description="SHA-256 of its golden.json, where it has one.")
     lineage: Lineage | None = None

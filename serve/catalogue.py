@@ -4,12 +4,12 @@ reads and writes them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict
 
 from serve.candidate import Candidate
 from serve.entry import Entry
@@ -18,15 +18,20 @@ from serve.split import Split
 
 State = Literal["staged", "serving", "previous", "abandoned", "retired"]
 
+# Read from snapshots by pydantic, but none of its models: of those one alone takes a kilobyte, and every replica holds
+# thousands.
+_STRICT = ConfigDict(extra="forbid")
 
-class Revision(BaseModel):
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
     """One revision of one name, and what last happened to it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
     candidate: Candidate
     state: State
-    staged: bool = Field(description="Replicas shall hold it; true for a serving one that is published again, too.")
+    staged: bool  # replicas shall hold it; true for a serving one that is published again, too
     until: datetime | None = None
     pinned: bool = False
     at: datetime
@@ -38,15 +43,16 @@ class Revision(BaseModel):
         return self.state in ("serving", "previous")
 
 
-class AdapterState(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterState:
     """One name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
-    revisions: Mapping[str, Revision] = Field(default_factory=dict, description="By digest, oldest first.")
-    line: tuple[str, ...] = Field((), description="The revisions that led to the current one, which is the last.")
-    entries: tuple[int, ...] = Field((), description="Numbers of the log entries about this name.")
-    split: Split | None = Field(None, description="The staged revision that gets a share of the traffic.")
+    revisions: Mapping[str, Revision] = field(default_factory=dict)  # by digest, oldest first
+    line: tuple[str, ...] = ()  # the revisions that led to the current one, which is the last
+    entries: tuple[int, ...] = ()  # numbers of the log entries about this name
+    split: Split | None = None  # the staged revision that gets a share of the traffic
 
     @property
     def current(self) -> Revision | None:
@@ -118,7 +124,7 @@ class Catalogue:
         for number, entry in enumerate(entries, self.epoch + 1):
             name = entry.candidate.name
             state = _FOLD[entry.verb](adapters.pop(name, AdapterState()), entry)
-            adapters[name] = state.model_copy(update={"entries": (*state.entries, number)})
+            adapters[name] = replace(state, entries=(*state.entries, number))
         return Catalogue(self.epoch + len(entries), adapters)
 
     def _those(self, condition: Callable[[Revision], bool]) -> frozenset[AdapterRevision]:
@@ -159,7 +165,7 @@ def _pointing(state: AdapterState, entry: Entry, line: tuple[str, ...]) -> Adapt
     left = [_told(state.current, entry, state="previous")] if state.current else []
     before = state.revisions.get(entry.candidate.revision) or _stage(state, entry).revisions[entry.candidate.revision]
     entered = _told(before, entry, state="serving", staged=False, until=None)
-    moved = _with(state, [*left, entered]).model_copy(update={"line": line})
+    moved = replace(_with(state, [*left, entered]), line=line)
     return _without_split(moved, entry)  # what it was compared with is not there any more
 
 
@@ -168,22 +174,20 @@ def _abandon(state: AdapterState, entry: Entry) -> AdapterState:
     if before is None or not before.staged:
         return state
     if state.split and state.split.revision == before.candidate.revision:
-        state = state.model_copy(update={"split": None})
+        state = replace(state, split=None)
     return _unstaged(state, before, entry)
 
 
 def _unstaged(state: AdapterState, before: Revision, entry: Entry) -> AdapterState:
     if before.is_promoted:  # it was being published again: it stays what it is
-        return _with(state, [before.model_copy(update={"staged": False, "until": None})])
+        return _with(state, [replace(before, staged=False, until=None)])
     return _with(state, [_told(before, entry, state="abandoned", staged=False, until=None, pinned=False)])
 
 
 def _retire(state: AdapterState, entry: Entry) -> AdapterState:
     alive = [it for it in state.revisions.values() if it.is_promoted or it.staged]
     ended = [_told(it, entry, state="retired", staged=False, until=None, pinned=False) for it in alive]
-    return _with(state, ended).model_copy(
-        update={"line": (), "split": None}
-    )  # requests for a revision of it end as well
+    return replace(_with(state, ended), line=(), split=None)  # requests for a revision of it end as well
 
 
 def _pin(state: AdapterState, entry: Entry) -> AdapterState:
@@ -206,8 +210,8 @@ def _split(state: AdapterState, entry: Entry) -> AdapterState:
         return state
     if state.split and state.split.revision != entry.split.revision:
         state = _without_split(state, entry)
-    staged = before.model_copy(update={"staged": True, "until": None})
-    return _with(state, [staged]).model_copy(update={"split": entry.split})
+    staged = replace(before, staged=True, until=None)
+    return replace(_with(state, [staged]), split=entry.split)
 
 
 def _without_split(state: AdapterState, entry: Entry) -> AdapterState:
@@ -215,17 +219,17 @@ def _without_split(state: AdapterState, entry: Entry) -> AdapterState:
     if state.split is None:
         return state
     before = state.revisions[state.split.revision]
-    state = state.model_copy(update={"split": None})
+    state = replace(state, split=None)
     return _unstaged(state, before, entry) if before.staged else state
 
 
-def _told(revision: Revision, entry: Entry, **changes: object) -> Revision:
-    return revision.model_copy(update={"at": entry.at, "by": entry.by, "reason": entry.reason, **changes})
+def _told(revision: Revision, entry: Entry, **changes: Any) -> Revision:
+    return replace(revision, at=entry.at, by=entry.by, reason=entry.reason, **changes)
 
 
 def _with(state: AdapterState, revisions: Iterable[Revision]) -> AdapterState:
     changed = {it.candidate.revision: it for it in revisions}
-    return state.model_copy(update={"revisions": {**state.revisions, **changed}})
+    return replace(state, revisions={**state.revisions, **changed})
 
 
 _FOLD: dict[str, Callable[[AdapterState, Entry], AdapterState]] = {

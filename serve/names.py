@@ -10,7 +10,7 @@ SEPARATOR = "@"
 SHORT_REVISION = 12  # hex digits: 48 bits, and a clash of two revisions of ONE name is all that could matter
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class AdapterRevision:
     """One immutable adapter: its stable public name and the digest of its bytes."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from serve.catalogue import AdapterState, Catalogue, Revision
@@ -34,7 +35,7 @@ def revision_view(revision: Revision) -> dict[str, Any]:
         "by": revision.by,
         "at": revision.at.isoformat(timespec="seconds"),
         "rank": candidate.rank,
-        "lineage": candidate.lineage.model_dump() if candidate.lineage else None,
+        "lineage": asdict(candidate.lineage) if candidate.lineage else None,
     }
 
 

@@ -230,7 +230,7 @@ def test_how_scales_and_codes_were_found_does_not_matter(base: Path, tmp_path: P
         st.tuples(st.sampled_from(["I8", "I32", "I64", "BF16", "F8_E4M3"]), st.lists(st.integers(0, 9), max_size=3)),
     )
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_hostile_headers_are_refused_or_are_sound(entries: dict[str, tuple[str, list[int]]]) -> None:
     """Whatever the sizes of a layer's parts: an error of ours, or a layer of exactly those sizes."""
     from tempfile import TemporaryDirectory

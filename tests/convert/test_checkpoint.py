@@ -289,7 +289,7 @@ SHAPES = st.sampled_from([(8, 64), (64, 8), (64,), (2, 64), (272, 64), (8, 272),
 SETTINGS = st.sampled_from([None, True, 8, "lm_head", [1, 2], ["lm_head"], {"embed_tokens": [1, 2]}, {"q_proj": 8}])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     keys=st.dictionaries(KEYS, SHAPES, max_size=6),
     config=st.dictionaries(

@@ -169,14 +169,14 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(header=JSON, data=st.binary(max_size=16))
 def test_any_header_gives_tensors_or_an_error_for_the_user(tmp_path: Path, header: object, data: bytes) -> None:
     write_raw(tmp_path, json.dumps(header).encode(), data)
     read_all_or_be_told(tmp_path)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 300), replacement=st.binary(min_size=1, max_size=9))
 def test_any_damage_to_a_file_gives_tensors_or_an_error_for_the_user(
     tmp_path: Path, position: int, replacement: bytes
@@ -199,7 +199,7 @@ INDEX = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(index=INDEX | st.builds(lambda entries: {"weight_map": entries}, st.dictionaries(st.sampled_from("abc"), FILES)))
 def test_any_index_gives_tensors_of_its_directory_or_an_error_for_the_user(tmp_path: Path, index: object) -> None:
     inside = tmp_path / "inside"
@@ -211,7 +211,7 @@ def test_any_index_gives_tensors_of_its_directory_or_an_error_for_the_user(tmp_p
     read_all_or_be_told(inside)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60))
 def test_any_bytes_as_an_index_are_told(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(content)

@@ -33,6 +33,7 @@ class FakeEngine:
         self.handler: Handler = echo
         self.strangers = 0
         self.says: dict[AdapterRevision | None, float] = {}  # the log-probability of every token; absent: its own
+        self.adapters_say = -2.0  # unless `says` has it
         self.probed: list[AdapterRevision | None] = []
         self.gives_prompt_logprobs = True
         self.vocabulary_size = 272
@@ -73,7 +74,7 @@ class FakeEngine:
     ) -> tuple[float, ...]:
         assert adapter is None or adapter in self.resident, "asked before it was loaded"
         self.probed.append(adapter)
-        own = -1.0 if adapter is None else -2.0
+        own = -1.0 if adapter is None else self.adapters_say
         return (self.says.get(adapter, own),) * len(positions)
 
     async def check_health(self) -> None:

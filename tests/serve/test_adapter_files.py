@@ -175,7 +175,7 @@ def test_a_file_that_is_no_sound_safetensors_is_refused(tmp_path: Path, content:
 
 
 @given(at=st.integers(0, 400), byte=st.integers(0, 255))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_changed_byte_is_refused_told_or_harmless_but_never_a_crash(
     tmp_path_factory: pytest.TempPathFactory, at: int, byte: int
 ) -> None:

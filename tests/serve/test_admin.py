@@ -180,7 +180,7 @@ async def test_an_adapter_that_fails_its_proof_is_abandoned_with_the_reason(
     client: httpx.AsyncClient, roots: Path, engine: FakeEngine
 ) -> None:
     good = await ok(publish(client, roots, "one"))
-    engine.says = {None: -2.0}
+    engine.adapters_say = -1.0  # as the base does
 
     response = await publish(client, roots, "two")
 

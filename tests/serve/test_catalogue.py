@@ -308,7 +308,7 @@ steps = st.lists(st.tuples(st.sampled_from(STEPS), st.sampled_from([OLD, NEW, ca
 
 
 @given(mine=steps, others=steps)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_interleaving_of_two_writers_loses_or_misplaces_an_entry(
     mine: list[tuple[str, Candidate]], others: list[tuple[str, Candidate]]
 ) -> None:

@@ -66,7 +66,7 @@ class Everything:
 
 
 @given(STEPS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_what_is_admitted_is_what_adding_everything_up_admits(steps: list[Any]) -> None:
     ledger, everything, now_s, claims = Ledger(LEASE_S), Everything(), BEGIN_S, list[Claim]()
 
@@ -139,7 +139,7 @@ async def books(redis: RedisServer) -> AsyncIterator[RedisLedger]:
 
 
 @given(STEPS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_redis_decides_and_tells_what_the_books_in_memory_do(redis: RedisServer, steps: list[Any]) -> None:
     asyncio.run(compare(redis, steps))
 

@@ -233,7 +233,7 @@ REQUESTS = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=REQUESTS, slots=st.integers(1, 3), spare=st.integers(1, 2), load_s=st.floats(0, 0.5))
 def test_no_traffic_runs_on_an_absent_adapter_or_overfills_the_engine(
     tmp_path: Path, requests: list[Request], slots: int, spare: int, load_s: float

@@ -78,7 +78,7 @@ def test_nothing_is_decided_before_the_stable_revision_was_seen_as_well() -> Non
     assert judge(TERMS, outcomes(39), outcomes(100, error_rate=1)) is None
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6))
 def test_a_canary_that_is_as_good_is_not_given_up_by_chance(seed: int) -> None:
     canary = outcomes(400, error_rate=0.005, seed=seed + 1)
@@ -86,7 +86,7 @@ def test_a_canary_that_is_as_good_is_not_given_up_by_chance(seed: int) -> None:
     assert judge(TERMS, outcomes(1000, error_rate=0.005, seed=seed), canary) is None
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6))
 def test_a_canary_that_is_far_worse_is_always_given_up(seed: int) -> None:
     stable = outcomes(200, error_rate=0.005, seed=seed)

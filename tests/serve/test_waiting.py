@@ -293,7 +293,7 @@ ASKS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(asks=ASKS, slots=st.integers(1, 4))
 def test_no_traffic_starves_anyone_or_runs_more_adapters_than_slots(asks: list[Ask], slots: int) -> None:
     begun: set[int] = set()
@@ -319,7 +319,7 @@ def test_no_traffic_starves_anyone_or_runs_more_adapters_than_slots(asks: list[A
     assert told.events == [] or told.events[-1][0] <= 5 + sum(ask.takes_s + TURN_S for ask in asks)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(asks=ASKS, slots=st.integers(1, 3))
 def test_whoever_is_refused_is_refused_without_waiting(asks: list[Ask], slots: int) -> None:
     async def one(it: Story, ask: Ask) -> None:
