@@ -150,7 +150,11 @@ def all_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
 
     if tensor.numel() == 0:
         return True
-    return bool(torch.stack(torch.aminmax(tensor)).to(dtype or tensor.dtype).isfinite().all())
+    lowest, highest = (float(it) for it in torch.aminmax(tensor))
+    largest = torch.finfo(dtype or tensor.dtype).max
+    if -largest <= lowest and highest <= largest:
+        return True
+    return bool(torch.tensor([lowest, highest], dtype=tensor.dtype).to(dtype or tensor.dtype).isfinite().all())
 
 
 def read_json(path: Path, error: type[ConvertError]) -> dict[str, Any]:

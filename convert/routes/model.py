@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 from convert.base_model import CONFIG, BaseModel, Linear
 from convert.checkpoint import Checkpoint, LoraPair
 from convert.edits import edited
+from convert.files import Threads, sync
 from convert.formats import MODEL_STEM
 from convert.journal import Journal
 from convert.nf4 import Nf4
@@ -31,7 +31,7 @@ from convert.routes.stream import (
     blocks,
     require_finite,
 )
-from convert.shards import SHARD_BYTES, Shard, ShardWriter, Threads, index, split
+from convert.shards import SHARD_BYTES, Shard, ShardWriter, index, split
 from convert.tensors import DTYPES
 from convert.writer import copy_file, write_json
 
@@ -90,13 +90,13 @@ def _write_shards(
 
 
 class _Files:
-    """Shards written one after the other. One is noted in the journal as soon as it is complete, its fsync goes on
-    while the next is written, and when the context is left all are durable."""
+    """Shards written one after the other. One is noted in the journal as soon as it is complete; when the context is
+    left all are durable. Not before: a disk that is told to make one durable has no time for the next."""
 
     def __init__(self, directory: Path, journal: Journal | None) -> None:
         self._directory, self._journal = directory, journal
         self._threads = Threads()
-        self._synced: list[Future[None]] = []
+        self._complete: list[Path] = []
         self._open: tuple[Shard, ShardWriter] | None = None
 
     def __enter__(self) -> Self:
@@ -105,13 +105,15 @@ class _Files:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._threads:
-            if kind is None:
-                self._finish()
-        if self._open:
-            self._open[1].close()
-        for sync in self._synced if kind is None else ():
-            sync.result()
+        try:
+            with self._threads:
+                if kind is None:
+                    self._finish()
+        finally:
+            if self._open:
+                self._open[1].close()
+        for path in self._complete if kind is None else ():
+            sync(path)
 
     def append(self, shard: Shard, name: str, piece: memoryview) -> None:
         """The next bytes of a tensor of this shard."""
@@ -125,10 +127,11 @@ class _Files:
             return
         file = self._open[1]
         sha256 = file.complete()
+        file.close()
+        self._open = None
+        self._complete.append(file.path)
         if self._journal:
             self._journal.note(file.path, sha256)
-        self._synced.append(self._threads.disk.submit(file.sync))
-        self._open = None
 
 
 def _work(step: Step, plan: ModelPlan, base: BaseModel, checkpoint: Checkpoint) -> Work:

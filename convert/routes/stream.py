@@ -1,19 +1,22 @@
 """Weights on their way from the base to the output, a block of rows at a time.
 
     reading thread       the stored bytes of some rows, into a buffer
-    computing thread     to float32, the delta added, rounded once into the same buffer
+    computing threads    to float32, the delta added, rounded once into the same buffer; a block each
     the caller           writes the buffer, hashes it, and gives it back
 
-A block is small enough to stay in the processor's cache from one end to the other, so memory is a few blocks,
-however large a weight is. Rows of a block are a function of the weight's shape alone and each block is computed by
-one thread: the same input gives the same bits on any number of cores.
+Memory is a few blocks, however large a weight is. Rows of a block are a function of the weight's shape alone and each
+block is computed by one thread: the same input gives the same bits on any number of cores. How often threads wait for
+Python's lock decides how fast this is, so few calls are made for a block.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 _BLOCK_WEIGHTS = 1 << 20
 _BUFFER_BYTES = 4 * _BLOCK_WEIGHTS
 _AHEAD = 2
+_COMPUTING = min(4, os.cpu_count() or 1)
 
 
 class Buffers:
@@ -69,7 +73,9 @@ class Block:
     def matrix(self, dtype: str, columns: int) -> torch.Tensor:
         import torch
 
-        return self.buffer[: self.nbytes].view(getattr(torch, DTYPES[dtype][1])).view(-1, columns)
+        size, name = DTYPES[dtype]
+        rows = self.nbytes // (size * columns) if columns else 0
+        return self.buffer.view(getattr(torch, name)).as_strided((rows, columns), (columns, 1))
 
 
 class Work(Protocol):
@@ -96,12 +102,36 @@ def _read(works: Iterable[Work], reader: TensorReader, buffers: Buffers) -> Gene
 
 
 def _made(read: Generator[tuple[int, Work, Block | None]]) -> Generator[tuple[int, str, Block]]:
+    import torch
+
+    threads = torch.get_num_threads()
+    pending: deque[Future[list[tuple[int, str, Block]]]] = deque()
     try:
-        for number, work, block in read:
-            for name, result in work.made(block):
-                yield number, name, result
+        with ThreadPoolExecutor(_COMPUTING) as computing:
+            for number, work, block in read:
+                if block is None:  # a whole weight, which all threads share: nothing else is computed meanwhile
+                    while pending:
+                        yield from pending.popleft().result()
+                    torch.set_num_threads(threads)
+                    yield from ((number, *result) for result in work.made(None))
+                    continue
+                pending.append(computing.submit(_made_alone, number, work, block))
+                if len(pending) > _COMPUTING:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
     finally:
+        torch.set_num_threads(threads)
         read.close()
+
+
+def _made_alone(number: int, work: Work, block: Block) -> list[tuple[int, str, Block]]:
+    """By this thread only: a block is too small to be shared out, and how a product is shared out may change its last
+    bit."""
+    import torch
+
+    torch.set_num_threads(1)
+    return [(number, *result) for result in work.made(block)]
 
 
 @dataclass(frozen=True)
@@ -138,6 +168,22 @@ class WholeTensors:
             yield name, Block(flat, flat.numel())
 
 
+class _Scratch(threading.local):
+    """Memory for a block in float32, for each thread."""
+
+    memory: torch.Tensor | None = None
+
+    def matrix(self, rows: int, columns: int) -> torch.Tensor:
+        import torch
+
+        if self.memory is None or self.memory.numel() < rows * columns:
+            self.memory = torch.empty(max(rows * columns, _BLOCK_WEIGHTS))
+        return self.memory.as_strided((rows, columns), (columns, 1))
+
+
+_scratch = _Scratch()
+
+
 class Source(Protocol):
     """A matrix of weights as it is stored, to be read in rows."""
 
@@ -152,7 +198,7 @@ class Source(Protocol):
         ...
 
     def float32(self, block: Block) -> torch.Tensor:
-        """The rows of a block (rows, columns), in memory that the next call may use again."""
+        """The rows of a block (rows, columns), in memory that the thread's next call may use again."""
         ...
 
 
@@ -165,18 +211,13 @@ class FloatSource:
         self.shape = (math.prod(spec.shape[:-1]), columns)
         self.row_bytes = columns * DTYPES[spec.dtype][0]
         self._dtype = spec.dtype
-        self._scratch: torch.Tensor | None = None
 
     def open(self) -> None:
         """Nothing: a row stands for itself."""
 
     def float32(self, block: Block) -> torch.Tensor:
-        import torch
-
         stored = block.matrix(self._dtype, self.shape[1])
-        if self._scratch is None:
-            self._scratch = torch.empty(stored.shape, dtype=torch.float32)
-        return self._scratch[: len(stored)].copy_(stored)
+        return _scratch.matrix(*stored.shape).copy_(stored)
 
 
 class Nf4Source:
@@ -232,15 +273,14 @@ class MergedRows:
 
     def made(self, block: Block | None) -> Iterator[tuple[str, Block]]:
         assert block
-        with _one_thread():
-            weight = self._source.float32(block)
-            if self._delta:
-                a, b, scale = self._delta
-                weight = lora.add_delta(weight, a, b[block.row : block.row + len(weight)], scale)
-            result = Block(block.buffer, weight.numel() * DTYPES[self._out.dtype][0])
-            rounded = result.matrix(self._out.dtype, self._source.shape[1])
-            require_finite(self._out.name, weight, rounded.dtype)
-            rounded.copy_(weight)
+        weight = self._source.float32(block)
+        if self._delta:
+            a, b, scale = self._delta
+            weight = lora.add_delta(weight, a, b[block.row : block.row + len(weight)], scale)
+        result = Block(block.buffer, weight.numel() * DTYPES[self._out.dtype][0])
+        rounded = result.matrix(self._out.dtype, self._source.shape[1])
+        require_finite(self._out.name, weight, rounded.dtype)
+        rounded.copy_(weight)
         yield self._out.name, result
 
 
@@ -258,16 +298,3 @@ def require_finite(name: str, tensor: torch.Tensor, dtype: torch.dtype | None = 
             f"{name}: weights are not finite in {dtype or tensor.dtype}: the base is broken, or its weights or their "
             "sum with the delta are too large for this type; --dtype bfloat16 holds larger ones."
         )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """A block is too small to be shared out, and how a product is shared out may change its last bit."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

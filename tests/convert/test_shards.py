@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import errno
+import fcntl
+import hashlib
+import os
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save
 
+from convert.files import Threads, UncachedFile
 from convert.shards import Shard, ShardWriter, index, split
 from convert.tensors import TensorSpec
 
@@ -63,3 +69,54 @@ def test_files_fill_up_to_the_limit_and_groups_stay_whole() -> None:
 
 def test_what_fits_is_one_file() -> None:
     assert [shard.file for shard in split([SPECS], "model")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("takes", ["direct writes", "no such flag", "the flag and then no write"])
+@pytest.mark.parametrize("order", ["in order", "the last first", "with a hole that is filled at last"])
+def test_a_file_written_past_the_cache_has_the_bytes_and_the_digest_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, takes: str
+) -> None:
+    content = random.Random(3).randbytes(21_000_001)
+    pieces = [(begin, content[begin : begin + 1_234_567]) for begin in range(0, len(content), 1_234_567)]
+    if order == "the last first":
+        pieces.reverse()
+    elif order != "in order":
+        pieces.append(pieces.pop(3))
+    if takes == "no such flag":
+        monkeypatch.setattr("convert.files._open_direct", lambda path: None)
+    elif takes != "direct writes":
+        monkeypatch.setattr("convert.files.os.pwrite", without_direct_writes)
+
+    with Threads() as threads:
+        file = UncachedFile(tmp_path / "x", threads)
+        for offset, piece in pieces:
+            changing = bytearray(piece)
+            file.write(offset, memoryview(changing))
+            changing[:] = bytes(len(changing))  # what is shown may be used again at once
+        digest = file.complete()
+        file.close()
+
+    assert (tmp_path / "x").read_bytes() == content
+    assert digest == hashlib.sha256(content).hexdigest()
+
+
+_pwrite = os.pwrite
+
+
+def without_direct_writes(descriptor: int, piece: memoryview, offset: int) -> int:
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+        raise OSError(errno.EINVAL, "invalid argument")
+    return _pwrite(descriptor, piece, offset)
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, piece: memoryview, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with Threads() as threads:
+        file = UncachedFile(tmp_path / "x", threads)
+        monkeypatch.setattr("convert.files.os.pwrite", full)
+        file.write(4096, memoryview(bytes(5 << 20)))
+        with pytest.raises(OSError, match="no space left"):
+            file.complete()
+        file.close()
