@@ -13,7 +13,9 @@ from typing import Any
 
 from serve.ledger import WINDOW_S, Bound, Claim, Kind, LedgerUnreachable, Refusal, Standing, Verdict
 
+# A server that stood still for a moment is asked once more, on a new connection.
 _TIMEOUT_S = 2.0
+_RETRIES = 1
 _WINDOW_MS = int(WINDOW_S * 1000)
 _KINDS: tuple[Kind, ...] = ("requests", "tokens", "concurrent")
 
@@ -27,6 +29,7 @@ end
 """
 
 # KEYS: three for each account. ARGV: now, id, tokens, window, lease, then three limits for each account, -1 for none.
+# What was reserved already, by a try whose answer was lost, is not reserved twice.
 # Returns the refused bound (from 1; 0: none), the kind (from 0), milliseconds to wait (-1: unknown), and for each
 # account: requests, tokens, milliseconds until the window is empty.
 _RESERVE = (
@@ -34,6 +37,7 @@ _RESERVE = (
     + """
 local id, tokens, window, lease = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local refused, kind, wait = 0, 0, -1
+local again = redis.call('HEXISTS', KEYS[2], id) == 1
 local counts = {}
 local function free_after(entries, hash, requests, excess)
   for i, member in ipairs(redis.call('ZRANGE', entries, 0, -1)) do
@@ -57,7 +61,7 @@ for i = 1, #KEYS / 3 do
   counts[i] = {used, sum}
   local max_requests, max_tokens = tonumber(ARGV[3 * i + 3]), tonumber(ARGV[3 * i + 4])
   local max_running = tonumber(ARGV[3 * i + 5])
-  if refused == 0 then
+  if refused == 0 and not again then
     if max_requests >= 0 and used >= max_requests then
       refused, kind, wait = i, 0, free_after(entries, hash, used - max_requests + 1, 0)
     elseif max_tokens >= 0 and sum + tokens > max_tokens then
@@ -71,7 +75,7 @@ end
 local answer = {refused, kind, wait}
 for i = 1, #KEYS / 3 do
   local entries, hash, leases = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
-  if refused == 0 then
+  if refused == 0 and not again then
     redis.call('ZADD', entries, now, id)
     redis.call('HSET', hash, id, tokens)
     redis.call('HINCRBY', hash, 'sum', tokens)
@@ -123,8 +127,15 @@ class RedisLedger:
     def __init__(self, url: str, lease_s: float) -> None:
         """`url`: redis://, rediss:// or unix://, as redis-py reads it. Nothing is sent yet."""
         from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
 
-        self._redis: Any = Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+        self._redis: Any = Redis.from_url(
+            url,
+            socket_timeout=_TIMEOUT_S,
+            socket_connect_timeout=_TIMEOUT_S,
+            retry=Retry(NoBackoff(), _RETRIES),
+        )
         self._lease_ms = int(lease_s * 1000)
         self._reserve: Any = self._redis.register_script(_RESERVE)
         self._settle: Any = self._redis.register_script(_SETTLE)

@@ -222,6 +222,23 @@ async def test_a_redis_that_is_not_there_is_told(tmp_path: Path) -> None:
         await books.reserve(claim(0, requests=1))
 
 
+async def test_a_redis_that_stands_still_for_a_moment_is_asked_again_and_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.ledger_redis._TIMEOUT_S", 1.0)
+    with redis_server(tmp_path) as server:
+        books = RedisLedger(server.url, LEASE_S)
+        assert (await books.reserve(claim(0, requests=2))).refusal is None
+        server.hang()
+        asked = asyncio.create_task(books.reserve(claim(1, requests=2)))
+        await asyncio.sleep(1.3)  # the first try is given up, and lies in the server's socket
+        server.go_on()
+
+        assert (await asked).refusal is None
+        assert (await books.reserve(claim(2, requests=2))).standings[0].requests == 2, "of two, once each"
+        await books.close()
+
+
 async def test_a_redis_that_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.ledger_redis._TIMEOUT_S", 0.2)
     with redis_server(tmp_path) as server:
