@@ -170,6 +170,7 @@ def main() -> None:
     details = {
         "samples": [asdict(it) for it in soak.samples[::6]],
         "reasons": dict(Counter(it.told for it in soak.callers.asked if it.outcome != "answered").most_common(5)),
+        "failed_at_s": [round(it.began_s, 1) for it in soak.callers.asked if it.outcome != "answered"][:20],
     }
     write_result("soak", found, "make soak", details)
     draw(soak.samples, soak.callers.asked, RESULTS / "soak.png")
@@ -194,11 +195,9 @@ def draw(samples: Sequence[Sample], asked: Sequence[Asked], path: Path) -> None:
     for part in sorted({part for it in samples for part in it.memory_by_part}):
         memory.plot(minutes, [it.memory_by_part.get(part, 0) / 2**20 for it in samples], label=part)
     memory.set_title("MiB resident", loc="left", fontsize=10)
-    memory.legend(frameon=False, fontsize=8)
     for name in ("descriptors", "threads", "processes"):
         counts.plot(minutes, [getattr(it, name) for it in samples], label=name)
     counts.set_title("open", loc="left", fontsize=10)
-    counts.legend(frameon=False, fontsize=8)
     by_minute: dict[int, list[float]] = {}
     for it in asked:
         if it.first_s is not None:
@@ -210,9 +209,9 @@ def draw(samples: Sequence[Sample], asked: Sequence[Asked], path: Path) -> None:
     )
     times.set_yscale("log")
     times.set_title("ms to the first token, by minute", loc="left", fontsize=10)
-    times.legend(frameon=False, fontsize=8)
     for axes in (memory, counts, times):
         axes.set_xlabel("minutes")
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
