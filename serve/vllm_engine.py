@@ -32,6 +32,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 from serve.config import EngineSettings
 from serve.empty_adapter import save_empty_adapter
 from serve.errors import AdapterUnavailable, EngineStartFailed
+from serve.first_error import stop_at_first_error
 from serve.misread import tell_misread
 from serve.names import AdapterRevision
 from serve.recorder import Finished
@@ -84,6 +85,7 @@ class VllmEngine:
         api = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, api.state, args, tasks)
         tell_misread(api, EngineGenerateError)
+        stop_at_first_error(api)
         # vLLM's handler for a dead engine sets `.should_exit` on its HTTP server; here Ray Serve owns that.
         api.state.server = types.SimpleNamespace()
         started = cls(engine, api)

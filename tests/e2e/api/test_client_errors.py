@@ -94,3 +94,17 @@ def test_a_history_that_the_engine_cannot_read_is_a_bad_request(client: openai.O
 def test_one_request_cannot_ask_for_thousands_of_answers(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="at most 128"):
         client.post("/chat/completions", body=CHAT | {"n": 129}, cast_to=object)
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [("/v1/responses", "input"), ("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")],
+)
+def test_of_many_wrong_items_the_first_one_is_told(server: Server, path: str, field: str) -> None:
+    """All of them are kilobytes each in the answer, and many times that in the engine's memory."""
+    wrong = {"/v1/completions": None}.get(path, "a")
+    answer = httpx.post(server.url + path, json={"model": MODEL, field: [wrong] * 20_000}, timeout=60)
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+    assert len(answer.content) < 50_000
