@@ -59,9 +59,13 @@ class EngineReplica:
     """Ready only when it holds what the catalogue asks for; follows it by notification and by a slow poll."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        self._settings = ServeSettings.model_validate(settings)
+        if not self._settings.gpus_per_replica:
+            # On a CPU nothing is compiled while it runs: vLLM would begin with the first request for log-probabilities,
+            # which takes seconds, and where there is no compiler that request would end the engine.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from serve.vllm_engine import VllmEngine  # seconds of import, needed in replicas only
 
-        self._settings = ServeSettings.model_validate(settings)
         context = ray_serve.get_replica_context()
         replica = context.replica_id.unique_id
         await self._begin_telling(replica)

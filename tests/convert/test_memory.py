@@ -32,12 +32,12 @@ before = resident("VmRSS")
 convert(Request(checkpoint, base, out, "tiny", route="merge", quantize="none", trained_on=trained_on, measure=False))
 print(resident("VmHWM") - before)
 """
-ROWS, COLUMNS = 12_288, 4096
+ROWS, COLUMNS = 20_480, 4096
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose MLP, of which the adapter changes every matrix, is 48 times as large as a block."""
+    """A model whose MLP, of which the adapter changes every matrix, is 80 times as large as a block."""
     home = tmp_path_factory.mktemp("large")
     base = parts.save_base(home / "base", tied=True, layers=1)
     tensors = load_file(base / "model.safetensors")
