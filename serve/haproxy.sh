@@ -1,12 +1,13 @@
 #!/bin/sh
-# HAProxy as Ray Serve starts it, with a few things of its configuration changed.
+# HAProxy as Ray Serve starts it, with two things of its configuration changed.
 #
 # Splicing is off. With it a caller that leaves is noticed only when the answer begins, if its headers and its body came
 # in two packets, as most clients send them.
 #
 # While no replica can be reached callers are told so in the form of the API, with a status that says to try again. Ray's
-# configuration makes that a plain 500, a 404 as long as it has no replica to name, or hands the request to a proxy in
-# Python, which knows no other replicas and answers 500.
+# configuration makes that a plain 500, and a 404 as long as it has no replica to name.
+#
+# The fallback in it stays, Ray's proxy in Python: it keeps requests while one version of the replicas follows another.
 set -eu
 config='' before=''
 for argument; do
@@ -21,7 +22,6 @@ if [ -w "$config" ]; then
         "${#body}" "$body" >"$directory/503.http"
     sed -i \
         -e "s|errorfile \(50[234]\) .*|errorfile \1 $directory/503.http|" \
-        -e '/^ *server [^ ]* [^ ]* check backup$/d' \
         -e "s|http-request return status 404 content-type text/plain lf-string .*|http-request return status 503 content-type application/json file $directory/503.json hdr retry-after 1|" \
         "$config"
 fi

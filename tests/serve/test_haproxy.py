@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -31,40 +28,19 @@ frontend callers
     use_backend replicas if {{ path_beg /v1 }}
     default_backend default_backend
 backend replicas
-    server gone 127.0.0.1:1 disabled
-    {fallback}
+    server gone 127.0.0.1:1
 backend default_backend
     {not_found}
 """
 
 
-class Fallback(BaseHTTPRequestHandler):
-    """Ray's proxy in Python, when the replica that it knows has died."""
-
-    def do_GET(self) -> None:
-        self.send_error(500)
-
-
 @pytest.fixture
-def fallback() -> Iterator[int]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Fallback)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def proxy(tmp_path: Path, fallback: int) -> Iterator[str]:
+def proxy(tmp_path: Path) -> Iterator[str]:
     port = free_port()
     lines = vars(haproxy_templates)["HAPROXY_CONFIG_TEMPLATE"].splitlines()
     not_found = next(line.strip() for line in lines if "return status 404" in line)
-    template = next(line.strip() for line in lines if line.endswith("check backup"))
-    backup = re.sub(
-        r"{{.*}}:{{.*}}", f"127.0.0.1:{fallback}", template.replace("{{ backend.fallback_server.name }}", "x")
-    )
     config = tmp_path / "haproxy.cfg"
-    config.write_text(CONFIG.format(port=port, not_found=not_found, fallback=backup))
+    config.write_text(CONFIG.format(port=port, not_found=not_found))
     environment = os.environ | {"GRAFT_HAPROXY": get_haproxy_binary()}
     process = subprocess.Popen([str(_PROXY), "-db", "-f", str(config)], env=environment)
     deadline = time.monotonic() + 20
