@@ -6,11 +6,12 @@ Memory is the peak of the resident set above what it was when everything had bee
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from convert.files import sync
 
 SIDES = ("original", "dequantized", "peft")
 
@@ -58,9 +59,7 @@ def peft(checkpoint: Path, base: Path, out: Path, side: str) -> Callable[[], obj
 def sync_files(directory: Path) -> None:
     """fsync of every file and of the directory."""
     for path in (*sorted(directory.iterdir()), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(path)
 
 
 def memory_bytes(line: str) -> int:

@@ -176,7 +176,7 @@ class UncachedFile:
 
 
 def sync(path: Path) -> None:
-    """Make a file durable."""
+    """Make a file durable, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

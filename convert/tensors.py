@@ -148,7 +148,7 @@ def all_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
     """
     import torch
 
-    if tensor.numel() == 0:
+    if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
     lowest, highest = (float(it) for it in torch.aminmax(tensor))
     largest = torch.finfo(dtype or tensor.dtype).max

@@ -13,6 +13,7 @@ from typing import Self
 
 from convert.artifact import MANIFEST, Artifact, Manifest, file_sha256
 from convert.errors import OutputBusy, OutputExists, OutputUnwritable
+from convert.files import sync
 from convert.journal import Journal
 
 
@@ -76,12 +77,12 @@ class ArtifactWriter:
         """Write the manifest, make everything durable, and rename."""
         write_json(self.root / MANIFEST, manifest.model_dump(mode="json", by_alias=True))
         for directory in [path for path in self.root.rglob("*") if path.is_dir()] + [self.root]:
-            _sync(directory)
+            sync(directory)
         require_absent(self.destination)
         self.journal.remove()
         self.root.rename(self.destination)
-        _sync(self.destination)
-        _sync(self.destination.parent)
+        sync(self.destination)
+        sync(self.destination.parent)
         return Artifact.open(self.destination)
 
     def _locked_root(self) -> int:
@@ -137,11 +138,3 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

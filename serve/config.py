@@ -124,6 +124,11 @@ class GatewaySettings(_Settings):
         (), description="Origins of web pages that may call from a browser; `*` for all; none: no CORS."
     )
 
+    @property
+    def knows_callers(self) -> bool:
+        """Whether only they get in."""
+        return bool(self.keys_file or self.oidc)
+
 
 class AdmissionSettings(_Settings):
     """What an adapter must be before it is served."""

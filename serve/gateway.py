@@ -71,8 +71,8 @@ class Gateway:
         self._peers = peers
         self._listed: tuple[int, bytes] = (-1, b"")
         self.passages = passages or Passages(settings.gateway, engine)
-        with_keys = bool(settings.gateway.keys_file or settings.gateway.oidc)
-        self._openapi = bytes(JSONResponse(openapi.document(engine.openapi, with_keys=with_keys)).body)
+        document = openapi.document(engine.openapi, with_keys=settings.gateway.knows_callers)
+        self._openapi = bytes(JSONResponse(document).body)
         rollouts = rollouts or Rollouts(admin.give_up)
         call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway, self.passages, rollouts, peers)
         http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)

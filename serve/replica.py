@@ -239,7 +239,7 @@ async def ledgers_of(settings: ServeSettings) -> Ledgers:
     if gateway.limits_url:
         return RedisLedger(gateway.limits_url, gateway.lease_s)
     ledger = ActorLedger(gateway.lease_s)
-    if gateway.keys_file or gateway.oidc:
+    if gateway.knows_callers:
         await ledger.prepare()
     return ledger
 

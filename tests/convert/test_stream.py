@@ -122,6 +122,10 @@ def test_what_rounds_to_the_largest_float16_is_finite_and_what_rounds_beyond_is_
         require_finite("w", torch.tensor([65_520.0]), torch.float16)
 
 
+def test_whole_numbers_are_finite() -> None:
+    require_finite("w", torch.tensor([2**62, -(2**62)]))
+
+
 def test_what_is_read_is_hashed_in_whatever_order(tmp_path: Path) -> None:
     tensors = {name: torch.randn(1000) for name in "abc"}
     save_file(tensors, tmp_path / "model.safetensors")
