@@ -110,8 +110,8 @@ class EngineCall:
         async with self._passages.open(scope, self._base_model, fields, len(body)) as passage:
             body = with_added(body, fields, passage)
             sent = with_content_length(scope, len(body))
-            async with self._passages.places.place(caller_of(scope), self._base_model):
-                told = saying(self._base_model, record_of(scope), passage.telling(send))
+            async with self._passages.places.place(caller_of(scope), self._base_model) as leave:
+                told = saying(self._base_model, record_of(scope), passage.telling(send, leave))
                 await self._run(sent, body, receive, told)
 
     async def _run_adapter(self, choice: Choice, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
@@ -132,9 +132,9 @@ class EngineCall:
         sent = with_content_length(scope, len(body))
         record = record_of(scope)
         record.queues(self._pool.level_of(adapter))
-        async with self._pool.use(adapter, caller), self._passages.places.place(caller, adapter.name):
+        async with self._pool.use(adapter, caller), self._passages.places.place(caller, adapter.name) as leave:
             record.runs()
-            told = saying(adapter.engine_name, record, passage.telling(send))
+            told = saying(adapter.engine_name, record, passage.telling(send, leave))
             witness = Witness(told, keeps_body=choice.shadow is not None)
             try:
                 await self._run(sent, body, receive, witness.send)

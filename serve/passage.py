@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,18 +29,19 @@ class Passage:
     _admitted: Admitted
     _used: Tokens
 
-    def telling(self, send: Send) -> Send:
-        """`send` with the headers that tell of the caller's limits. What was used is settled before the last byte
-        leaves, so that the caller's next request finds its place free."""
-        if not self._admitted.headers:
-            return send
+    def telling(self, send: Send, leave: Callable[[], None]) -> Send:
+        """`send` with the headers that tell of the caller's limits. What was used is settled, and the place in the
+        engine left, before the last byte leaves: the caller's next request, which may come at once, finds both."""
         headers = [(name.encode(), value.encode()) for name, value in self._admitted.headers.items()]
 
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *headers]}
+                if headers:
+                    message = {**message, "headers": [*message.get("headers", ()), *headers]}
             elif not message.get("more_body"):
-                await self._admitted.settle(self._used.total)
+                leave()
+                if headers:
+                    await self._admitted.settle(self._used.total)
             await send(message)
 
         return told

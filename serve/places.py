@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -65,16 +65,25 @@ class Places:
         return counts
 
     @asynccontextmanager
-    async def place(self, caller: str, model: str) -> AsyncIterator[None]:
-        """One place in the engine. Raises CallerQueueFull or EngineQueueFull at once if the queue has no room, and
-        EngineWaitTooLong. A caller that leaves (cancellation) leaves the queue."""
+    async def place(self, caller: str, model: str) -> AsyncIterator[Callable[[], None]]:
+        """One place in the engine, and how to leave it before the context ends. Raises CallerQueueFull or
+        EngineQueueFull at once if the queue has no room, and EngineWaitTooLong. A caller that leaves (cancellation)
+        leaves the queue."""
         await self._enter(caller, model)
         began_s = asyncio.get_running_loop().time()
+        is_left = False
+
+        def leave() -> None:
+            nonlocal is_left
+            if not is_left:
+                is_left = True
+                self._lasting_s += 0.1 * (asyncio.get_running_loop().time() - began_s - self._lasting_s)
+                self._leave()
+
         try:
-            yield
+            yield leave
         finally:
-            self._lasting_s += 0.1 * (asyncio.get_running_loop().time() - began_s - self._lasting_s)
-            self._leave()
+            leave()
 
     async def _enter(self, caller: str, model: str) -> None:
         if self._taken < self._count:  # then nobody waits

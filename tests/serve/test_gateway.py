@@ -320,6 +320,35 @@ async def test_a_cancelled_request_reaches_the_engine_as_a_disconnect(gateway: G
     assert told.is_set()
 
 
+@pytest.mark.parametrize("model", ["small-llama", "pirate"])
+async def test_the_next_request_of_a_caller_finds_the_place_of_the_one_before(
+    engine: FakeEngine, make_gateway: MakeGateway, model: str
+) -> None:
+    engine.max_running_requests = 1
+    gateway = await make_gateway()
+    statuses: list[int] = []
+
+    async def ask(requests: int) -> None:
+        """The next one begins as soon as the last byte of the answer is there."""
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": json.dumps({"model": model}).encode()}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+            elif not message.get("more_body") and requests > 1:
+                await ask(requests - 1)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+        await gateway(scope, receive, send)
+
+    async with asyncio.timeout(5):
+        await ask(3)
+
+    assert statuses == [200, 200, 200]
+
+
 async def test_a_request_keeps_the_revision_it_began_with_while_the_alias_moves(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:

@@ -50,6 +50,21 @@ def test_no_more_run_than_there_are_places() -> None:
     assert (engine.places.taken, engine.places.waiting) == (0, 0)
 
 
+def test_a_place_that_is_left_early_is_left_once() -> None:
+    async def main() -> Engine:
+        engine = Engine(1)
+        async with engine.places.place("early", "base") as leave:
+            leave()
+            await asyncio.gather(*(engine.ask("late") for _ in range(3)))
+            leave()
+        return engine
+
+    engine = virtual_time.run(main())
+
+    assert engine.most == 1
+    assert (engine.places.taken, engine.places.waiting) == (0, 0)
+
+
 def test_a_burst_of_200_costs_another_caller_one_turn_each() -> None:
     async def main() -> Engine:
         engine = Engine(1)
