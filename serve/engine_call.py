@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -184,14 +184,17 @@ class DeadEngineGuard:
         self._send = send
         self.replaced = False
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         starts = message["type"] == "http.response.start"
-        if starts and message["status"] >= 500 and self._engine.is_dead:
+        if self.replaced or (starts and message["status"] >= 500 and self._engine.is_dead):
+            return self._replace()
+        return self._send(message)
+
+    async def _replace(self) -> None:
+        if not self.replaced:
             self.replaced = True
             await asyncio.sleep(_SILENCE_S)
             await _send_unavailable(self._path, self._send)
-        elif not self.replaced:
-            await self._send(message)
 
 
 def with_added(body: bytes, fields: Fields, passage: Passage) -> bytes:

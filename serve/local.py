@@ -45,6 +45,14 @@ _REPLICA_PORTS = 100
 _OBJECT_STORE_BYTES = 100 << 20
 
 
+# On one machine nobody waits to hear of free resources, and nobody reads the logs that Ray would pass on to a driver.
+_QUIET_RAY = {
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "RAY_event_stats": "0",
+}
+
+
 # Told how many of the replicas are ready.
 Progress = Callable[[int], None]
 
@@ -138,6 +146,7 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
+        **_QUIET_RAY,
         # A replica that ends without a word, or has no engine any more: another one gets the request.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",
         "RAY_SERVE_HAPROXY_RETRIES": "3",

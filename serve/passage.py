@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,14 +34,14 @@ class Passage:
         engine left, before the last byte leaves: the caller's next request, which may come at once, finds both."""
         headers = [(name.encode(), value.encode()) for name, value in self._admitted.headers.items()]
 
-        async def told(message: Message) -> None:
+        def told(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
-                if headers:
-                    message = {**message, "headers": [*message.get("headers", ()), *headers]}
-            elif not message.get("more_body"):
-                leave()
-                if headers:
-                    await self._admitted.settle(self._used.total)
+                return send({**message, "headers": [*message.get("headers", ()), *headers]})
+            return send(message) if message.get("more_body") else last(message)
+
+        async def last(message: Message) -> None:
+            leave()
+            await self._admitted.settle(self._used.total)
             await send(message)
 
         return told

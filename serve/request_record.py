@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
 from starlette.types import Message, Scope, Send
@@ -56,12 +57,12 @@ class RequestRecord:
     def watching(self, send: Send, header: tuple[bytes, bytes] | None = None) -> Send:
         """`send`, with one more header in front of the answer, seen by this record."""
 
-        async def watched(message: Message) -> None:
+        def watched(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 message = self._started(message, header)
             elif self.first_s is None and message.get("body"):
                 self.first_s = time.monotonic()
-            await send(message)
+            return send(message)
 
         return watched
 

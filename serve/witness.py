@@ -1,8 +1,13 @@
-"""What came of a request: its status, when its first byte left, and its body where someone will compare it."""
+"""What came of a request: its status, when its first byte left, and its body where someone will compare it.
+
+Here and in the other layers that an answer passes through, `send` makes no coroutine of its own for a piece that it has
+nothing to wait for: there is a piece for each token.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable
 
 from starlette.types import Message, Send
 
@@ -21,14 +26,14 @@ class Witness:
         self._status = 0
         self._kept: bytearray | None = bytearray() if keeps_body else None
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             self._status = message["status"]
         elif message["type"] == "http.response.body":
             if self._first_byte_s is None:
                 self._first_byte_s = time.monotonic() - self._began_s
             self._keep(message.get("body", b""))
-        await self._send(message)
+        return self._send(message)
 
     @property
     def body(self) -> bytes | None:

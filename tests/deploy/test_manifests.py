@@ -10,7 +10,7 @@ import yaml
 
 from serve.app import APP_NAME, IMPORT_PATH, deploy_config
 from serve.config import ServeSettings
-from serve.local import environment
+from serve.local import _QUIET_RAY, environment
 from serve.replica import DEPLOYMENT
 from tests.deploy.manifests import (
     DEPLOY,
@@ -207,7 +207,7 @@ def test_pods_run_with_the_environment_of_the_local_server(tmp_path: Path) -> No
     settings = ServeSettings.model_validate(plain_settings(tmp_path))
     local = environment(Path("/tmp/graft"), settings)
     # Of one machine only, or made by KubeRay, or left to the limits of the pod.
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "VLLM_HOST_IP", "OMP_NUM_THREADS"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "VLLM_HOST_IP", "OMP_NUM_THREADS", *_QUIET_RAY):
         del local[name]
     for name in [it for it in local if it.endswith("_PORT")]:
         del local[name]  # free ports there, the default ones in a pod of its own
