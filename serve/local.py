@@ -169,6 +169,8 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Engines and proxy are workers to Ray, and would stand back behind whatever else runs on the machine.
+        "RAY_worker_niceness": "0",
         # A busy machine may take longer than the default 15 s to start Ray's agent.
         "RAY_raylet_start_wait_time_s": "120",
         "VLLM_NO_USAGE_STATS": "1",

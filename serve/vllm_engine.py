@@ -20,11 +20,13 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.envs import enable_envs_cache
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
@@ -88,6 +90,10 @@ class VllmEngine:
         stop_at_first_error(api)
         # vLLM's handler for a dead engine sets `.should_exit` on its HTTP server; here Ray Serve owns that.
         api.state.server = types.SimpleNamespace()
+        # What vLLM does in processes of its own. With every token it asks for one of its settings, and the collector
+        # would go through all that was imported, Ray included, again and again.
+        enable_envs_cache()
+        freeze_gc_heap()
         started = cls(engine, api)
         if engine.vllm_config.lora_config is not None and _leaks_last_slot():
             await started._close_last_slot()
