@@ -102,7 +102,8 @@ def measure(effort: Effort, home: Path) -> tuple[dict[str, Figure], dict[str, Sw
         server.store(tiny.second)
         rate = asyncio.run(tiers.throughput(server, tiny, ROOM, effort.seconds))
         figures["working_set_throughput_over_bare"] = Figure(rate / bare_rate, "ratio")
-        figures |= asyncio.run(tiers.registered(server, tiny, effort.registered, effort.requests))
+        with graft([tiny.first], home / "beside", 1, ROOM) as beside:
+            figures |= asyncio.run(tiers.registered(server, beside, tiny, effort.registered, effort.requests))
     figures |= tiers.cold_starts(home, effort.cold_starts)
     return figures, {"Graft: publish": ours, "vLLM: load_inplace": theirs}, texts
 

@@ -3,10 +3,10 @@
 A target is `cpu`, `cpu:avx512`, or `cuda:` with a compute capability, as in `cuda:8.9`. Loading proves nothing: on a
 CPU without AVX-512 vLLM loads w4a16 and stops at the first request.
 
-Sources. `seen`: run by the tests in tests/e2e/formats, with vLLM's CPU build 0.32 on a CPU without AVX-512. `vllm`:
-what vLLM 0.32 documents and its source requires, not run here: docs/features/quantization (fp8: W8A8 from 8.9,
+Sources. `seen`: run by the tests in tests/e2e/formats, with vLLM's CPU build 0.32, on CPUs with AVX-512 and without.
+`vllm`: what vLLM 0.32 documents and its source requires, not run here: docs/features/quantization (fp8: W8A8 from 8.9,
 weight-only from 7.5; int8: from 7.5 and below 10.0), `get_min_capability` of its compressed-tensors schemes and of
-vllm-bnb-plugin 0.0.3, and its CPU kernel for four bits, which is compiled with AVX-512 only.
+vllm-bnb-plugin 0.0.3.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ _CPU: Mapping[QuantizationName, Support] = {
     "w4a16": Support(True, False, False, "seen", "stops at the first request: the kernel needs AVX-512"),
 }
 _CPU_AVX512: Mapping[QuantizationName, Support] = {
-    "none": Support(True, True, True, "vllm"),
-    "nf4": Support(True, True, True, "vllm"),
-    "nf4-double": Support(True, True, True, "vllm"),
-    "w8a8-int8": Support(True, True, False, "vllm", "adapters were not tried"),
-    "fp8-dynamic": Support(True, True, True, "vllm", "slow without AMX-FP8"),
-    "w4a16": Support(True, True, False, "vllm", "widths must be multiples of 32; adapters were not tried"),
+    "none": _WORKS,
+    "nf4": _WORKS,
+    "nf4-double": _WORKS,
+    "w8a8-int8": Support(True, True, False, "seen", "with an adapter vLLM 0.32 stops while it loads"),
+    "fp8-dynamic": Support(True, True, True, "seen", "slow without AMX-FP8"),
+    "w4a16": Support(True, True, True, "seen", "widths must be multiples of 32"),
 }
 
 
