@@ -84,8 +84,10 @@ class Nf4:
     def dequantize(self, module: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight: torch.Tensor = dequantize_4bit(parts[f"{module}.weight"], _quant_state(module, parts))
-        return weight
+        state = _quant_state(module, parts)
+        shape, state.shape = state.shape, _run_shape(math.prod(state.shape))
+        weight: torch.Tensor = dequantize_4bit(parts[f"{module}.weight"], state)
+        return weight.view(shape)
 
     def scales(self, module: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The float32 factor of every 64 weights, from the parts but the codes."""
@@ -102,9 +104,10 @@ class Nf4:
         import torch
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = QuantState(scales, torch.Size(shape), dtype=torch.float32, blocksize=BLOCK, quant_type="nf4")
+        run = _run_shape(math.prod(shape))
+        state = QuantState(scales, run, dtype=torch.float32, blocksize=BLOCK, quant_type="nf4")
         weight: torch.Tensor = dequantize_4bit(codes, state)
-        return weight
+        return weight.view(shape)
 
     def config(self) -> dict[str, Any]:
         """As transformers writes it."""
@@ -117,6 +120,14 @@ class Nf4:
             bnb_4bit_compute_dtype=self.torch_dtype,
         ).to_dict()
         return config
+
+
+def _run_shape(count: int) -> torch.Size:
+    """So many weights as rows of one scale each, or as one row. Where a row ends within a run of weights with one scale,
+    bitsandbytes 0.50 takes wrong scales on a CPU with AVX-512."""
+    import torch
+
+    return torch.Size((count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count))
 
 
 def _quant_state(module: str, parts: Mapping[str, torch.Tensor]) -> Any:

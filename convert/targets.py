@@ -73,10 +73,13 @@ _CPU: Mapping[QuantizationName, Support] = {
     "fp8-dynamic": Support(True, True, True, "seen", "slow: emulated"),
     "w4a16": Support(True, False, False, "seen", "stops at the first request: the kernel needs AVX-512"),
 }
+_NF4_AVX512 = Support(
+    True, True, True, "seen", "widths must be multiples of 64: else bitsandbytes 0.50 takes wrong scales"
+)
 _CPU_AVX512: Mapping[QuantizationName, Support] = {
     "none": _WORKS,
-    "nf4": _WORKS,
-    "nf4-double": _WORKS,
+    "nf4": _NF4_AVX512,
+    "nf4-double": _NF4_AVX512,
     "w8a8-int8": Support(True, True, False, "seen", "with an adapter vLLM 0.32 stops while it loads"),
     "fp8-dynamic": Support(True, True, True, "seen", "slow without AMX-FP8"),
     "w4a16": Support(True, True, True, "seen", "widths must be multiples of 32"),

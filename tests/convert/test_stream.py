@@ -75,11 +75,11 @@ def test_no_bit_depends_on_the_number_of_threads(stored: Tensors, threads: int) 
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("shape", [(700, 3072), (40_000, 48), (5, 32)])
-def test_nf4_in_blocks_is_what_bitsandbytes_dequantizes(tmp_path: Path, shape: tuple[int, int], double: bool) -> None:
+def test_nf4_in_blocks_is_its_codes_times_their_scales(tmp_path: Path, shape: tuple[int, int], double: bool) -> None:
     from types import SimpleNamespace
     from typing import Any, cast
 
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import dequantize_blockwise, quantize_4bit
 
     torch.manual_seed(4)
     weight = 0.02 * torch.randn(shape)
@@ -93,8 +93,12 @@ def test_nf4_in_blocks_is_what_bitsandbytes_dequantizes(tmp_path: Path, shape: t
     found = merged(tensors, MergedRows(source, TensorSpec("m.weight", "BF16", shape), None), shape)
 
     codes, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
-    state.dtype = torch.float32
-    assert torch.equal(found, dequantize_4bit(codes, state).to(torch.bfloat16))
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if double else state.absmax
+    halves = codes.flatten().long()
+    values = state.code[torch.stack([halves >> 4, halves & 15], dim=1).flatten()]
+    expected = (values * scales.repeat_interleave(64)[: values.numel()]).view(shape)
+    assert torch.equal(found, expected.to(torch.bfloat16))
+    assert torch.equal(settings.dequantize("m", {name: tensors.read(name) for name in tensors.specs}), expected)
 
 
 def test_a_block_begins_where_a_run_of_nf4_weights_with_one_scale_does() -> None:

@@ -83,7 +83,7 @@ async def test_tokens_of_all_replicas_stay_within_the_limit_and_are_settled_exac
 
 async def test_concurrent_requests_are_bounded_over_both_replicas_and_never_refused_in_a_row(guarded: Guarded) -> None:
     async with guarded.client(guarded.key("three", concurrent_requests=3)) as client:
-        answers = await asyncio.gather(*(client.post(PATH, json=completion(tokens=200)) for _ in range(30)))
+        answers = await asyncio.gather(*(client.post(PATH, json=completion(tokens=LONG)) for _ in range(30)))
         one_by_one = [(await client.post(PATH, json=completion(tokens=1))).status_code for _ in range(30)]
 
     assert Counter(it.status_code for it in answers) == {200: 3, 429: 27}
@@ -148,7 +148,7 @@ async def test_one_callers_burst_costs_another_one_turn_each(guarded: Guarded) -
 
         async def ask_loud() -> int:
             nonlocal burst_done
-            status = (await loud.post(PATH, json=completion(tokens=60))).status_code
+            status = (await loud.post(PATH, json=completion(tokens=200))).status_code
             burst_done += status == 200
             return status
 
