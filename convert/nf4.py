@@ -123,8 +123,8 @@ class Nf4:
 
 
 def _run_shape(count: int) -> torch.Size:
-    """So many weights as rows of one scale each, or as one row. Where a row ends within a run of weights with one scale,
-    bitsandbytes 0.50 takes wrong scales on a CPU with AVX-512."""
+    """So many weights as rows of one scale each, or as one row: where a row ends within a run of weights with one scale,
+    bitsandbytes 0.50 takes wrong ones on a CPU with AVX-512."""
     import torch
 
     return torch.Size((count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count))
