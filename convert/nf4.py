@@ -123,7 +123,7 @@ class Nf4:
 
 
 def _run_shape(count: int) -> torch.Size:
-    """So many weights as rows of one scale each, or as one row: where a row ends within a run of weights with one scale,
+    """So many weights as rows of one scale each, or as one row: where a row ends inside a run of one scale,
     bitsandbytes 0.50 takes wrong ones on a CPU with AVX-512."""
     import torch
 
