@@ -120,7 +120,7 @@ async def test_the_base_model_answers_as_itself_while_adapters_run(server: Serve
             )
 
         alone = await said(asked)
-        others = [asyncio.create_task(said(endless(name, 600))) for name in ("french", "german") for _ in range(4)]
+        others = [asyncio.create_task(said(endless(name, 1500))) for name in ("french", "german") for _ in range(4)]
         beside = [await said(asked) for _ in range(6)]
 
         assert not any(other.done() for other in others), "nothing ran beside it"
