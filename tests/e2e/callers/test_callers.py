@@ -126,15 +126,20 @@ async def test_usage_is_what_the_answers_say_streams_included(guarded: Guarded) 
 
 
 async def test_a_caller_that_leaves_frees_the_engine(guarded: Guarded) -> None:
-    for model in ("tiny-llama", "french"):
-        async with guarded.client(guarded.key(f"leaves-{model}", concurrent_requests=4)) as client:
+    async with guarded.client(guarded.key("leaves", concurrent_requests=4)) as client:
+
+        async def as_many_as_before() -> bool:
+            answers = await asyncio.gather(*(client.post(PATH, json=completion(tokens=1)) for _ in range(4)))
+            return all(it.status_code == 200 for it in answers)
+
+        for model in ("tiny-llama", "french"):
             whole = [asyncio.create_task(client.post(PATH, json=completion(model, LONG))) for _ in range(2)]
             async with stream(client, completion(model, LONG)), stream(client, completion(model, LONG)):
                 await until(lambda: total(guarded, 4))
             for task in whole:
                 task.cancel()
             await until(lambda: total(guarded, 0), LEASE_S / 2)
-            assert (await client.post(PATH, json=completion(tokens=1))).status_code == 200
+            await until(as_many_as_before, LEASE_S / 2)
 
 
 async def total(guarded: Guarded, number: int) -> bool:
@@ -154,7 +159,7 @@ async def test_one_callers_burst_costs_another_one_turn_each(guarded: Guarded) -
 
         burst = [asyncio.create_task(ask_loud()) for _ in range(200)]
         await until(lambda: total(guarded, REPLICAS * MAX_RUNNING))
-        for _ in range(3):
+        for _ in range(5):
             before = burst_done
             assert (await quiet.post(PATH, json=completion(tokens=60))).status_code == 200
             meanwhile.append(burst_done - before)
