@@ -20,7 +20,6 @@ done
 
 reply() { # status, its name, a further header with its \r\n, type, code, message
     body=$(printf '{"error":{"message":"%s","type":"%s","param":null,"code":"%s"}}' "$6" "$4" "$5")
-    printf '%s' "$body" >"$directory/$1.json"
     printf 'HTTP/1.1 %s %s\r\n%bcontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s' \
         "$1" "$2" "$3" "${#body}" "$body" >"$directory/$1.http"
 }
@@ -30,6 +29,7 @@ if [ -w "$config" ]; then
     patience_s=${GRAFT_BODY_TIMEOUT_S:-30}
     reply 503 'Service Unavailable' 'retry-after: 1\r\n' service_unavailable engine_unavailable \
         'No engine can be reached at the moment; try again.'
+    printf '%s' "$body" >"$directory/503.json"
     reply 408 'Request Timeout' '' invalid_request_error body_too_slow \
         "The request body did not arrive within $patience_s s."
     sed -i \
