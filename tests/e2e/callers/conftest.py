@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from examples.server import running_server
+from examples.server import free_port, running_server
 from serve import key_writing
 from serve.keys import Allowance, Key, KeyFile
 from serve.state import StateDir
@@ -30,6 +31,7 @@ class Guarded:
 
     server: Server
     keys: Path
+    metrics_port: int
     secrets: dict[str, str] = field(default_factory=dict)
 
     def key(self, key_id: str, models: tuple[str, ...] = ("*",), admin: bool = False, **limits: int) -> str:
@@ -57,6 +59,13 @@ class Guarded:
         """Requests in each engine."""
         return [it["running_requests"] for it in (await self.admin("replicas"))["replicas"]]
 
+    async def generated_tokens(self) -> float:
+        """By all engines, as they themselves count."""
+        async with httpx.AsyncClient() as client:
+            told = (await client.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60)).text
+        samples = (it for family in text_string_to_metric_families(told) for it in family.samples)
+        return sum(it.value for it in samples if it.name == "vllm:generation_tokens_total")
+
     def processes(self) -> list[psutil.Process]:
         """Of the replicas."""
         ours = psutil.Process(StateDir(self.server.state).running_server().pid).children(recursive=True)
@@ -70,10 +79,11 @@ def guarded(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     keys = home / "keys.json"
     keys.write_text(KeyFile().model_dump_json())
     served = [story.artifacts["french"], story.artifacts["german"]]
-    options = ("--replicas", str(REPLICAS), "--keys-file", str(keys), f"--vllm-arg=--max-num-seqs={MAX_RUNNING}")
-    log = home / "server.log"
-    with running_server(served, home / "state", *options, *SLOT_OPTIONS, *ENGINE_OPTIONS, log=log) as url:
-        yield Guarded(Server(url, home / "state"), keys)
+    metrics_port = free_port()
+    words = ("--replicas", str(REPLICAS), "--keys-file", str(keys), "--metrics-port", str(metrics_port))
+    options = (*words, f"--vllm-arg=--max-num-seqs={MAX_RUNNING}", *SLOT_OPTIONS, *ENGINE_OPTIONS)
+    with running_server(served, home / "state", *options, log=home / "server.log") as url:
+        yield Guarded(Server(url, home / "state"), keys, metrics_port)
 
 
 def completion(model: str = "tiny-llama", tokens: int = 4, **fields: Any) -> dict[str, Any]:

@@ -133,12 +133,28 @@ async def test_a_caller_that_leaves_frees_the_engine(guarded: Guarded) -> None:
             return all(it.status_code == 200 for it in answers)
 
         for model in ("tiny-llama", "french"):
-            whole = [asyncio.create_task(client.post(PATH, json=completion(model, LONG))) for _ in range(2)]
-            async with stream(client, completion(model, LONG)), stream(client, completion(model, LONG)):
-                await until(lambda: total(guarded, 4))
-            for task in whole:
-                task.cancel()
+            before, answered = await guarded.generated_tokens(), 0
+
+            async def ask_on(streamed: bool, model: str = model) -> None:
+                nonlocal answered
+                while True:
+                    async with client.stream("POST", PATH, json=completion(model, LONG, stream=streamed)) as response:
+                        assert response.status_code == 200, await response.aread()
+                        async for _ in response.aiter_bytes():
+                            pass
+                    answered += 1
+
+            callers = [asyncio.create_task(ask_on(number % 2 == 0)) for number in range(4)]
+            await until(lambda: total(guarded, 4))
+            for caller in callers:
+                caller.cancel()
+            assert all(
+                isinstance(it, asyncio.CancelledError) for it in await asyncio.gather(*callers, return_exceptions=True)
+            )
             await until(lambda: total(guarded, 0), LEASE_S / 2)
+            assert await guarded.generated_tokens() - before < (answered + 4) * LONG, (
+                "the last four were not told to the end"
+            )
             await until(as_many_as_before, LEASE_S / 2)
 
 
