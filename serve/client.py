@@ -3,36 +3,91 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from starlette.types import Message, Receive, Scope
 
 _DISCONNECT: Message = {"type": "http.disconnect"}
+# Ray Serve cancels the task of a request whose caller leaves, for which it runs two tasks of its own beside each
+# request, unless this header forbids it: the proxy sets it, and the leaving is for us to see.
+_OURS = (b"x-request-disconnect-disabled", b"?1")
+# Nobody leaves within less, and most requests are with the engine by then.
+_WATCH_AFTER_S = 0.05
 
 
 class Client:
     """Hands the body over once, and tells when the caller has left."""
 
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
+    def __init__(self, receive: Receive, body: bytes | None = None) -> None:
+        self.body = body
+        self.has_left = False  # before it was answered
         self._receive = receive
-        self._gone = asyncio.Event()
+        self._is_answered = False
+        self._listener: asyncio.Task[object] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def watched(self, scope: Scope) -> Iterator[None]:
+        """Cancels the current task if the caller leaves before the engine listens; for a request that Ray Serve
+        doesn't do that for."""
+        if _OURS in scope["headers"]:
+            task = asyncio.current_task()
+            assert task is not None
+            self._timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_S, self._watch, task)
+        try:
+            yield
+        finally:
+            self._stop_watching()
 
     def left(self) -> None:
-        self._gone.set()
+        """Whoever listens is told so."""
+        self.has_left = True
+        if self._listener:
+            self._listener.cancel()
+
+    def answered(self) -> None:
+        """It has all of its answer: that it leaves now says nothing."""
+        self._is_answered = True
 
     async def receive(self) -> Message:
-        if self._body is not None:
-            body, self._body = self._body, None
+        self._stop_watching()
+        if self.body is not None:
+            body, self.body = self.body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        if self._gone.is_set():
+        if self.has_left:
             return _DISCONNECT
-        message, gone = asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._gone.wait())
+        listener = self._listener = asyncio.current_task()
+        assert listener is not None
         try:
-            await asyncio.wait({message, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return message.result() if message.done() else _DISCONNECT
+            message = await self._receive()
+        except asyncio.CancelledError:
+            if not self.has_left:
+                raise
+            listener.uncancel()  # it was `left`
+            return _DISCONNECT
         finally:
-            message.cancel()
-            gone.cancel()
+            self._listener = None
+        if message["type"] == "http.disconnect":
+            self.has_left = not self._is_answered
+        return message
+
+    def _watch(self, task: asyncio.Task[object]) -> None:
+        self._watcher = asyncio.create_task(self._cancel_when_left(task))
+
+    async def _cancel_when_left(self, task: asyncio.Task[object]) -> None:
+        if (await self._receive())["type"] == "http.disconnect" and not self._is_answered:
+            self.has_left = True
+            task.cancel()
+
+    def _stop_watching(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+        if self._watcher:
+            self._watcher.cancel()
+            self._watcher = None
 
 
 def with_content_length(scope: Scope, length: int) -> Scope:

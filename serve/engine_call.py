@@ -83,15 +83,16 @@ class EngineCall:
         fields = parse_fields(body)
         if wants_prompt_logprobs(fields) and not self._engine.gives_prompt_logprobs:
             raise PromptLogprobsUnavailable
-        with self._passages.readers.watched(send) as watched:
+        client = Client(receive)
+        with self._passages.readers.watched(send) as watched, client.watched(scope):
             caller = caller_of(scope)
             choice = self._resolve(requested_model(fields), caller, key_of(scope))
             if choice is None:
                 record_of(scope).means(BASE, self._base_model, caller)
-                await self._run_base(scope, fields, body, receive, watched)
+                await self._run_base(scope, fields, body, client, watched)
             else:
                 record_of(scope).means(choice.adapter.name, choice.adapter.engine_name, caller)
-                await self._run_adapter(choice, scope, fields, receive, watched)
+                await self._run_adapter(choice, scope, fields, client, watched)
 
     def _resolve(self, model: str | None, caller: str, key: Key | None) -> Choice | None:
         """None for the base model. What the caller's key may not use does not exist for it."""
@@ -106,38 +107,35 @@ class EngineCall:
             raise UnknownModel(model, known_models(self._base_model, catalogue, key))
         return Choice(adapter) if requested.revision else self._rollouts.choose(catalogue, adapter, caller)
 
-    async def _run_base(self, scope: Scope, fields: Fields, body: bytes, receive: Receive, send: Send) -> None:
+    async def _run_base(self, scope: Scope, fields: Fields, body: bytes, client: Client, send: Send) -> None:
         async with self._passages.open(scope, self._base_model, fields, len(body)) as passage:
-            body = with_added(body, fields, passage)
-            sent = with_content_length(scope, len(body))
+            client.body = with_added(body, fields, passage)
             async with self._passages.places.place(caller_of(scope), self._base_model) as leave:
-                told = saying(self._base_model, record_of(scope), passage.telling(send, leave))
-                await self._run(sent, body, receive, told)
+                told = saying(self._base_model, record_of(scope), telling(passage, client, leave, send))
+                await self._run(scope, client, told, send)
 
-    async def _run_adapter(self, choice: Choice, scope: Scope, fields: Fields, receive: Receive, send: Send) -> None:
+    async def _run_adapter(self, choice: Choice, scope: Scope, fields: Fields, client: Client, send: Send) -> None:
         adapter = choice.adapter
         fields |= {"model": adapter.engine_name}
         body = msgspec.json.encode(fields)
         if await self._passed_on(adapter, with_content_length(scope, len(body)), body, record_of(scope), send):
             return  # whoever answers counts it
         async with self._passages.open(scope, adapter.name, fields, len(body)) as passage:
-            witness = await self._run_on(choice, passage, scope, with_added(body, fields, passage), receive, send)
+            client.body = with_added(body, fields, passage)
+            witness = await self._run_on(choice, passage, scope, client, send)
         if choice.shadow:
             self._shadows.send_copy(choice.shadow, scope, fields, witness.body)
 
-    async def _run_on(
-        self, choice: Choice, passage: Passage, scope: Scope, body: bytes, receive: Receive, send: Send
-    ) -> Witness:
+    async def _run_on(self, choice: Choice, passage: Passage, scope: Scope, client: Client, send: Send) -> Witness:
         adapter, caller = choice.adapter, caller_of(scope)
-        sent = with_content_length(scope, len(body))
         record = record_of(scope)
         record.queues(self._pool.level_of(adapter))
         async with self._pool.use(adapter, caller), self._passages.places.place(caller, adapter.name) as leave:
             record.runs()
-            told = saying(adapter.engine_name, record, passage.telling(send, leave))
+            told = saying(adapter.engine_name, record, telling(passage, client, leave, send))
             witness = Witness(told, keeps_body=choice.shadow is not None)
             try:
-                await self._run(sent, body, receive, witness.send)
+                await self._run(scope, client, witness.send, send if choice.shadow is None else witness.send)
             except asyncio.CancelledError:
                 raise  # a caller that leaves says nothing about a revision
             except Exception:
@@ -157,37 +155,46 @@ class EngineCall:
             record.forwarded = True
         return record.forwarded
 
-    async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        client = Client(body, receive)
-        guard = DeadEngineGuard(self._engine, scope["path"], send)
-        running = asyncio.ensure_future(self._engine.api(scope, client.receive, guard.send))
+    async def _run(self, scope: Scope, client: Client, send: Send, straight: Send) -> None:
+        """Raises CancelledError also for a caller that the engine saw leave. `straight`: see DeadEngineGuard."""
+        guard = DeadEngineGuard(self._engine, scope["path"], send, straight)
+        assert client.body is not None
+        sent = with_content_length(scope, len(client.body))
+        running = asyncio.ensure_future(self._engine.api(sent, client.receive, guard.send))
         try:
             await asyncio.shield(running)
-            if guard.replaced:
-                record_of(scope).failed(EngineUnavailable.code, EngineUnavailable.status)
         except asyncio.CancelledError:
-            # Ray Serve tells a disconnect by cancelling this task; vLLM waits for the http.disconnect message
-            # and would let the request run to its end.
+            # vLLM waits for the http.disconnect message and would let a cancelled request run to its end.
             client.left()
             await asyncio.wait({running}, timeout=_ABORT_TIMEOUT_S)
             running.cancel()
             raise
+        if guard.replaced:
+            record_of(scope).failed(EngineUnavailable.code, EngineUnavailable.status)
+        elif client.has_left:
+            raise asyncio.CancelledError
 
 
 class DeadEngineGuard:
     """Keeps back the 500 of an engine that died under the request. If the replica is still there after a while, it
     becomes a 503."""
 
-    def __init__(self, engine: Engine, path: str, send: Send) -> None:
+    def __init__(self, engine: Engine, path: str, send: Send, straight: Send) -> None:
+        """`straight`: what `send` comes to for the pieces between the first and the last of a body."""
         self._engine = engine
         self._path = path
         self._send = send
+        self._straight = straight
+        self._is_between = False
         self.replaced = False
 
     def send(self, message: Message) -> Awaitable[None]:
+        if self._is_between and message.get("more_body"):
+            return self._straight(message)
         starts = message["type"] == "http.response.start"
         if self.replaced or (starts and message["status"] >= 500 and self._engine.is_dead):
             return self._replace()
+        self._is_between = bool(message.get("body"))
         return self._send(message)
 
     async def _replace(self) -> None:
@@ -211,6 +218,16 @@ def known_models(base_model: str, catalogue: Catalogue, key: Key | None) -> set[
 def saying(model: str, record: RequestRecord, send: Send) -> Send:
     """`send` with the header that tells what answered, whole or streaming, seen by the record."""
     return record.watching(send, (MODEL_HEADER, model.encode()))
+
+
+def telling(passage: Passage, client: Client, leave: Callable[[], None], send: Send) -> Send:
+    """`send` of the passage, with both of what has to be known before the last byte leaves."""
+
+    def ends() -> None:
+        client.answered()
+        leave()
+
+    return passage.telling(send, ends)
 
 
 async def _send_unavailable(path: str, send: Send) -> None:

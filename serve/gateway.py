@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -77,10 +77,11 @@ class Gateway:
         call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway, self.passages, rollouts, peers)
         http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
         http.router.redirect_slashes = False  # a path is public as it is listed, or not at all
+        direct = EngineRoutes(call, openapi.offered(engine.openapi), http)
         recorder = recorder or Recorder(settings.metrics.max_adapters)
         access = AccessLog(settings.log.access_sample)
         self.keys = KeyRing(settings.gateway.keys_file) if settings.gateway.keys_file else None
-        self._http = Observed(guarded(http, settings.gateway, self.keys), recorder, access, tracer)
+        self._http = Observed(guarded(direct, settings.gateway, self.keys), recorder, access, tracer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -144,6 +145,30 @@ class Gateway:
         revision = catalogue.revision(current)
         published = int(revision.at.timestamp()) if revision else self._base_made
         return model_card(current.name, current.engine_name, self._base_model, published)
+
+
+class EngineRoutes:
+    """What an application of routes does for the engine's, without the layers that it puts around each piece of an
+    answer: there is a piece for each token."""
+
+    def __init__(self, call: ASGIApp, paths: Iterable[str], others: ASGIApp) -> None:
+        self._call = call
+        self._paths = frozenset(paths)
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST" or scope["path"] not in self._paths:
+            await self._others(scope, receive, send)
+            return
+        try:
+            await self._call(scope, receive, send)
+        except Exception as error:
+            is_begun = record_of(scope).status != 0
+            told = _serve_error if isinstance(error, ServeError) else _bug
+            if not is_begun:
+                await (await told(Request(scope), error))(scope, receive, send)
+            if is_begun or told is _bug:
+                raise
 
 
 def guarded(app: ASGIApp, settings: GatewaySettings, keys: KeyRing | None) -> ASGIApp:

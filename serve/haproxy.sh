@@ -1,11 +1,14 @@
 #!/bin/sh
-# HAProxy as Ray Serve starts it, with three things of its configuration changed.
+# HAProxy as Ray Serve starts it, with four things of its configuration changed.
 #
 # Splicing is off. With it a caller that leaves is noticed only when the answer begins, if its headers and its body came
 # in two packets, as most clients send them.
 #
 # A request is passed on when its body is here, or as much of it as a buffer holds. HAProxy asks another replica in place
 # of one that died only what it had whole when it began to send: of a body in a packet of its own it has no copy.
+#
+# That a caller has left is for the replica itself to see, where it answers for the engine: Ray Serve would run two tasks
+# more for each request to see it first.
 #
 # While no replica can be reached callers are told so in the form of the API, with a status that says to try again. Ray's
 # configuration makes that a plain 500, and a 404 as long as it has no replica to name.
@@ -32,10 +35,13 @@ if [ -w "$config" ]; then
     printf '%s' "$body" >"$directory/503.json"
     reply 408 'Request Timeout' '' invalid_request_error body_too_slow \
         "The request body did not arrive within $patience_s s."
+    rules="\\n    http-request wait-for-body time ${patience_s}s if METH_POST"
+    rules="$rules\\n    http-request del-header x-request-disconnect-disabled"
+    rules="$rules\\n    http-request set-header x-request-disconnect-disabled ?1 if METH_POST !{ path_beg /admin }"
     sed -i \
         -e "s|errorfile \(50[234]\) .*|errorfile \1 $directory/503.http|" \
         -e "s|http-request return status 404 content-type text/plain lf-string .*|http-request return status 503 content-type application/json file $directory/503.json hdr retry-after 1|" \
-        -e "/^frontend http_frontend/a\\    errorfile 408 $directory/408.http\\n    http-request wait-for-body time ${patience_s}s if METH_POST" \
+        -e "/^frontend http_frontend/a\\    errorfile 408 $directory/408.http$rules" \
         "$config"
 fi
 exec "${GRAFT_HAPROXY:?}" -dS "$@"

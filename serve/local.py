@@ -45,12 +45,14 @@ _REPLICA_PORTS = 100
 _OBJECT_STORE_BYTES = 100 << 20
 
 
-# On one machine nobody waits to hear of free resources, and nobody reads the logs that Ray would pass on to a driver.
+# On one machine nobody waits to hear of free resources.
 _QUIET_RAY = {
     "RAY_raylet_report_resources_period_milliseconds": "1000",
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "RAY_memory_monitor_refresh_ms": "1000",
     "RAY_event_stats": "0",
 }
+# Ray starts them whatever it is told: what passes logs on to a driver that wants none, and a dashboard without pages.
+_IDLE_PROCESSES = ("/log_monitor.py", "/dashboard.py")
 
 
 # Told how many of the replicas are ready.
@@ -244,6 +246,7 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]
     )
     # Ray took SIGTERM over and would end with 15 on it: put the handler of this program back.
     signal.signal(signal.SIGTERM, on_term)
+    _end_idle_processes()
     stop = _shut_down
     try:
         yield ray.cluster_resources()
@@ -252,6 +255,13 @@ def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]
         raise
     finally:
         stop()
+
+
+def _end_idle_processes() -> None:
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(word.endswith(_IDLE_PROCESSES) for word in process.cmdline()):
+                process.terminate()
 
 
 def _shut_down() -> None:

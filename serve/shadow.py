@@ -48,7 +48,7 @@ class Shadows:
 
     async def _compare(self, shadow: AdapterRevision, scope: Scope, fields: dict[str, Any], told: str) -> None:
         body = msgspec.json.encode(fields | {"model": shadow.engine_name})
-        client = Client(body, _never)
+        client = Client(_never, body)
         asking = asyncio.create_task(self._ask(shadow, with_content_length(scope, len(body)), client))
         try:
             while not asking.done():

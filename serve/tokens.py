@@ -6,10 +6,12 @@ streams are counted as well, and the answer is not looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -43,18 +45,19 @@ def counter() -> Tokens | None:
     return _counter.get()
 
 
-def step(tokens: Tokens, deltas: bool) -> Callable[[int, int, int], None]:
-    """For the outputs of one generation: call it with the length of the prompt, the index of a sequence and how many
-    of its tokens the output holds; `deltas` if those are only the new ones."""
-    seen: dict[int, int] = {}
-    told_prompt = False
-
-    def add(prompt: int, index: int, completion: int) -> None:
-        nonlocal told_prompt
-        if not told_prompt:
-            told_prompt = True
-            tokens.prompt += prompt
-        tokens.completion += completion if deltas else completion - seen.get(index, 0)
-        seen[index] = completion
-
-    return add
+async def adding(answers: AsyncGenerator[Any, None], tokens: Tokens, deltas: bool) -> AsyncGenerator[Any, None]:
+    """The answers of one generation as they are, which are vLLM's: each with the prompt's tokens, and for each sequence
+    those that it has so far, or the new ones if they are `deltas`; or a vector."""
+    seen: dict[int, int] | None = None
+    # Closed with this one, at once: that is how the engine learns that nobody reads on.
+    async with contextlib.aclosing(answers):
+        async for answer in answers:
+            if seen is None:
+                seen = {}
+                tokens.prompt += len(answer.prompt_token_ids or ())
+            if isinstance(answer.outputs, list):
+                for output in answer.outputs:
+                    made = len(output.token_ids)
+                    tokens.completion += made if deltas else made - seen.get(output.index, 0)
+                    seen[output.index] = made
+            yield answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
+import gc
 import os
 import tempfile
 import types
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY
+from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentatorMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -38,13 +40,18 @@ from serve.first_error import stop_at_first_error
 from serve.misread import tell_misread
 from serve.names import AdapterRevision
 from serve.recorder import Finished
-from serve.tokens import counter, step
+from serve.tokens import adding, counter
 
 # On a CPU: no compilation (minutes of it for nothing), and a bounded KV cache, since vLLM would take half of
 # the machine's memory for every replica.
 _CPU_ARGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(512 << 20))
 
 _USAGE = UsageContext.OPENAI_API_SERVER
+
+_NOT_OURS = (CORSMiddleware, PrometheusInstrumentatorMiddleware)
+
+# Objects more than before until young ones are looked through; Python's 700 are those of a few tokens.
+_GC_THRESHOLD = 10_000
 
 _PROBE = "probe-"  # how the ids of our own requests begin
 _MOST_KNOWN = 1 << 16  # requests whose adapter is remembered; vLLM tells nothing of those that are broken off
@@ -88,12 +95,16 @@ class VllmEngine:
         await init_app_state(engine, api.state, args, tasks)
         tell_misread(api, EngineGenerateError)
         stop_at_first_error(api)
+        # Which origins may call is the gateway's to say; by default vLLM lets all. It counts its answers here for a
+        # route that nobody reaches.
+        api.user_middleware = [it for it in api.user_middleware if it.cls not in _NOT_OURS]
         # vLLM's handler for a dead engine sets `.should_exit` on its HTTP server; here Ray Serve owns that.
         api.state.server = types.SimpleNamespace()
         # What vLLM does in processes of its own. With every token it asks for one of its settings, and the collector
         # would go through all that was imported, Ray included, again and again.
         enable_envs_cache()
         freeze_gc_heap()
+        gc.set_threshold(_GC_THRESHOLD)
         started = cls(engine, api)
         if engine.vllm_config.lora_config is not None and _leaks_last_slot():
             await started._close_last_slot()
@@ -219,24 +230,9 @@ def _counted(generate: _Generate) -> _Generate:
             return answers
         parameters = kwargs.get("sampling_params") or (args[1] if len(args) > 1 else None)
         deltas = getattr(parameters, "output_kind", None) == RequestOutputKind.DELTA
-        return _adding(answers, step(tokens, deltas))
+        return adding(answers, tokens, deltas)
 
     return counted
-
-
-async def _adding(
-    answers: AsyncGenerator[Any, None], add: Callable[[int, int, int], None]
-) -> AsyncGenerator[Any, None]:
-    # Closed with this one, at once: that is how the engine learns that nobody reads on.
-    async with contextlib.aclosing(answers):
-        async for answer in answers:
-            prompt = len(answer.prompt_token_ids or ())
-            if isinstance(answer.outputs, list):
-                for output in answer.outputs:
-                    add(prompt, output.index, len(output.token_ids))
-            else:  # of pooling: a vector
-                add(prompt, 0, 0)
-            yield answer
 
 
 class _AdaptersOfRequests(OrderedDict[str, str | None]):

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import uvicorn
+from ray.serve._private.http_util import parse_disconnect_disabled_header
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.store import AdapterStore
@@ -49,6 +50,7 @@ class Server:
     guarded: Guarded
     address: tuple[str, int]
     secret: str
+    more_headers: str = ""
 
     def is_idle(self) -> bool:
         passages = self.guarded.gateway.passages
@@ -57,7 +59,7 @@ class Server:
     def request(self, body: bytes, length: int | None = None) -> bytes:
         head = (
             f"POST /v1/completions HTTP/1.1\r\nhost: graft\r\nauthorization: Bearer {self.secret}\r\n"
-            f"content-length: {len(body) if length is None else length}\r\n\r\n"
+            f"content-length: {len(body) if length is None else length}\r\n{self.more_headers}\r\n"
         )
         return head.encode() + body
 
@@ -75,9 +77,14 @@ BODY = json.dumps({"model": BASE_MODEL, "prompt": "hi"}).encode()
 
 @contextlib.asynccontextmanager
 async def http(app: ASGIApp) -> AsyncIterator[tuple[str, int]]:
-    """Cancels a request whose caller has left, as Ray Serve does, and as uvicorn alone doesn't."""
+    """Cancels a request whose caller has left, as Ray Serve does if no header forbids it, and as uvicorn alone
+    doesn't."""
 
     async def as_ray_serve(scope: Scope, receive: Receive, send: Send) -> None:
+        if parse_disconnect_disabled_header(dict(scope["headers"])):
+            with contextlib.suppress(asyncio.CancelledError):
+                await app(scope, receive, send)
+            return
         messages: asyncio.Queue[object] = asyncio.Queue()
 
         async def fetch() -> None:
@@ -109,14 +116,14 @@ async def http(app: ASGIApp) -> AsyncIterator[tuple[str, int]]:
         await serving
 
 
-@pytest.fixture
-def start(engine: FakeEngine, store: AdapterStore, tmp_path: Path) -> Started:
+@pytest.fixture(params=["", "x-request-disconnect-disabled: ?1\r\n"], ids=["ray-serve-cancels", "ray-serve-does-not"])
+def start(request: pytest.FixtureRequest, engine: FakeEngine, store: AdapterStore, tmp_path: Path) -> Started:
     @contextlib.asynccontextmanager
     async def start(**settings: object) -> AsyncIterator[Server]:
         guarded = await guarded_gateway(tmp_path, store, engine, **settings)
         guarded.key("team-a", limits={"concurrent_requests": 10_000})
         async with http(guarded.gateway) as address:
-            yield Server(guarded, address, guarded.secrets["team-a"])
+            yield Server(guarded, address, guarded.secrets["team-a"], request.param)
 
     return start
 
@@ -158,6 +165,23 @@ async def test_a_caller_that_leaves_a_stream_stops_it_and_frees_what_it_held(
             assert not server.is_idle()
         await until(server.is_idle)
         assert stream.told == ["http.disconnect"]
+
+
+async def test_a_caller_that_leaves_while_it_waits_leaves_the_queue(start: Started, engine: FakeEngine) -> None:
+    engine.handler = stream = Stream()
+    async with start(max_running_requests=1) as server, server.connection() as (reader, writer):
+        writer.write(server.request(BODY))
+        assert await reader.read(100)
+        places = server.guarded.gateway.passages.places
+        async with server.connection() as (_, waiting):
+            waiting.write(server.request(BODY))
+            await until(lambda: places.waiting == 1)
+            await asyncio.sleep(0.1)
+            assert places.waiting == 1
+
+        await until(lambda: places.waiting == 0)
+
+        assert (places.taken, stream.running) == (1, 1), "the one before it has its place"
 
 
 async def test_a_body_that_does_not_arrive_holds_nothing_and_is_told(start: Started, engine: FakeEngine) -> None:

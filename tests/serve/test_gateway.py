@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -318,6 +319,30 @@ async def test_a_cancelled_request_reaches_the_engine_as_a_disconnect(gateway: G
     await asyncio.gather(request, return_exceptions=True)
 
     assert told.is_set()
+
+
+@pytest.mark.parametrize(("told", "ended"), [(b"", asyncio.CancelledError), (b"whole", None)], ids=["before", "after"])
+async def test_a_caller_that_the_engine_sees_leave_before_it_has_its_answer_was_not_answered(
+    gateway: Gateway, engine: FakeEngine, told: bytes, ended: type[BaseException] | None
+) -> None:
+    async def generate(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if told:
+            await send({"type": "http.response.body", "body": told})
+        assert await receive() == {"type": "http.disconnect"}
+
+    messages = [{"type": "http.request", "body": b'{"model": "pirate"}'}, {"type": "http.disconnect"}]
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(_: Message) -> None: ...
+
+    engine.handler = generate
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    with pytest.raises(ended) if ended else contextlib.nullcontext():
+        await gateway(scope, receive, send)
 
 
 @pytest.mark.parametrize("model", ["small-llama", "pirate"])

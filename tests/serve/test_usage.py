@@ -5,14 +5,16 @@ import contextlib
 import logging
 import random
 from collections import Counter
+from collections.abc import AsyncGenerator
 from datetime import UTC, date, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from serve.errors import StoreUnavailable
 from serve.objects import Directory, Objects
-from serve.tokens import Tokens, counter, counting, step
+from serve.tokens import Tokens, adding, counter, counting
 from serve.usage import Meter, read_usage
 from tests.object_store import bucket_url, s3_server
 from tests.serve.guarded import until
@@ -147,16 +149,38 @@ def test_only_the_days_that_were_asked_for_are_told(tmp_path: Path) -> None:
         pytest.param(False, [(0, 3), (1, 4)], id="or-all-at-the-end"),
     ],
 )
-def test_tokens_of_all_sequences_are_counted_and_those_of_the_prompt_once(
+async def test_tokens_of_all_sequences_are_counted_and_those_of_the_prompt_once(
     deltas: bool, outputs: list[tuple[int, int]]
 ) -> None:
+    told = [answer([SimpleNamespace(index=index, token_ids=[0] * made)]) for index, made in outputs]
     tokens = Tokens()
-    add = step(tokens, deltas)
 
-    for index, completion in outputs:
-        add(5, index, completion)
+    assert [it async for it in adding(engine(told), tokens, deltas)] == told
 
     assert tokens == Tokens(prompt=5, completion=7)
+
+
+async def test_a_vector_has_the_tokens_of_its_prompt() -> None:
+    tokens = Tokens()
+    async for _ in adding(engine([answer(SimpleNamespace(data=[0.5]))]), tokens, deltas=False):
+        pass
+    assert tokens == Tokens(prompt=5)
+
+
+async def test_the_engine_learns_at_once_that_nobody_reads_on() -> None:
+    told = engine([answer([]), answer([])])
+    async with contextlib.aclosing(adding(told, Tokens(), deltas=True)) as answers:
+        await anext(answers)
+    assert told.ag_frame is None, "it was closed too"
+
+
+def answer(outputs: object) -> SimpleNamespace:
+    return SimpleNamespace(prompt_token_ids=[0] * 5, outputs=outputs)
+
+
+async def engine(answers: list[SimpleNamespace]) -> AsyncGenerator[SimpleNamespace, None]:
+    for it in answers:
+        yield it
 
 
 def test_the_counter_is_that_of_whoever_asks() -> None:
