@@ -25,7 +25,7 @@ import psutil
 
 from benchmarks import gateway_load
 from benchmarks.gateway_load import Cell, Told
-from benchmarks.servers import Room, bare, graft
+from benchmarks.servers import ENGINE_THREADS, Room, bare, graft
 from convert.artifact import Artifact
 
 ROOM = Room(slots=2, resident=4)
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=8, help="about how long one load runs")
     options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update(ENGINE_THREADS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server is stopped then too
     with tempfile.TemporaryDirectory() as directory, SIDES[options.side](options.artifact, Path(directory)) as url:
         runs = visit(url, options.artifact / "model", options.rounds, options.seconds)

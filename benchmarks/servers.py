@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from serve.names import AdapterRevision
 from serve.state import StateDir
 
 START_TIMEOUT_S = 300
+# Of each engine, whoever starts it: Graft alone would give one replica all cores.
+ENGINE_THREADS = {"OMP_NUM_THREADS": "1"}
 COMMON_ARGS = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(128 << 20))
 
 
@@ -39,7 +41,7 @@ class Graft:
     state: StateDir
 
     async def publish(self, client: httpx.AsyncClient, candidate: Candidate) -> dict[str, float]:
-        return await self._change(client, "", {"candidate": candidate.model_dump()})
+        return await self._change(client, "", {"candidate": asdict(candidate)})
 
     async def change(self, client: httpx.AsyncClient, verb: str, adapter: AdapterRevision) -> float:
         """Seconds that `rollback` to a revision takes, or to `pin` or `unpin` it."""
@@ -111,7 +113,7 @@ def _environment() -> dict[str, str]:
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
+        **ENGINE_THREADS,
         "HF_HUB_OFFLINE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }

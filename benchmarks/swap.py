@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import tempfile
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from benchmarks import adapters, tiers
 from benchmarks.load import Load, ask, first_token_s, http, p99
 from benchmarks.picture import draw
 from benchmarks.record import Figure, write_result
-from benchmarks.servers import Graft, Room, bare, graft, load_bare
+from benchmarks.servers import ENGINE_THREADS, Graft, Room, bare, graft, load_bare
 from examples.traffic import Answer, Reign, SwapReport
 
 PROMPT = "the rain in spain"
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few of everything, to try it; writes no result")
     quick = parser.parse_args().quick
     effort = QUICK if quick else FULL
+    os.environ.update(ENGINE_THREADS)
     with tempfile.TemporaryDirectory() as directory:
         figures, swaps, texts = measure(effort, Path(directory))
     if quick:

@@ -6,6 +6,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -124,7 +125,7 @@ async def _cold_minus_warm(server: Graft, candidate: Candidate, count: int) -> l
     names = [f"cold-{number:03}" for number in range(count)]
     log = server.state.log
     for name in names:
-        named = candidate.model_copy(update={"name": name})
+        named = replace(candidate, name=name)
         log.stage(named)
         log.promote(named)
     extra = []

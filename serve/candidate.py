@@ -6,7 +6,8 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+import pydantic
+from pydantic import AfterValidator, ConfigDict, Field
 
 from convert.artifact import Manifest, Name, Sha256
 from convert.signature import MAX_CHARACTERS, statement
@@ -31,10 +32,9 @@ class Lineage:
     top1_agreement: float | None = None
 
 
-class Candidate(BaseModel):
-    """Travels from the artifact through the admin API into the catalogue."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+@pydantic.dataclasses.dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Candidate:
+    """Travels from the artifact through the admin API into the catalogue. Checked whenever it is made."""
 
     name: Name
     revision: Sha256

@@ -77,7 +77,9 @@ class Client:
         self._watcher = asyncio.create_task(self._cancel_when_left(task))
 
     async def _cancel_when_left(self, task: asyncio.Task[object]) -> None:
-        if (await self._receive())["type"] == "http.disconnect" and not self._is_answered:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass  # uvicorn may tell the end of the body once more
+        if not self._is_answered:
             self.has_left = True
             task.cancel()
 

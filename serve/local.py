@@ -261,7 +261,8 @@ def _end_idle_processes() -> None:
     for process in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if any(word.endswith(_IDLE_PROCESSES) for word in process.cmdline()):
-                process.terminate()
+                process.kill()
+                process.wait()
 
 
 def _shut_down() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -43,7 +43,7 @@ class AdminClient:
         artifact = Artifact.open(path)
         artifact.verify()
         candidate = take_artifact(artifact, name, self.state.store)
-        body = {"candidate": candidate.model_dump(), "stage_only": stage_only, "reason": reason}
+        body = {"candidate": asdict(candidate), "stage_only": stage_only, "reason": reason}
         return self.call("POST", "/admin/v1/adapters", body)
 
     def adapters(self) -> list[dict[str, Any]]:

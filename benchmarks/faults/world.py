@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ class World:
 
     async def publish(self, artifact: str, name: str, url: str = "") -> str:
         """The engine name that the name stands for when this was acknowledged. Raises httpx.HTTPError."""
-        body = {"candidate": self.candidate(artifact, name).model_dump()}
+        body = {"candidate": asdict(self.candidate(artifact, name))}
         return str((await self.admin("POST", "adapters", body, url))["revision"])
 
     async def replicas(self) -> list[dict[str, Any]]:

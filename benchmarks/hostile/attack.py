@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +110,7 @@ async def _ask(surface: str, client: httpx.AsyncClient, bad: Bad, secrets: tuple
 
 
 def _bad_admin_requests(world: World) -> list[Bad]:
-    candidate = world.candidate("other", "alpine").model_dump(mode="json")
+    candidate = asdict(world.candidate("other", "alpine"))
     good: Mapping[str, Any] = {
         "/admin/v1/adapters": {"candidate": candidate},
         "/admin/v1/adapters/french/rollback": {"revision": candidate["revision"]},

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import time
 from collections import Counter
@@ -27,6 +28,11 @@ from tests.e2e.conftest import REPLICAS
 
 LEASE_S: float = GatewaySettings.model_fields["lease_s"].default
 CONNECTIONS = 10_000
+
+
+def for_long(n: int) -> dict[str, Any]:
+    """Runs on while a machine that is shared with others stands still for some seconds."""
+    return completion(tokens=LONG, n=n, temperature=1)
 
 
 def code(response: httpx.Response) -> tuple[int, str]:
@@ -83,7 +89,7 @@ async def test_tokens_of_all_replicas_stay_within_the_limit_and_are_settled_exac
 
 async def test_concurrent_requests_are_bounded_over_both_replicas_and_never_refused_in_a_row(guarded: Guarded) -> None:
     async with guarded.client(guarded.key("three", concurrent_requests=3)) as client:
-        answers = await asyncio.gather(*(client.post(PATH, json=completion(tokens=LONG)) for _ in range(30)))
+        answers = await asyncio.gather(*(client.post(PATH, json=for_long(n=4)) for _ in range(30)))
         one_by_one = [(await client.post(PATH, json=completion(tokens=1))).status_code for _ in range(30)]
 
     assert Counter(it.status_code for it in answers) == {200: 3, 429: 27}
@@ -169,7 +175,7 @@ async def test_one_callers_burst_costs_another_one_turn_each(guarded: Guarded) -
 
         async def ask_loud() -> int:
             nonlocal burst_done
-            status = (await loud.post(PATH, json=completion(tokens=500))).status_code
+            status = (await loud.post(PATH, json=completion(tokens=800))).status_code
             burst_done += status == 200
             return status
 
@@ -183,7 +189,9 @@ async def test_one_callers_burst_costs_another_one_turn_each(guarded: Guarded) -
         statuses = Counter(await asyncio.gather(*burst))
 
     # Its place comes free with the first of those that run on its replica; until it is done itself, they all may be.
-    assert max(meanwhile) <= 6 * REPLICAS * MAX_RUNNING, meanwhile  # starved, it would be all that are left
+    # In the middle: now and then the machine stands still, and what is told afterwards is told at once. Starved, the
+    # first one would take all that are left, and the burst be over.
+    assert statistics.median(meanwhile) <= 3 * REPLICAS * MAX_RUNNING, meanwhile
     assert set(statuses) <= {200, 429}
 
 
@@ -269,7 +277,7 @@ async def test_a_killed_replica_gives_the_concurrent_requests_of_its_callers_bac
         contextlib.AsyncExitStack() as stack,
     ):
         for _ in range(4):
-            response = await stack.enter_async_context(stream(client, completion(tokens=LONG)))
+            response = await stack.enter_async_context(stream(client, for_long(n=16)))
             assert response.status_code == 200
         assert code(await client.post(PATH, json=completion(tokens=1))) == (429, "rate_limit_exceeded")
 

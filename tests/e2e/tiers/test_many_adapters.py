@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import httpx
@@ -31,7 +31,7 @@ class Operator:
     http: httpx.AsyncClient
 
     async def publish(self, candidate: Candidate) -> dict[str, Any]:
-        return await self._answer("POST", "/admin/v1/adapters", {"candidate": candidate.model_dump()})
+        return await self._answer("POST", "/admin/v1/adapters", {"candidate": asdict(candidate)})
 
     async def retire(self, name: str) -> dict[str, Any]:
         return await self._answer("DELETE", f"/admin/v1/adapters/{name}")
