@@ -19,6 +19,7 @@ from prometheus_fastapi_instrumentator.middleware import PrometheusInstrumentato
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.anthropic import api_router as anthropic
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -37,7 +38,7 @@ from serve.config import EngineSettings
 from serve.empty_adapter import save_empty_adapter
 from serve.errors import AdapterUnavailable, EngineStartFailed
 from serve.first_error import stop_at_first_error
-from serve.misread import tell_misread
+from serve.misread import tell_misread, tell_misread_in
 from serve.names import AdapterRevision
 from serve.recorder import Finished
 from serve.tokens import adding, counter
@@ -94,6 +95,7 @@ class VllmEngine:
         api = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, api.state, args, tasks)
         tell_misread(api, EngineGenerateError)
+        tell_misread_in(anthropic)
         stop_at_first_error(api)
         # Which origins may call is the gateway's to say; by default vLLM lets all. It counts its answers here for a
         # route that nobody reaches.

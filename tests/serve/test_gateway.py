@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -402,7 +403,7 @@ async def test_a_request_keeps_the_revision_it_began_with_while_the_alias_moves(
 
 
 def body(**changes: object) -> dict[str, object]:
-    return {"candidate": NEW.model_dump() | changes}
+    return {"candidate": asdict(NEW) | changes}
 
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}])

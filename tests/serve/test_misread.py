@@ -11,8 +11,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-from serve.misread import tell_misread
+from serve.misread import tell_misread, tell_misread_in
 
 READER = "vllm.entrypoints.openai.responses.utils"
 CODE = """
@@ -79,6 +81,22 @@ async def test_a_number_that_does_not_fit_a_message_to_the_engine_is_a_bad_reque
 
     assert response.status_code == 400
     assert "too large" in response.json()["error"]["message"]
+
+
+def test_so_it_is_where_vllm_itself_turns_an_exception_into_an_answer() -> None:
+    router = types.SimpleNamespace(create_error_response=create_error_response)
+    tell_misread_in(router)
+
+    def told(cause: Exception) -> ErrorResponse:
+        try:
+            raise EngineFailed from cause
+        except EngineFailed as error:
+            answer: ErrorResponse = router.create_error_response(error)
+            return answer
+
+    too_large = told(OverflowError("can't serialize ints >= 2**64"))
+    assert (too_large.error.code, too_large.error.message) == (400, "can't serialize ints >= 2**64")
+    assert told(RuntimeError("the engine failed")).error.code == 500
 
 
 async def test_any_other_failure_of_the_engine_is_told_as_before() -> None:

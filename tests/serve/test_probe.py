@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def with_golden(store: AdapterStore, tokens: int = 3, result: float = -2.0) -> C
 def with_content(store: AdapterStore, content: str) -> Candidate:
     digest = hashlib.sha256(content.encode()).hexdigest()
     store.put_golden(digest, content.encode())
-    return PIRATE.model_copy(update={"golden": digest})
+    return replace(PIRATE, golden=digest)
 
 
 async def test_an_adapter_that_changes_the_base_and_keeps_its_word_is_proven(

@@ -104,6 +104,16 @@ def test_engine_admin_routes_are_closed(server: Server, path: str, status: int) 
     assert httpx.post(server.url + path, json=body).status_code == status
 
 
+def test_no_page_may_read_an_answer_as_long_as_no_origin_is_named(server: Server) -> None:
+    asked = {"model": "french", "prompt": "the rain", "max_tokens": 1}
+    answer = httpx.post(
+        f"{server.url}/v1/completions", json=asked, headers={"origin": "https://page.example"}, timeout=60
+    )
+
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
 def test_both_engines_hold_both_adapters(server: Server) -> None:
     status = server.command("status")
 
