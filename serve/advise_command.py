@@ -21,7 +21,7 @@ from serve.size_command import GPUS, memory_of, shape_of
 from serve.traffic import Asked, read_log, zipf
 
 # Measured: `cold_minus_warm_ms` of benchmarks/results/swap.json, an adapter of a model of 135 M parameters on a disk.
-COLD_MS = 35.0
+COLD_MS = 20.0
 _MOST_ADAPTERS = 100_000
 _MOST_PLACES = 256  # vLLM's --max-num-seqs
 _SHOWN = 20

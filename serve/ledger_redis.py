@@ -52,7 +52,9 @@ end
 for i = 1, #KEYS / 3 do
   local entries, hash, leases = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
   for _, member in ipairs(redis.call('ZRANGEBYSCORE', entries, '-inf', now - window)) do
-    redis.call('HINCRBY', hash, 'sum', -tonumber(redis.call('HGET', hash, member) or 0))
+    local left = tonumber(redis.call('HGET', hash, member) or 0)
+    -- Redis before 7.2 writes -0 as that, and takes it for no number.
+    if left ~= 0 then redis.call('HINCRBY', hash, 'sum', -left) end
     redis.call('HDEL', hash, member)
     redis.call('ZREM', entries, member)
   end
@@ -168,7 +170,7 @@ async def _reaching() -> AsyncIterator[None]:
     try:
         yield
     except (RedisError, OSError) as error:
-        raise LedgerUnreachable(f"Redis: {error!r}") from error
+        raise LedgerUnreachable(f"Redis: {type(error).__name__}: {error}") from error
 
 
 def _keys(accounts: Iterable[str]) -> list[str]:

@@ -201,6 +201,16 @@ async def test_what_has_ended_in_redis_leaves_its_place_and_what_it_did_not_use(
     assert (await books.reserve(claim(3, 1, tokens=10))).refusal == Refusal(0, "tokens", ANY)
 
 
+async def test_a_request_that_used_nothing_leaves_redis_with_its_minute(books: RedisLedger) -> None:
+    assert (await books.reserve(claim(0, 9, tokens=10), 1000)).refusal is None
+    await books.settle(claim(0, tokens=10), 0, 1000)
+
+    verdict = await books.reserve(claim(1, 9, tokens=10), 1061)
+
+    assert verdict.refusal is None
+    assert (verdict.standings[0].requests, verdict.standings[0].tokens) == (1, 9)
+
+
 async def test_leases_in_redis_end_by_themselves(redis: RedisServer, books: RedisLedger) -> None:
     short = RedisLedger(redis.url, 0.2)
     assert (await short.reserve(claim(0, concurrent=1))).refusal is None
