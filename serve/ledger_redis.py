@@ -53,7 +53,7 @@ for i = 1, #KEYS / 3 do
   local entries, hash, leases = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
   for _, member in ipairs(redis.call('ZRANGEBYSCORE', entries, '-inf', now - window)) do
     local left = tonumber(redis.call('HGET', hash, member) or 0)
-    -- Redis before 7.2 writes -0 as that, and takes it for no number.
+    -- Redis 7.0 writes -0 as that, and takes it for no number.
     if left ~= 0 then redis.call('HINCRBY', hash, 'sum', -left) end
     redis.call('HDEL', hash, member)
     redis.call('ZREM', entries, member)
