@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 
-from starlette.types import Message, Receive, Scope
+from starlette.types import Message, Receive, Scope, Send
 
 _DISCONNECT: Message = {"type": "http.disconnect"}
 # Ray Serve cancels the task of a request whose caller leaves, for which it runs two tasks of its own beside each
@@ -47,9 +47,15 @@ class Client:
         if self._listener:
             self._listener.cancel()
 
-    def answered(self) -> None:
-        """It has all of its answer: that it leaves now says nothing."""
-        self._is_answered = True
+    def telling(self, send: Send) -> Send:
+        """`send` that knows when the caller has all of its answer: that it leaves then says nothing."""
+
+        def told(message: Message) -> Awaitable[None]:
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                self._is_answered = True
+            return send(message)
+
+        return told
 
     async def receive(self) -> Message:
         self._stop_watching()

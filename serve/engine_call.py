@@ -85,14 +85,15 @@ class EngineCall:
             raise PromptLogprobsUnavailable
         client = Client(receive)
         with self._passages.readers.watched(send) as watched, client.watched(scope):
+            told = client.telling(watched)
             caller = caller_of(scope)
             choice = self._resolve(requested_model(fields), caller, key_of(scope))
             if choice is None:
                 record_of(scope).means(BASE, self._base_model, caller)
-                await self._run_base(scope, fields, body, client, watched)
+                await self._run_base(scope, fields, body, client, told)
             else:
                 record_of(scope).means(choice.adapter.name, choice.adapter.engine_name, caller)
-                await self._run_adapter(choice, scope, fields, client, watched)
+                await self._run_adapter(choice, scope, fields, client, told)
 
     def _resolve(self, model: str | None, caller: str, key: Key | None) -> Choice | None:
         """None for the base model. What the caller's key may not use does not exist for it."""
@@ -111,7 +112,7 @@ class EngineCall:
         async with self._passages.open(scope, self._base_model, fields, len(body)) as passage:
             client.body = with_added(body, fields, passage)
             async with self._passages.places.place(caller_of(scope), self._base_model) as leave:
-                told = saying(self._base_model, record_of(scope), telling(passage, client, leave, send))
+                told = saying(self._base_model, record_of(scope), passage.telling(send, leave))
                 await self._run(scope, client, told, send)
 
     async def _run_adapter(self, choice: Choice, scope: Scope, fields: Fields, client: Client, send: Send) -> None:
@@ -132,7 +133,7 @@ class EngineCall:
         record.queues(self._pool.level_of(adapter))
         async with self._pool.use(adapter, caller), self._passages.places.place(caller, adapter.name) as leave:
             record.runs()
-            told = saying(adapter.engine_name, record, telling(passage, client, leave, send))
+            told = saying(adapter.engine_name, record, passage.telling(send, leave))
             witness = Witness(told, keeps_body=choice.shadow is not None)
             try:
                 await self._run(scope, client, witness.send, send if choice.shadow is None else witness.send)
@@ -218,16 +219,6 @@ def known_models(base_model: str, catalogue: Catalogue, key: Key | None) -> set[
 def saying(model: str, record: RequestRecord, send: Send) -> Send:
     """`send` with the header that tells what answered, whole or streaming, seen by the record."""
     return record.watching(send, (MODEL_HEADER, model.encode()))
-
-
-def telling(passage: Passage, client: Client, leave: Callable[[], None], send: Send) -> Send:
-    """`send` of the passage, with both of what has to be known before the last byte leaves."""
-
-    def ends() -> None:
-        client.answered()
-        leave()
-
-    return passage.telling(send, ends)
 
 
 async def _send_unavailable(path: str, send: Send) -> None:

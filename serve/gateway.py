@@ -164,10 +164,11 @@ class EngineRoutes:
             await self._call(scope, receive, send)
         except Exception as error:
             is_begun = record_of(scope).status != 0
-            told = _serve_error if isinstance(error, ServeError) else _bug
+            tell = _serve_error if isinstance(error, ServeError) and not is_begun else _bug
+            response = await tell(Request(scope), error)
             if not is_begun:
-                await (await told(Request(scope), error))(scope, receive, send)
-            if is_begun or told is _bug:
+                await response(scope, receive, send)
+            if tell is _bug:
                 raise
 
 

@@ -45,7 +45,7 @@ _REPLICA_PORTS = 100
 _OBJECT_STORE_BYTES = 100 << 20
 
 
-# On one machine nobody waits to hear of free resources.
+# On one machine nobody waits to hear of free resources, and memory doesn't run out within a second.
 _QUIET_RAY = {
     "RAY_raylet_report_resources_period_milliseconds": "1000",
     "RAY_memory_monitor_refresh_ms": "1000",

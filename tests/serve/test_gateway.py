@@ -237,6 +237,30 @@ async def test_a_bug_is_answered_without_its_cause(client: httpx.AsyncClient, en
     assert "secret detail" not in response.text
 
 
+async def test_a_bug_in_the_middle_of_an_answer_is_logged_and_ends_the_connection(
+    gateway: Gateway, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("a bug")
+
+    engine.handler = fail
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b'{"model": "pirate"}'}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    with pytest.raises(RuntimeError, match="a bug"):
+        await gateway(scope, receive, send)
+
+    assert [it["type"] for it in sent] == ["http.response.start"]
+    assert "request failed" in caplog.text
+
+
 @pytest.fixture
 def ends_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process, which by rights ends before it says anything for a dead engine."""

@@ -96,10 +96,11 @@ def replica(handler: type[socketserver.StreamRequestHandler]) -> Iterator[int]:
 
 @pytest.fixture
 def proxy(tmp_path: Path) -> Iterator[str]:
-    with replica(Dying) as dying, replica(Living) as living:
-        yield from running_proxy(tmp_path, dying, living)
+    with replica(Dying) as dying, replica(Living) as living, running_proxy(tmp_path, dying, living) as url:
+        yield url
 
 
+@contextlib.contextmanager
 def running_proxy(tmp_path: Path, dying: int, living: int) -> Iterator[str]:
     port = free_port()
     lines = vars(haproxy_templates)["HAPROXY_CONFIG_TEMPLATE"].splitlines()
@@ -108,16 +109,18 @@ def running_proxy(tmp_path: Path, dying: int, living: int) -> Iterator[str]:
     config.write_text(CONFIG.format(port=port, not_found=not_found, dying=dying, living=living))
     environment = os.environ | {"GRAFT_HAPROXY": get_haproxy_binary(), "GRAFT_BODY_TIMEOUT_S": "1"}
     process = subprocess.Popen([str(_PROXY), "-db", "-f", str(config)], env=environment)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            httpx.get(f"http://127.0.0.1:{port}/")
-            break
-        except httpx.TransportError:
-            time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
+    try:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/")
+                break
+            except httpx.TransportError:
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/elsewhere"], ids=["replicas-gone", "no-replica-known"])
@@ -162,11 +165,10 @@ def test_a_body_that_does_not_arrive_is_told_in_the_form_of_the_api(proxy: str) 
 def test_where_the_engine_answers_it_is_for_us_to_see_a_caller_leave_and_no_caller_says_otherwise(
     tmp_path: Path, method: str, path: str, told: list[str]
 ) -> None:
-    with replica(Mirror) as mirror:
-        for proxy in running_proxy(tmp_path, mirror, mirror):
-            answer = httpx.request(method, proxy + path, headers={DISCONNECT_DISABLED: "?0"}, content=b"{}")
+    with replica(Mirror) as mirror, running_proxy(tmp_path, mirror, mirror) as proxy:
+        answer = httpx.request(method, proxy + path, headers={DISCONNECT_DISABLED: "?0"}, content=b"{}")
 
-            assert [value for name, value in answer.json() if name == DISCONNECT_DISABLED] == told
+    assert [value for name, value in answer.json() if name == DISCONNECT_DISABLED] == told
 
 
 def connected(proxy: str) -> socket.socket:
