@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from serve.log import CatalogueLog
 from serve.objects import Directory
 from serve.passage import Passages
 from serve.publish import Control
-from serve.reconcile import Reconciler, ReplicaReport
+from serve.reconcile import Reconciler
 from serve.residency import AdapterPool
 from serve.state import sha256
 from serve.store import AdapterStore
@@ -30,20 +30,11 @@ from serve.tokens import counter
 from serve.usage import Meter
 from tests.serve.conftest import BASE, believe, candidate
 from tests.serve.fakes import FakeEngine, respond
+from tests.serve.one_replica import OneReplica
 
 BASE_MODEL = "small-llama"
 ADMIN_TOKEN = "the admin token"
 ADAPTERS = [candidate(name, name) for name in ("french", "german", "secret-plan")]
-
-
-@dataclass
-class Alone:
-    """The only replica."""
-
-    reconciler: Reconciler
-
-    async def sync(self, awaited: str | None = None) -> Sequence[ReplicaReport]:
-        return [await self.reconciler.sync(awaited)]
 
 
 @dataclass
@@ -97,7 +88,7 @@ async def guarded_gateway(
         all_settings.admission,
         admission,
         AdapterStore(home, Directory(home)),
-        Control(log, Alone(reconciler)),
+        Control(log, OneReplica(reconciler)),
     )
     meter = Meter(Directory(home), flush_s=60)
     passages = Passages(gateway_settings, engine, ledgers, meter)

@@ -25,7 +25,7 @@ from serve.state import sha256
 from serve.store import AdapterStore
 from tests.serve.conftest import BASE, write_adapter, write_base, write_weights
 from tests.serve.fakes import FakeEngine
-from tests.serve.test_gateway import OneReplica
+from tests.serve.one_replica import OneReplica
 
 ADAPTERS = "/admin/v1/adapters"
 

@@ -34,7 +34,7 @@ from serve.store import AdapterStore
 from serve.waiting import WaitLimits
 from tests.serve.conftest import BASE, believe, candidate
 from tests.serve.fakes import FakeEngine, respond
-from tests.serve.test_gateway import OneReplica
+from tests.serve.one_replica import OneReplica
 
 PIRATE, ZEPHYR = candidate("pirate", "one"), candidate("zephyr", "two")
 KEY = "sk-a-very-secret-key"

@@ -29,7 +29,7 @@ from serve.store import AdapterStore
 from serve.waiting import WaitLimits
 from tests.serve.conftest import believe, candidate
 from tests.serve.fakes import FakeEngine, respond
-from tests.serve.test_gateway import OneReplica, Unchecked
+from tests.serve.one_replica import OneReplica, Unchecked
 
 TOKEN = "the admin token"
 ADMIN = {"authorization": f"Bearer {TOKEN}"}

@@ -1,0 +1,81 @@
+"""A gateway with one replica behind it, whose engine has no model: one adapter is published, another at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+
+from serve.admin import Admin
+from serve.admission import Admission, objections
+from serve.candidate import Candidate
+from serve.config import EngineSettings, GatewaySettings, ServeSettings
+from serve.errors import AdapterRejected
+from serve.gateway import Gateway
+from serve.log import CatalogueLog
+from serve.objects import Directory
+from serve.publish import Control
+from serve.reconcile import Reconciler, ReplicaReport
+from serve.residency import AdapterPool
+from serve.state import sha256
+from serve.store import AdapterStore
+from tests.serve.conftest import BASE, believe, candidate
+from tests.serve.fakes import FakeEngine
+
+OLD, NEW = candidate("pirate", "old"), candidate("pirate", "new")
+TOKEN = "the admin token"
+ADMIN = {"authorization": f"Bearer {TOKEN}"}
+MAX_BODY_BYTES = 1000
+
+
+class OneReplica:
+    def __init__(self, reconciler: Reconciler) -> None:
+        self._reconciler = reconciler
+
+    async def sync(self, awaited: str | None = None) -> Sequence[ReplicaReport]:
+        return [await self._reconciler.sync(awaited)]
+
+
+class Unchecked(Admission):
+    """The files of these adapters are empty."""
+
+    def check(self, candidate: Candidate, directory: Path) -> None:
+        if found := objections(candidate, self._engine):
+            raise AdapterRejected("; ".join(found))
+
+
+class NamedOnly(AdapterStore):
+    """A directory of the right name will do."""
+
+    def _is_whole(self, path: Path) -> bool:
+        return path.is_dir()
+
+
+async def gateway_of(engine: FakeEngine, store: AdapterStore, root: Path) -> Gateway:
+    log = CatalogueLog(Directory(root))
+    log.stage(OLD)
+    log.promote(OLD)
+    settings = ServeSettings(
+        engine=EngineSettings(model_path=root, model_name="small-llama", fingerprint=BASE, max_lora_rank=16),
+        gateway=GatewaySettings(max_body_bytes=MAX_BODY_BYTES, admin_tokens={"admin": sha256(TOKEN)}),
+        state_dir=root,
+    )
+    pool = AdapterPool(engine, store, capacity=2)
+    reconciler = Reconciler("replica-1", log, engine, pool, believe)
+    await reconciler.sync()
+    (root / NEW.revision).mkdir()
+    admin = Admin(
+        settings.gateway.admin_tokens,
+        settings.engine,
+        settings.admission,
+        Unchecked(settings.engine, settings.admission),
+        NamedOnly(root, Directory(root)),
+        Control(log, OneReplica(reconciler)),
+    )
+    return Gateway(settings, engine, pool, lambda: reconciler.catalogue, admin)
+
+
+def calling(gateway: Gateway) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(gateway, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://graft")
