@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,7 +20,10 @@ _RESERVED_VLLM_ARGS = frozenset({
     "--allow-credentials", "--api-key", "--code-revision", "--config", "--enable-lora", "--hf-overrides",
     "--host", "--lora-modules", "--max-cpu-loras", "--max-lora-rank", "--max-loras", "--middleware", "--model",
     "--port", "--root-path", "--served-model-name", "--tokenizer", "--trust-remote-code", "--uds",
+    "--worker-extension-cls",
 })  # fmt: skip
+# What comes before a value, or before a key of one: vLLM's parser takes `--a_b=1`, `--a-b.key=1` and `--a-b+ 1` too.
+_ARGUMENT = re.compile(r"--[\w-]*")
 
 
 class _Settings(BaseModel):
@@ -49,7 +53,8 @@ class EngineSettings(_Settings):
     @field_validator("vllm_args")
     @classmethod
     def _leave_ours_alone(cls, args: tuple[str, ...]) -> tuple[str, ...]:
-        if taken := sorted(_RESERVED_VLLM_ARGS.intersection(arg.partition("=")[0] for arg in args)):
+        names = {found[0].replace("_", "-") for arg in args if (found := _ARGUMENT.match(arg))}
+        if taken := sorted(_RESERVED_VLLM_ARGS & names):
             raise ValueError(f"{', '.join(taken)} can't be passed to vLLM: Graft sets it, or it would be unsafe")
         return args
 

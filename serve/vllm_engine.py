@@ -1,4 +1,5 @@
-"""The engine: vLLM inside this process's reach, with its own OpenAI application. The only importer of vllm."""
+"""The engine: vLLM inside this process's reach, with its own OpenAI application. The only importer of vllm, but for
+serve.cpu_lora, which runs in vLLM's worker."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ import argparse
 import asyncio
 import gc
 import os
-import tempfile
 import types
 import uuid
 from collections import OrderedDict
@@ -35,7 +35,6 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from serve.config import EngineSettings
-from serve.empty_adapter import save_empty_adapter
 from serve.errors import AdapterUnavailable, EngineStartFailed
 from serve.first_error import stop_at_first_error
 from serve.misread import tell_misread, tell_misread_in
@@ -46,6 +45,9 @@ from serve.tokens import adding, counter
 # On a CPU: no compilation (minutes of it for nothing), and a bounded KV cache, since vLLM would take half of
 # the machine's memory for every replica.
 _CPU_ARGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(512 << 20))
+
+# vLLM's own way to apply adapters on a CPU is slow, and wrong for the base model's requests beside them.
+_CPU_WORKER = "serve.cpu_lora.CpuWorker"
 
 _USAGE = UsageContext.OPENAI_API_SERVER
 
@@ -70,7 +72,6 @@ class VllmEngine:
         self._models = api.state.openai_serving_models
         self._requests: dict[AdapterRevision, LoRARequest] = {}
         self._next_id = 1
-        self._reserved: frozenset[int] = frozenset()
 
     @classmethod
     async def start(
@@ -88,6 +89,8 @@ class VllmEngine:
                 config, usage_context=_USAGE, stat_loggers=[_statistics(adapters, finished)]
             )
             engine.adapters = adapters
+            if args.worker_extension_cls == _CPU_WORKER:
+                await engine.collective_rpc("group_adapters")
         except Exception as error:
             raise EngineStartFailed(f"vLLM can't serve this: {' '.join(str(error).split())}") from error
         engine.generate, engine.encode = _counted(engine.generate), _counted(engine.encode)
@@ -107,10 +110,7 @@ class VllmEngine:
         enable_envs_cache()
         freeze_gc_heap()
         gc.set_threshold(_GC_THRESHOLD)
-        started = cls(engine, api)
-        if engine.vllm_config.lora_config is not None and _leaks_last_slot():
-            await started._close_last_slot()
-        return started
+        return cls(engine, api)
 
     @property
     def api(self) -> ASGIApp:
@@ -191,27 +191,11 @@ class VllmEngine:
     async def unload_strangers(self) -> int:
         if self._engine.vllm_config.lora_config is None:
             return 0
-        known = self._reserved.union(it.lora_int_id for it in self._requests.values())
+        known = {it.lora_int_id for it in self._requests.values()}
         strangers = set(await self._engine.list_loras()) - known
         for number in strangers:
             await self._engine.remove_lora(number)
         return len(strangers)
-
-    async def _close_last_slot(self) -> None:
-        """Put an adapter that changes nothing there for good. Slots are filled in their order: the last one that is
-        loaded is in the last one, and the others leave again."""
-        model = self._engine.model_config
-        out_features = model.get_head_size() * model.hf_text_config.num_attention_heads
-        slots = range(self._next_id, self._next_id + self._engine.vllm_config.lora_config.max_loras)
-        self._next_id = slots.stop
-        with tempfile.TemporaryDirectory() as directory:
-            save_empty_adapter(Path(directory), model.get_hidden_size(), out_features)
-            for number in slots:
-                await self._engine.add_lora(LoRARequest(f"nobody-{number}", number, directory))
-        await self._engine.pin_lora(slots[-1])
-        self._reserved = frozenset(slots[-1:])
-        for number in slots[:-1]:
-            await self._engine.remove_lora(number)
 
     async def check_health(self) -> None:
         await self._engine.check_health()
@@ -290,7 +274,8 @@ def _told(stats: Any, engine_name: str | None) -> Finished:
 
 def parse_args(settings: EngineSettings, traces: str | None = None) -> argparse.Namespace:
     """Settings and the user's own vLLM arguments through vLLM's parser. Raises EngineStartFailed."""
-    parser = make_arg_parser(_Parser(prog="vllm_args"))
+    # A word that is cut short would pass by the names that the settings refuse.
+    parser = make_arg_parser(_Parser(prog="vllm_args", allow_abbrev=False))
     args: argparse.Namespace = parser.parse_args(command_line(settings, traces))
     validate_parsed_serve_args(args)
     return args
@@ -302,31 +287,23 @@ def command_line(settings: EngineSettings, traces: str | None = None) -> list[st
     return [
         *("--model", str(settings.model_path), "--served-model-name", settings.model_name),
         *platform,
-        *_lora_args(settings, 2 if _leaks_last_slot() else 0),
+        *_lora_args(settings),
         *(("--otlp-traces-endpoint", traces) if traces else ()),
         *settings.vllm_args,
     ]
 
 
-def _lora_args(settings: EngineSettings, more_slots: int) -> list[str]:
-    """`more_slots`: see `_leaks_last_slot`; one that is closed, and one to spare, since vLLM's scheduler takes the
-    closed one for usable and a batch without room for its adapters would stop the engine."""
+def _lora_args(settings: EngineSettings) -> list[str]:
     if settings.max_lora_rank == 0:
         return []
     return [
         "--enable-lora",
         *("--max-lora-rank", str(settings.max_lora_rank)),
-        *("--max-loras", str(settings.max_active_adapters + more_slots)),
+        *("--max-loras", str(settings.max_active_adapters)),
         # More than the pool ever holds: the engine must never evict by itself.
-        *("--max-cpu-loras", str(settings.adapter_capacity + 1 + more_slots)),
+        *("--max-cpu-loras", str(settings.adapter_capacity + 1)),
+        *(("--worker-extension-cls", _CPU_WORKER) if current_platform.is_cpu() else ()),
     ]
-
-
-def _leaks_last_slot() -> bool:
-    """On a CPU vLLM 0.32 takes the index of "no adapter", -1, for the last slot: requests for the base model that meet
-    an adapter's requests in a batch are answered with the adapter in that slot
-    (https://github.com/vllm-project/vllm/pull/48421). Its GPU kernels know better."""
-    return bool(current_platform.is_cpu())
 
 
 class _Parser(FlexibleArgumentParser):

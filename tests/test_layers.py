@@ -11,10 +11,10 @@ import pytest
 from importlinter import cli
 
 IMPORTERS = {
-    "vllm": {"serve.vllm_engine"},
+    "vllm": {"serve.vllm_engine", "serve.cpu_lora"},
     "ray": {"serve.replica", "serve.app", "serve.local", "serve.ledger_actor"},
 }
-TORCH_USERS = ("convert.", "serve.vllm_engine")
+TORCH_USERS = ("convert.", "serve.vllm_engine", "serve.cpu_lora")
 
 
 @cache

@@ -112,7 +112,13 @@ def test_a_port_in_use_is_told_before_anything_starts(make_artifact: MakeArtifac
     assert_refused(result, "port_in_use", f"Can't listen on 127.0.0.1:{port}")
 
 
-@pytest.mark.parametrize("argument", ["--trust-remote-code", "--model=/etc", "--api-key=x", "--lora-modules=a=b"])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("--trust-remote-code", "--trust_remote_code", "--model=/etc", "--api-key=x", "--lora-modules=a=b"),
+        *("--hf-overrides.architectures=x", "--middleware+=x", "--worker-extension-cls=x"),
+    ],
+)
 def test_vllm_arguments_that_would_undo_our_promises_are_refused(
     make_artifact: MakeArtifact, tmp_path: Path, argument: str
 ) -> None:
