@@ -11,7 +11,7 @@ SECRETS_OPTIONS = --disable-plugin Base64HighEntropyString --disable-plugin HexH
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo serve observe test lint unit rehearse sbom bench-convert bench-routes bench-swap bench-gateway clean
+.PHONY: help environment demo serve observe test lint unit rehearse sbom bench-convert bench-routes bench-swap bench-gateway bench-cpu-adapters clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -45,6 +45,10 @@ bench-swap: environment ## A hot-swap under load: time, failures, latency (minut
 
 bench-gateway: environment ## What the gateway costs beside vLLM's own API server (half an hour)
 	@$(RUN) -m benchmarks.gateway
+	@$(RUN) -m benchmarks.gateway --merged
+
+bench-cpu-adapters: environment ## Adapters on a CPU beside vLLM's own server, on a real model (minutes)
+	@$(RUN) -m benchmarks.cpu_adapters
 
 chaos: environment ## Break everything, one after the other, under load (a quarter of an hour; as root the disk too)
 	@$(RUN) -m benchmarks.faults

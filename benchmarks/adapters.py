@@ -28,15 +28,15 @@ class Tiny:
         return made
 
 
-def plain(home: Path, artifact: Path) -> None:
-    """An artifact of the same tiny model in bfloat16, and one LoRA beside it: the least work for an engine."""
+def plain(home: Path, artifact: Path, route: str) -> None:
+    """An artifact of the same tiny model in bfloat16 and one LoRA, beside it or merged: least work for an engine."""
     from tests.convert import parts
     from tests.e2e.conftest import convert
 
     home.mkdir(parents=True)
     base = parts.save_base(home / "base", tied=True, hidden=128)
     checkpoint = parts.mark_lora(parts.save_adapter(base, home / "one"))
-    convert(checkpoint, base, artifact, "--name", "french", "--route", "adapter")
+    convert(checkpoint, base, artifact, "--name", "french", "--route", route)
 
 
 def tiny(home: Path) -> Tiny:

@@ -1,9 +1,10 @@
 """What the gateway costs: Graft beside vLLM's own API server, each alone on the machine, under the same load.
 
-`python -m benchmarks.gateway` serves one adapter of a tiny model, so that nearly all the time is the front end's, and
-takes turns: vLLM, Graft, Graft, vLLM, … Each visit starts the server, runs every load of `benchmarks.gateway_side` and
-stops it. Ratios are between visits of the same turn. Processor time outside the engine is the steadiest figure: it
-counts every process of a server but the engine core, Ray's and HAProxy included.
+`python -m benchmarks.gateway` serves one adapter of a tiny model, so that much of the time is the front end's; with
+`--merged` the model that it is merged into, where both engines run the same code. It takes turns: vLLM, Graft, Graft,
+vLLM, … Each visit starts the server, runs every load of `benchmarks.gateway_side` and stops it. Ratios are between
+visits of the same turn. Processor time outside the engine is the steadiest figure: it counts every process of a server
+but the engine core, Ray's and HAProxy included.
 
 Visits that lie in `--work` already are taken as they are, so that an interrupted run goes on where it stopped.
 """
@@ -38,13 +39,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short visit each, to try it; writes no result")
     parser.add_argument("--turns", type=int, default=4, help="visits of each server (default 4)")
     parser.add_argument("--seconds", type=float, default=5, help="about how long one load runs (default 5)")
+    parser.add_argument("--merged", action="store_true", help="the same for engines without adapters")
     parser.add_argument("--work", type=Path, help="keep the visits here and take those that are here already")
     options = parser.parse_args()
     turns, seconds = (1, 1.0) if options.quick else (options.turns, options.seconds)
     with tempfile.TemporaryDirectory() as directory:
         work = options.work or Path(directory)
         work.mkdir(parents=True, exist_ok=True)
-        visits = take_turns(work, turns, seconds)
+        visits = take_turns(work, "merge" if options.merged else "adapter", turns, seconds)
     found = figures(visits)
     if found["other_processes"].value > MAX_OTHERS:
         print("Other processes kept this machine busy: throughput and latency say little, measure again.", flush=True)
@@ -52,16 +54,17 @@ def main() -> None:
         for name, figure in found.items():
             print(f"{name:48} {figure.value:.4g} {figure.unit}")
         return
-    write_result("gateway", found, "make bench-gateway")
-    draw(visits, RESULTS / "gateway.png")
+    name = "gateway_merged" if options.merged else "gateway"
+    write_result(name, found, "make bench-gateway")
+    draw(visits, RESULTS / f"{name}.png")
 
 
-def take_turns(work: Path, turns: int, seconds: float) -> Visits:
+def take_turns(work: Path, route: str, turns: int, seconds: float) -> Visits:
     """Every side `turns` times, each time in the other order."""
     sides = ["bare", "graft"]
     artifact = work / "artifact"
     if not artifact.exists():
-        adapters.plain(work / "made", artifact)
+        adapters.plain(work / "made", artifact, route)
     visits: dict[str, list[list[Run]]] = {side: [] for side in sides}
     for number in range(turns):
         for side in sides if number % 2 == 0 else reversed(sides):
@@ -91,9 +94,6 @@ def figures(visits: Visits) -> dict[str, Figure]:
     }
     found |= {f"throughput_ratio_{cell.name}": Figure.of(throughput[cell], "Graft / vLLM") for cell in CELLS}
     found |= {f"cpu_ratio_{cell.name}": Figure.of(cpu[cell], "Graft / vLLM") for cell in CELLS}
-    for cell in CELLS:
-        by_engine = paired(bare, graft, cell, lambda it: it.front_end_ms / it.cpu_ms("engine"), ratio)
-        found[f"cpu_ratio_by_engine_{cell.name}"] = Figure.of(by_engine, "Graft / vLLM, each per CPU-s of its engine")
     for side, of_side in visits.items():
         for cell in CELLS:
             found |= figures_of(f"{side}_{cell.name}", runs_of(of_side, cell))

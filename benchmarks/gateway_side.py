@@ -25,11 +25,11 @@ import psutil
 
 from benchmarks import gateway_load
 from benchmarks.gateway_load import Cell, Told
-from benchmarks.servers import ENGINE_THREADS, Room, bare, graft
+from benchmarks.servers import ENGINE_THREADS, NO_ADAPTERS, Room, bare, graft
 from convert.artifact import Artifact
 
 ROOM = Room(slots=2, resident=4)
-MODEL = "french"
+ADAPTER, BASE = "french", "base"
 CONCURRENCY = (1, 8, 32, 128)
 SEED = 7
 
@@ -65,7 +65,7 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", choices=SIDES)
-    parser.add_argument("artifact", type=Path, help="an artifact with the base and its adapter")
+    parser.add_argument("artifact", type=Path, help="of a base and its adapter, or of a merged model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=8, help="about how long one load runs")
@@ -73,7 +73,7 @@ def main() -> None:
     os.environ.update(ENGINE_THREADS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the server is stopped then too
     with tempfile.TemporaryDirectory() as directory, SIDES[options.side](options.artifact, Path(directory)) as url:
-        runs = visit(url, options.artifact / "model", options.rounds, options.seconds)
+        runs = visit(url, options.artifact, options.rounds, options.seconds)
     options.out.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
 
 
@@ -85,14 +85,15 @@ def read_runs(path: Path) -> list[Run]:
     ]
 
 
-def visit(url: str, model: Path, rounds: int, seconds: float) -> list[Run]:
+def visit(url: str, artifact: Path, rounds: int, seconds: float) -> list[Run]:
     """Every load `rounds` times, from the most callers to one and back, so that drift meets all of them."""
+    model = ADAPTER if has_adapter(artifact) else BASE
     cells = [Cell(concurrency, streams) for concurrency in CONCURRENCY for streams in (True, False)]
-    counts = {concurrency: requests_for(url, model, concurrency, seconds) for concurrency in CONCURRENCY}
+    counts = {concurrency: requests_for(url, model, artifact, concurrency, seconds) for concurrency in CONCURRENCY}
     runs = []
     for number in range(rounds):
         for cell in cells if number % 2 else reversed(cells):
-            runs.append(measured(url, model, cell, counts[cell.concurrency], SEED + number))
+            runs.append(measured(url, model, artifact, cell, counts[cell.concurrency], SEED + number))
             run = runs[-1]
             print(
                 f"{cell.name:12} {run.told.requests_per_s:7.1f} requests/s, first token {run.told.ttft_p50_ms:6.1f} ms,"
@@ -103,15 +104,20 @@ def visit(url: str, model: Path, rounds: int, seconds: float) -> list[Run]:
     return runs
 
 
-def requests_for(url: str, model: Path, concurrency: int, seconds: float) -> int:
+def has_adapter(artifact: Path) -> bool:
+    return Artifact.open(artifact).adapter_path is not None
+
+
+def requests_for(url: str, model: str, artifact: Path, concurrency: int, seconds: float) -> int:
     """As many as take about so long as streams; finding out warms the server up."""
-    told = gateway_load.generate(url, MODEL, model, Cell(concurrency, True), 2 * concurrency + 8, seed=1)
+    cell = Cell(concurrency, True)
+    told = gateway_load.generate(url, model, artifact / "model", cell, 2 * concurrency + 8, seed=1)
     return max(2 * concurrency, 20, round(seconds * told.requests_per_s))
 
 
-def measured(url: str, model: Path, cell: Cell, requests: int, seed: int) -> Run:
+def measured(url: str, model: str, artifact: Path, cell: Cell, requests: int, seed: int) -> Run:
     began, before, all_before, own = time.monotonic(), cpu_seconds(), busy_seconds(), time.process_time()
-    told = gateway_load.generate(url, MODEL, model, cell, requests, seed)
+    told = gateway_load.generate(url, model, artifact / "model", cell, requests, seed)
     took_s, after = time.monotonic() - began, cpu_seconds()
     used: dict[str, float] = {}
     for process, (kind, seconds) in after.items():
@@ -144,17 +150,18 @@ def busy_seconds() -> float:
 
 @contextlib.contextmanager
 def graft_side(artifact: Path, home: Path) -> Iterator[str]:
-    with graft([artifact], home, 1, ROOM) as server:
+    with graft([artifact], home, 1, ROOM if has_adapter(artifact) else NO_ADAPTERS) as server:
         yield server.url
 
 
 @contextlib.contextmanager
 def bare_side(artifact: Path, home: Path) -> Iterator[str]:
-    opened = Artifact.open(artifact)
-    with bare(artifact / "model", home, 1, ROOM) as urls:
-        body = {"lora_name": MODEL, "lora_path": str((opened.root / "adapter").absolute())}
-        httpx.post(f"{urls[0]}/v1/load_lora_adapter", json=body, timeout=60).raise_for_status()
-        yield urls[0]
+    adapter = Artifact.open(artifact).adapter_path
+    with bare(artifact / "model", home, 1, ROOM if adapter else NO_ADAPTERS) as (url,):
+        if adapter:
+            body = {"lora_name": ADAPTER, "lora_path": str(adapter.absolute())}
+            httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=60).raise_for_status()
+        yield url
 
 
 SIDES: dict[str, Callable[[Path, Path], AbstractContextManager[str]]] = {"graft": graft_side, "bare": bare_side}

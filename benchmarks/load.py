@@ -25,7 +25,9 @@ async def http() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def ask(client: httpx.AsyncClient, url: str, model: str, prompt: str, max_tokens: int, zero_s: float) -> Answer:
+async def ask(
+    client: httpx.AsyncClient, url: str, model: str, prompt: str | Sequence[int], max_tokens: int, zero_s: float
+) -> Answer:
     """One streamed completion; times since `zero_s`. An answer with an error instead of an exception."""
     began = time.monotonic() - zero_s
     request = {

@@ -59,6 +59,17 @@ SECTIONS = (
         "ray.serve.llm can't be installed beside this vLLM ([why](benchmarks.md)).",
     ),
     Section(
+        "gateway_merged",
+        "Serving: the same for a merged model",
+        "Engines without adapters, which do the same work on both sides: what is left is the gateway alone.",
+    ),
+    Section(
+        "cpu_adapters",
+        "Serving: adapters on a CPU, beside vLLM's own server",
+        "Two fine-tunes of SmolLM2-135M over its 4-bit base: prompts of 600 tokens one at a time, then eight callers "
+        "that ask again at once ([why](decisions/0014-adapters-on-a-cpu.md)).",
+    ),
+    Section(
         "chaos",
         "Breaking it: faults under load",
         "Every answer is compared with what its revision says; a failed request is one without an answer, and is "

@@ -29,8 +29,13 @@ COMMON_ARGS = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(128 << 
 
 @dataclass(frozen=True)
 class Room:
+    """For adapters; without slots an engine runs without any."""
+
     slots: int
     resident: int
+
+
+NO_ADAPTERS = Room(0, 0)
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,14 @@ class Graft:
 def graft(artifacts: Sequence[Path], home: Path, replicas: int, room: Room) -> Iterator[Graft]:
     home.mkdir(parents=True, exist_ok=True)
     print(f"starting Graft with {replicas} engines …", flush=True)
-    options = (
-        *("--replicas", str(replicas), "--base-name", "base"),
+    adapters = (
         *("--max-lora-rank", "16"),  # as on the other side
         *("--keep-previous", "0"),  # so that every swap loads what it swaps in, as it does on the other side
         *("--max-active-adapters", str(room.slots), "--max-resident-adapters", str(room.resident)),
+    )
+    options = (
+        *("--replicas", str(replicas), "--base-name", "base"),
+        *(adapters if room.slots else ("--max-lora-rank", "0")),
         *(f"--vllm-arg={name}={value}" for name, value in zip(COMMON_ARGS[::2], COMMON_ARGS[1::2], strict=True)),
     )
     with running_server(artifacts, home / "state", *options, log=home / "graft.log") as url:
@@ -79,6 +87,10 @@ def graft(artifacts: Sequence[Path], home: Path, replicas: int, room: Room) -> I
 def bare(model: Path, home: Path, count: int, room: Room) -> Iterator[list[str]]:
     """`count` of vLLM's API servers that let adapters be loaded; their URLs."""
     home.mkdir(parents=True, exist_ok=True)
+    adapters = (
+        *("--enable-lora", "--max-lora-rank", "16", "--max-loras", str(room.slots)),
+        *("--max-cpu-loras", str(room.resident + 1)),
+    )
     print(f"starting {count} bare vLLM servers …", flush=True)
     ports = [free_port() for _ in range(count)]
     with contextlib.ExitStack() as stack:
@@ -87,8 +99,8 @@ def bare(model: Path, home: Path, count: int, room: Room) -> Iterator[list[str]]
             command = [
                 *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
                 *("--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
-                *("--enable-lora", "--max-lora-rank", "16", "--max-loras", str(room.slots)),
-                *("--max-cpu-loras", str(room.resident + 1), *COMMON_ARGS),
+                *(adapters if room.slots else ()),
+                *COMMON_ARGS,
                 "--disable-uvicorn-access-log",
             ]
             server = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(), start_new_session=True)

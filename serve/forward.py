@@ -56,10 +56,8 @@ class Peers:
         )
     )
 
-    def learn_address(self, scope: Scope) -> None:
-        """Ray Serve tells a replica the port that it listens on with the first request only."""
-        if self.address is None and scope.get("server"):
-            self.address = f"{self.host}:{scope['server'][1]}"
+    def listens_on(self, port: int) -> None:
+        self.address = f"{self.host}:{port}"
 
     async def holder_of(self, adapter: AdapterRevision) -> Holder | None:
         """A replica that would run it at once; None if there is none, or nobody knows in time."""

@@ -68,7 +68,6 @@ class Gateway:
         self._base_model = settings.engine.model_name
         # Every replica tells the same.
         self._base_made = int(settings.engine.model_path.stat().st_mtime)
-        self._peers = peers
         self._listed: tuple[int, bytes] = (-1, b"")
         self.passages = passages or Passages(settings.gateway, engine)
         document = openapi.document(engine.openapi, with_keys=settings.gateway.knows_callers)
@@ -87,8 +86,6 @@ class Gateway:
         if scope["type"] == "lifespan":
             await self._engine.api(scope, receive, send)
         elif scope["type"] == "http":
-            if self._peers:
-                self._peers.learn_address(scope)
             await self._http(scope, receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})

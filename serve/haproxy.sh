@@ -1,5 +1,5 @@
 #!/bin/sh
-# HAProxy as Ray Serve starts it, with four things of its configuration changed.
+# HAProxy as Ray Serve starts it, with five things of its configuration changed.
 #
 # Splicing is off. With it a caller that leaves is noticed only when the answer begins, if its headers and its body came
 # in two packets, as most clients send them.
@@ -9,6 +9,8 @@
 #
 # That a caller has left is for the replica itself to see, where it answers for the engine: Ray Serve would run two tasks
 # more for each request to see it first.
+#
+# A replica of this machine is reached through its Unix socket, if it has one (`serve/listening.py`).
 #
 # While no replica can be reached callers are told so in the form of the API, with a status that says to try again. Ray's
 # configuration makes that a plain 500, and a 404 as long as it has no replica to name.
@@ -43,5 +45,11 @@ if [ -w "$config" ]; then
         -e "s|http-request return status 404 content-type text/plain lf-string .*|http-request return status 503 content-type application/json file $directory/503.json hdr retry-after 1|" \
         -e "/^frontend http_frontend/a\\    errorfile 408 $directory/408.http$rules" \
         "$config"
+    for socket in "${GRAFT_SOCKETS:-/nowhere}"/*.sock; do
+        if [ -S "$socket" ]; then
+            replica=$(basename "$socket" .sock)
+            sed -i -e "s|^\( *server [^ ]*-$replica\) [^ ]*|\1 unix@$socket|" "$config"
+        fi
+    done
 fi
 exec "${GRAFT_HAPROXY:?}" -dS "$@"

@@ -154,6 +154,7 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_RETRIES": "3",
         # It has to have the request whole for that, see haproxy.sh: most chats fit into this, by default a quarter.
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
+        "GRAFT_SOCKETS": str(directory / "sockets"),
         "GRAFT_BODY_TIMEOUT_S": str(math.ceil(settings.gateway.body_timeout_s)),
         # A proxy that died is found after three looks, by default ten seconds apart: nobody is answered until then.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",

@@ -26,6 +26,7 @@ from serve.gateway import Gateway
 from serve.ledger import Ledgers
 from serve.ledger_actor import ActorLedger
 from serve.ledger_redis import RedisLedger
+from serve.listening import on_listening
 from serve.passage import Passages
 from serve.probe import Prover
 from serve.publish import most_pinned
@@ -81,6 +82,7 @@ class EngineReplica:
         self._admin = self._make_admin()
         self._rollouts = Rollouts(self._admin.give_up)
         self._peers = Peers(replica, node_address(), self._replicas.report)
+        on_listening(replica, self._peers.listens_on)
         self._reconciler = Reconciler(
             replica,
             self._log,

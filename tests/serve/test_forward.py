@@ -21,6 +21,7 @@ from serve.config import EngineSettings, GatewaySettings, ServeSettings
 from serve.errors import ReplicaUnreachable
 from serve.forward import Peers
 from serve.gateway import Gateway
+from serve.listening import on_listening
 from serve.log import CatalogueLog
 from serve.publish import Control
 from serve.reconcile import Reconciler, ReplicaReport
@@ -108,13 +109,13 @@ async def serving(number: int, fleet: Fleet, log: CatalogueLog, store: AdapterSt
     gateway = Gateway(settings, engine, pool, lambda: reconciler.catalogue, admin, peers=peers)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(gateway, log_level="error", lifespan="off"))
+        port = listener.getsockname()[1]
+        on_listening(f"replica-{number}", peers.listens_on)
+        server = uvicorn.Server(uvicorn.Config(gateway, port=port, log_level="error", lifespan="off"))
         task = asyncio.create_task(server.serve(sockets=[listener]))
-        async with httpx.AsyncClient() as client:
-            while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
-                await asyncio.sleep(0.01)
-            await client.get(f"{url}/health")
+        while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
+            await asyncio.sleep(0.01)
+        url = f"http://127.0.0.1:{port}"
         fleet.replicas.append(Replica(number, engine, pool, reconciler, peers, url))
         yield
         server.should_exit = True

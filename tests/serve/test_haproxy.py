@@ -44,8 +44,8 @@ backend gone
     server gone 127.0.0.1:1
 backend replicas
     balance first
-    server dying 127.0.0.1:{dying}
-    server living 127.0.0.1:{living}
+    server replica-dying 127.0.0.1:{dying}
+    server replica-living 127.0.0.1:{living}
 backend default_backend
     {not_found}
 """
@@ -178,3 +178,27 @@ def connected(proxy: str) -> socket.socket:
 
 def begin_request(caller: socket.socket, content_length: int) -> None:
     caller.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % content_length)
+
+
+class SocketServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+
+
+@pytest.mark.parametrize("is_alive", [True, False], ids=["alive", "killed"])
+def test_a_replica_of_this_machine_is_reached_through_its_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_alive: bool
+) -> None:
+    """One whose process was killed leaves a socket behind that nobody listens on: another replica is asked."""
+    monkeypatch.setenv("GRAFT_SOCKETS", str(tmp_path))
+    with SocketServer(str(tmp_path / "dying.sock"), Living) as through_socket:
+        threading.Thread(target=through_socket.serve_forever, args=(0.05,), daemon=True).start()
+        if not is_alive:
+            through_socket.shutdown()
+            through_socket.server_close()
+        with replica(Dying) as dying, replica(Mirror) as living, running_proxy(tmp_path, dying, living) as url:
+            answer = httpx.post(f"{url}/v1/completions", content=BODY)
+        if is_alive:
+            through_socket.shutdown()
+
+    assert answer.status_code == 200
+    assert (answer.content == BODY) is is_alive

@@ -1,0 +1,192 @@
+"""Adapters on a CPU: Graft beside vLLM's own server, which takes turns with it on the same model and arguments.
+
+`python -m benchmarks.cpu_adapters` serves two fine-tunes of SmolLM2-135M over its 4-bit base: long prompts one at a
+time, then callers that ask again at once, all of one adapter and of two. No prompt is asked twice, so that none is
+remembered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from benchmarks.gateway_side import kind_of
+from benchmarks.load import ask, first_token_s, http
+from benchmarks.record import RESULTS, Figure, write_result
+from benchmarks.servers import ENGINE_THREADS, Room, bare, graft
+from examples.demo import ARTIFACTS, convert_all, make_checkpoints
+from examples.traffic import Answer
+
+ADAPTERS = ("pirate", "zephyr")
+BASE = "base"
+ROOM = Room(slots=2, resident=4)
+PROMPT_TOKENS, ANSWER_TOKENS = 600, 64
+CALLERS = 8
+_TOKEN_IDS = range(1000, 40_000)  # ordinary ones of this tokenizer
+_SIDES = ("bare", "graft")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What one server did."""
+
+    adapter_prompts_ms: list[float]  # to the first token of the answer
+    base_prompts_ms: list[float]
+    one_adapter_tokens_per_s: float
+    two_adapters_tokens_per_s: float
+    memory_mb: float  # the engine's process at its most
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one short visit each, to try it; writes no result")
+    parser.add_argument("--turns", type=int, default=3, help="visits of each server (default 3)")
+    parser.add_argument("--prompts", type=int, default=8, help="long prompts a visit (default 8)")
+    options = parser.parse_args()
+    turns, prompts = (1, 2) if options.quick else (options.turns, options.prompts)
+    os.environ.update(ENGINE_THREADS)
+    make_checkpoints()
+    convert_all()
+    visits: dict[str, list[Visit]] = {side: [] for side in _SIDES}
+    for number in range(turns):
+        for side in _SIDES if number % 2 == 0 else reversed(_SIDES):
+            with tempfile.TemporaryDirectory() as home, served(side, Path(home)) as url:
+                visits[side].append(asyncio.run(visit(url, prompts)))
+                print(visits[side][-1], flush=True)
+    found = figures(visits)
+    if options.quick:
+        for name, figure in found.items():
+            print(f"{name:40} {figure.value:.4g} {figure.unit}")
+        return
+    write_result("cpu_adapters", found, "make bench-cpu-adapters")
+    draw(visits, RESULTS / "cpu_adapters.png")
+
+
+@contextlib.contextmanager
+def served(side: str, home: Path) -> Iterator[str]:
+    artifacts = [ARTIFACTS / name for name in ADAPTERS]
+    if side == "graft":
+        with graft(artifacts, home, 1, ROOM) as server:
+            yield server.url
+        return
+    with bare(artifacts[0] / "model", home, 1, ROOM) as (url,):
+        for name, artifact in zip(ADAPTERS, artifacts, strict=True):
+            body = {"lora_name": name, "lora_path": str((artifact / "adapter").absolute())}
+            httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=60).raise_for_status()
+        yield url
+
+
+async def visit(url: str, prompts: int) -> Visit:
+    async with http() as client:
+        for model in (*ADAPTERS, BASE):
+            await _answer(client, url, model, 16, 2)  # warm
+        return Visit(
+            await _prompts_ms(client, url, ADAPTERS[0], prompts),
+            await _prompts_ms(client, url, BASE, prompts),
+            await _tokens_per_s(client, url, ADAPTERS[:1], prompts),
+            await _tokens_per_s(client, url, ADAPTERS, prompts),
+            _engine_memory_mb(),
+        )
+
+
+async def _prompts_ms(client: httpx.AsyncClient, url: str, model: str, count: int) -> list[float]:
+    answers = [await _answer(client, url, model, PROMPT_TOKENS, 1) for _ in range(count)]
+    return [1000 * seconds for seconds in first_token_s(answers)]
+
+
+async def _tokens_per_s(client: httpx.AsyncClient, url: str, models: Sequence[str], rounds: int) -> float:
+    async def caller(number: int) -> None:
+        for _ in range(rounds):
+            await _answer(client, url, models[number % len(models)], 16, ANSWER_TOKENS)
+
+    began = time.monotonic()
+    await asyncio.gather(*(caller(number) for number in range(CALLERS)))
+    return CALLERS * rounds * ANSWER_TOKENS / (time.monotonic() - began)
+
+
+async def _answer(client: httpx.AsyncClient, url: str, model: str, prompt_tokens: int, max_tokens: int) -> Answer:
+    prompt = random.choices(_TOKEN_IDS, k=prompt_tokens)  # noqa: S311  (no secret)
+    answer = await ask(client, url, model, prompt, max_tokens, 0)
+    if answer.error:
+        raise RuntimeError(f"{model} did not answer: {answer.error}")
+    return answer
+
+
+def _engine_memory_mb() -> float:
+    engines = [it for it in psutil.Process().children(recursive=True) if kind_of(it) == "engine"]
+    status = Path(f"/proc/{engines[0].pid}/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1000
+
+
+def figures(visits: dict[str, list[Visit]]) -> dict[str, Figure]:
+    def paired(of: Callable[[Visit], float]) -> list[float]:
+        return [of(ours) / of(theirs) for theirs, ours in zip(visits["bare"], visits["graft"], strict=True)]
+
+    def prompt(visit: Visit) -> float:
+        return statistics.median(visit.adapter_prompts_ms)
+
+    unit = "Graft / vLLM"
+    found = {
+        "prompt_time_ratio": Figure.of(paired(prompt), unit, "<= 1"),
+        "one_adapter_throughput_ratio": Figure.of(paired(lambda it: it.one_adapter_tokens_per_s), unit, ">= 1"),
+        "two_adapters_throughput_ratio": Figure.of(paired(lambda it: it.two_adapters_tokens_per_s), unit, ">= 1"),
+        "engine_memory_ratio": Figure.of(paired(lambda it: it.memory_mb), unit, "<= 1"),
+    }
+    for side, mine in visits.items():
+        found |= {
+            f"{side}_adapter_prompt_ms": Figure.of([ms for it in mine for ms in it.adapter_prompts_ms], "ms"),
+            f"{side}_base_prompt_ms": Figure.of([ms for it in mine for ms in it.base_prompts_ms], "ms"),
+            f"{side}_one_adapter_tokens_per_s": Figure.of([it.one_adapter_tokens_per_s for it in mine], "tokens/s"),
+            f"{side}_two_adapters_tokens_per_s": Figure.of([it.two_adapters_tokens_per_s for it in mine], "tokens/s"),
+            f"{side}_engine_memory": Figure.of([it.memory_mb for it in mine], "MB at most"),
+        }
+    return found
+
+
+def draw(visits: dict[str, list[Visit]], path: Path) -> None:
+    """Bars are medians, dots are single prompts or visits."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    panels: dict[str, Sequence[tuple[str, Callable[[Visit], list[float]]]]] = {
+        f"{PROMPT_TOKENS} tokens of prompt, ms to the first token": (
+            ("an adapter", lambda it: it.adapter_prompts_ms),
+            ("the base", lambda it: it.base_prompts_ms),
+        ),
+        f"{CALLERS} callers, tokens/s": (
+            ("one adapter", lambda it: [it.one_adapter_tokens_per_s]),
+            ("two adapters", lambda it: [it.two_adapters_tokens_per_s]),
+        ),
+        "memory of the engine at its most, MB": (("", lambda it: [it.memory_mb]),),
+    }
+    figure, axes_of = pyplot.subplots(1, len(panels), figsize=(12, 3.6), constrained_layout=True)
+    for axes, (title, groups) in zip(axes_of, panels.items(), strict=True):
+        for number, (_, of) in enumerate(groups):
+            for place, side, colour in ((-0.2, "bare", "0.55"), (0.2, "graft", "#2a9d5c")):
+                samples = [sample for it in visits[side] for sample in of(it)]
+                label = {"bare": "vLLM's server", "graft": "Graft"}[side] if number == 0 else None
+                axes.bar(number + place, statistics.median(samples), 0.38, color=colour, label=label)
+                axes.plot([number + place] * len(samples), samples, ".", color="black", markersize=3)
+        axes.set_xticks(range(len(groups)), [name for name, _ in groups])
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes_of[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

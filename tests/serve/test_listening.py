@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+import stat
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from serve.listening import on_listening
+from tests.serve.fakes import respond
+
+
+class Answering:
+    """Waits with its answers until it may go on."""
+
+    def __init__(self) -> None:
+        self.began, self.may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.began.set()
+        await self.may_go_on.wait()
+        await respond(send, 200, b'"here"')
+
+
+def served(app: Answering) -> tuple[uvicorn.Server, asyncio.Task[None], int]:
+    """As Ray Serve does it."""
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    port = bound.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, lifespan="off", log_config=None))
+    return server, asyncio.create_task(server.serve(sockets=[bound])), port
+
+
+def through(path: Path) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(uds=str(path)), base_url="http://replica")
+
+
+async def test_a_server_tells_its_port_and_listens_on_a_socket_of_its_replica_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFT_SOCKETS", str(tmp_path / "sockets"))
+    app, told, usual = Answering(), asyncio.Queue[int](), uvicorn.Server.startup
+    app.may_go_on.set()
+    on_listening("r1", told.put_nowait)
+    server, serving, port = served(app)
+
+    assert await told.get() == port
+    async with httpx.AsyncClient() as over_tcp, through(tmp_path / "sockets" / "r1.sock") as over_socket:
+        while not server.started:  # noqa: ASYNC110  (uvicorn sets a flag)
+            await asyncio.sleep(0.01)
+        answers = [await over_tcp.get(f"http://127.0.0.1:{port}/"), await over_socket.get("/")]
+        server.should_exit = True
+        await serving
+
+    assert [it.text for it in answers] == ['"here"', '"here"']
+    assert stat.S_IMODE((tmp_path / "sockets").stat().st_mode) == 0o700
+    assert uvicorn.Server.startup is usual, "the next server is nobody's business"
+
+
+async def test_a_server_that_ends_finishes_what_came_through_the_socket_and_takes_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFT_SOCKETS", str(tmp_path))
+    app, told = Answering(), asyncio.Queue[int]()
+    on_listening("r1", told.put_nowait)
+    server, serving, _ = served(app)
+    await told.get()
+    async with through(tmp_path / "r1.sock") as client, through(tmp_path / "r1.sock") as late:
+        under_way = asyncio.create_task(client.get("/"))
+        await app.began.wait()
+        server.should_exit = True
+        await asyncio.sleep(0.3)
+        with pytest.raises(httpx.ConnectError):
+            await late.get("/")
+        assert not serving.done()
+        app.may_go_on.set()
+
+        assert (await under_way).text == '"here"'
+        await serving
+
+
+async def test_without_a_directory_for_sockets_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRAFT_SOCKETS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    told = asyncio.Queue[int]()
+    on_listening("r1", told.put_nowait)
+    server, serving, port = served(Answering())
+
+    assert await told.get() == port
+    server.should_exit = True
+    await serving
+    assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
