@@ -52,6 +52,8 @@ class Exposition:
     async def _answer(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):
             async for piece in exposition(self._snapshot):
+                if writer.is_closing():
+                    return  # whoever asked has left
                 writer.write(piece)
             await writer.drain()
         writer.close()

@@ -33,10 +33,10 @@ def tell_misread(api: Any, failed: type[Exception]) -> None:
     usual = next(handlers[it] for it in failed.__mro__ if it in handlers)
 
     async def answer_failed(request: Request, error: Exception) -> Response:
-        if not isinstance(error.__cause__, OverflowError):
+        if (number := _too_large(error)) is None:
             response: Response = await usual(request, error)
             return response
-        return _bad_request(f"A number in this request is too large for the engine: {error.__cause__}.")
+        return _bad_request(f"A number in this request is too large for the engine: {number}.")
 
     for kind in _STUMBLES:
         api.add_exception_handler(kind, _answer_stumble)
@@ -50,9 +50,14 @@ def tell_misread_in(router: Any) -> None:
     usual = router.create_error_response
 
     def create_error_response(error: Exception) -> Any:
-        return usual(error.__cause__ if isinstance(error.__cause__, OverflowError) else error)
+        return usual(_too_large(error) or error)
 
     router.create_error_response = create_error_response
+
+
+def _too_large(error: Exception) -> OverflowError | None:
+    """What kept the engine from being sent a request, if that is a number."""
+    return error.__cause__ if isinstance(error.__cause__, OverflowError) else None
 
 
 async def _answer_stumble(_: Request, error: Exception) -> Response:

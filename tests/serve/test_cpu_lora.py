@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from serve.cpu_lora import GroupedAdapters
+from serve.cpu_lora import CpuWorker, GroupedAdapters
 
 SLOTS, RANK, IN_FEATURES = 5, 4, 24
 OUT_FEATURES = (16, 8, 8)  # of the layers that one call is for, as of q, k and v
@@ -130,3 +131,28 @@ def test_it_rounds_as_vllm_does(is_prefill: bool) -> None:
 
     differing = (ours != theirs).float().mean()
     assert differing < 0.02, "more than the order of a sum explains"
+
+
+def test_the_wrapper_that_vllms_layers_have_is_changed_itself() -> None:
+    wrapper = wrapper_of(PunicaWrapperCPU)
+
+    worker_with(wrapper).group_adapters()
+
+    assert isinstance(wrapper, GroupedAdapters)
+
+
+def test_a_vllm_that_calls_its_functions_otherwise_is_not_served_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(PunicaWrapperCPU, "add_lora_linear")
+    monkeypatch.delattr("vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase.add_lora_linear")
+    monkeypatch.delattr("vllm.lora.punica_wrapper.punica_base.PunicaWrapperABC.add_lora_linear")
+
+    with pytest.raises(AttributeError, match="add_lora_linear"):
+        worker_with(SimpleNamespace()).group_adapters()
+
+
+def worker_with(wrapper: object) -> CpuWorker:
+    """With what the worker of an engine has."""
+    worker = CpuWorker()
+    manager = SimpleNamespace(punica_wrapper_mapping={"language_model": wrapper})
+    worker.model_runner = SimpleNamespace(lora_manager=SimpleNamespace(_adapter_manager=manager))
+    return worker
