@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import uvloop
 from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -113,6 +114,24 @@ async def test_replicas_of_a_node_are_told_in_one_scrape(sockets: Path, tmp_path
     for replica in replicas:
         replica.close()
     assert (await asyncio.to_thread(Exporter(sockets).scrape)).decode() == ""
+
+
+def test_a_scraper_that_leaves_before_all_is_told_is_no_error(sockets: Path, tmp_path: Path) -> None:
+    """With the event loop that a replica runs, which doesn't let anyone write to who has left."""
+    errors: list[dict[str, object]] = []
+
+    async def leave() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+        replica = Exposition(sockets, "one", snapshot(tmp_path))
+        await replica.start()
+        _, writer = await asyncio.open_unix_connection(sockets / "one.sock")
+        writer.transport.abort()
+        await asyncio.sleep(0.3)
+        replica.close()
+
+    uvloop.run(leave())
+
+    assert errors == []
 
 
 async def test_what_a_replica_leaves_at_its_end_is_told_for_a_while(
