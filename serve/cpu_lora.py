@@ -9,7 +9,6 @@ is one matrix product with a factor. Loaded into vLLM's worker, in whichever pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -21,26 +20,20 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 _FEW_ROWS = 4
 
 Rows: TypeAlias = slice | Tensor
+# A slot and its rows, or rows with a slot for each.
+Group: TypeAlias = tuple[int | Tensor, Rows]
 
 
-@dataclass(frozen=True)
-class Grouping:
-    """Which adapter is for which rows of a step; rows of no adapter are in no group. A group's slot is one of all its
-    rows, or a tensor with that of each."""
-
-    groups: tuple[tuple[int | Tensor, Rows], ...] = ()
-
-    @classmethod
-    def of(cls, slots: Sequence[int]) -> Grouping:
-        """`slots`: of each row; -1 is no adapter."""
-        rows: dict[int, list[int]] = {}
-        for row, slot in enumerate(slots):
-            if slot >= 0:
-                rows.setdefault(slot, []).append(row)
-        several = sorted(row for mine in rows.values() for row in mine)
-        if len(rows) > 1 and len(several) < _FEW_ROWS * len(rows):
-            return cls(((torch.tensor([slots[row] for row in several]), _together(several)),))
-        return cls(tuple((slot, _together(mine)) for slot, mine in rows.items()))
+def groups_of(slots: Sequence[int]) -> list[Group]:
+    """`slots`: of each row of a step; -1 is no adapter, and such rows are in no group."""
+    rows: dict[int, list[int]] = {}
+    for row, slot in enumerate(slots):
+        if slot >= 0:
+            rows.setdefault(slot, []).append(row)
+    several = sorted(row for mine in rows.values() for row in mine)
+    if len(rows) > 1 and len(several) < _FEW_ROWS * len(rows):
+        return [(torch.tensor([slots[row] for row in several]), _together(several))]
+    return [(slot, _together(mine)) for slot, mine in rows.items()]
 
 
 def _together(rows: Sequence[int]) -> Rows:
@@ -60,12 +53,13 @@ def product(x: Tensor, factor: Tensor, slot: int | Tensor) -> Tensor:
 class GroupedAdapters(PunicaWrapperCPU):
     """What vLLM's layers call for their adapters. Rounds where vLLM does: after each product."""
 
-    _tokens = _sampled = Grouping()
+    _tokens: Sequence[Group] = ()
+    _sampled: Sequence[Group] = ()
 
     def update_metadata(self, *args: Any, **options: Any) -> None:
         super().update_metadata(*args, **options)
-        self._tokens = Grouping.of(self.token_lora_indices.tolist())
-        self._sampled = Grouping.of(self.sampler_indices.tolist())
+        self._tokens = groups_of(self.token_lora_indices.tolist())
+        self._sampled = groups_of(self.sampler_indices.tolist())
 
     def add_lora_linear(
         self,
@@ -77,30 +71,22 @@ class GroupedAdapters(PunicaWrapperCPU):
         output_slices: Sequence[int],
         **_: Any,
     ) -> None:
-        for slot, rows in self._tokens.groups:
-            mine, offset = x[rows], 0
-            for down, up, columns in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-                inner = product(mine, down, slot)
-                _add(y[:, offset : offset + columns], rows, product(inner if scale == 1 else inner * scale, up, slot))
-                offset += columns
+        _add_both(self._tokens, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
 
     def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, **_: Any) -> None:
         # What is looked up for a token is its first product already.
-        for slot, rows in self._tokens.groups:
-            _add(y, rows, product(x[rows], lora_b_stacked, slot))
+        self._apply_expand(y, x, lora_b_stacked, 0, y.size(-1))
 
     def add_lora_logits(
         self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, **_: Any
     ) -> None:
         columns = min(y.size(-1), lora_b_stacked.size(-2))  # either may be padded to more of them
-        for slot, rows in self._sampled.groups:
-            inner = product(x[rows], lora_a_stacked, slot) * scale
-            _add(y[:, :columns], rows, product(inner, lora_b_stacked[:, :, :columns], slot))
+        _add_both(self._sampled, y, x, [lora_a_stacked], [lora_b_stacked[:, :, :columns]], scale, [columns])
 
     # Layers that are sharded fully take the two products apart.
 
     def _apply_shrink(self, y: Tensor, x: Tensor, w_t_all: Tensor, scale: float) -> None:
-        for slot, rows in self._tokens.groups:
+        for slot, rows in self._tokens:
             y[rows] = (product(x[rows], w_t_all, slot) * scale).to(y.dtype)
 
     def _apply_expand(
@@ -109,8 +95,26 @@ class GroupedAdapters(PunicaWrapperCPU):
         out = y[:, y_offset : y_offset + y_slice_size]
         if not add_inputs:
             out.zero_()
-        for slot, rows in self._tokens.groups:
+        for slot, rows in self._tokens:
             _add(out, rows, product(x[rows], w_t_all, slot))
+
+
+def _add_both(
+    groups: Sequence[Group],
+    y: Tensor,
+    x: Tensor,
+    downs: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    scale: float,
+    sizes: Sequence[int],
+) -> None:
+    """Both products, of layers whose outputs of `sizes` columns lie side by side in y."""
+    for slot, rows in groups:
+        mine, offset = x[rows], 0
+        for down, up, columns in zip(downs, ups, sizes, strict=True):
+            inner = product(mine, down, slot)
+            _add(y[:, offset : offset + columns], rows, product(inner if scale == 1 else inner * scale, up, slot))
+            offset += columns
 
 
 def _add(y: Tensor, rows: Rows, more: Tensor) -> None:
