@@ -4,10 +4,11 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from convert.artifact import (
     size_bytes,
 )
 from serve.candidate import Candidate
+from serve.gateway import Gateway
 from serve.log import CatalogueLog
 from serve.names import AdapterRevision
 from serve.objects import Directory
@@ -116,6 +118,21 @@ def store(tmp_path: Path) -> AdapterStore:
 @pytest.fixture
 def log(tmp_path: Path) -> CatalogueLog:
     return CatalogueLog(Directory(tmp_path))
+
+
+@pytest.fixture
+async def gateway(engine: FakeEngine, store: AdapterStore, tmp_path: Path) -> Gateway:
+    from tests.serve.one_replica import gateway_of  # it is made of what is here
+
+    return await gateway_of(engine, store, tmp_path)
+
+
+@pytest.fixture
+async def client(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
+    from tests.serve.one_replica import calling
+
+    async with calling(gateway) as client:
+        yield client
 
 
 @pytest.fixture(autouse=True)

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import asdict
-from pathlib import Path
 
 import httpx
 import pytest
 
-from serve.gateway import Gateway
 from serve.log import CatalogueLog
-from serve.store import AdapterStore
 from tests.serve.fakes import FakeEngine
-from tests.serve.one_replica import ADMIN, NEW, OLD, TOKEN, calling, gateway_of
-
-
-@pytest.fixture
-async def gateway(engine: FakeEngine, store: AdapterStore, tmp_path: Path) -> Gateway:
-    return await gateway_of(engine, store, tmp_path)
-
-
-@pytest.fixture
-async def client(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with calling(gateway) as client:
-        yield client
+from tests.serve.one_replica import ADMIN, NEW, OLD, TOKEN
 
 
 def body(**changes: object) -> dict[str, object]:

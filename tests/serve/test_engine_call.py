@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from serve.gateway import Gateway
 from serve.store import AdapterStore
 from tests.serve.fakes import FakeEngine, respond
-from tests.serve.one_replica import ADMIN, NEW, OLD, calling, gateway_of
-
-
-@pytest.fixture
-async def gateway(engine: FakeEngine, store: AdapterStore, tmp_path: Path) -> Gateway:
-    return await gateway_of(engine, store, tmp_path)
-
-
-@pytest.fixture
-async def client(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with calling(gateway) as client:
-        yield client
+from tests.serve.one_replica import ADMIN, NEW, OLD, gateway_of
 
 
 async def seen_by_engine(client: httpx.AsyncClient, body: str, path: str = "/v1/completions") -> dict[str, Any]:

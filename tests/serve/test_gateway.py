@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
 
-from serve.gateway import Gateway
 from serve.openai import ENGINE_ROUTES
 from serve.store import AdapterStore
 from tests.serve.fakes import FakeEngine
 from tests.serve.one_replica import MAX_BODY_BYTES, OLD, calling, gateway_of
-
-
-@pytest.fixture
-async def gateway(engine: FakeEngine, store: AdapterStore, tmp_path: Path) -> Gateway:
-    return await gateway_of(engine, store, tmp_path)
-
-
-@pytest.fixture
-async def client(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
-    async with calling(gateway) as client:
-        yield client
 
 
 @pytest.mark.parametrize("path", ENGINE_ROUTES)
