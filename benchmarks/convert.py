@@ -37,6 +37,7 @@ from benchmarks import llama3b
 from benchmarks.convert_side import sync_files
 from benchmarks.record import Figure, write_result
 from benchmarks.routes import BEHAVIOUR, chats, function_as_trained, quantized_base
+from benchmarks.turns import in_turns
 from convert.artifact import size_bytes
 from convert.conversion import Destination, convert
 from convert.nf4 import BLOCK, Nf4
@@ -115,9 +116,8 @@ def run_sides(inputs: Inputs, out: Path, rounds: int) -> dict[str, list[Sample]]
     print("a turn that is not counted …", flush=True)
     for side in order:
         run_side(side, inputs, out)
-    for number in range(rounds):
-        for side in order if number % 2 == 0 else reversed(order):
-            samples[side].append(run_side(side, inputs, out))
+    for _, side in in_turns(order, rounds):
+        samples[side].append(run_side(side, inputs, out))
     samples["peft"].append(run_side("peft", inputs, out))
     return samples
 

@@ -25,7 +25,8 @@ import psutil
 from benchmarks.gateway_side import kind_of
 from benchmarks.load import ask, first_token_s, http
 from benchmarks.record import RESULTS, Figure, write_result
-from benchmarks.servers import ENGINE_THREADS, Room, bare, graft
+from benchmarks.servers import ENGINE_THREADS, SIDES, Room, bare, graft
+from benchmarks.turns import in_turns
 from examples.demo import ARTIFACTS, convert_all, make_checkpoints
 from examples.traffic import Answer
 
@@ -35,7 +36,6 @@ ROOM = Room(slots=2, resident=4)
 PROMPT_TOKENS, ANSWER_TOKENS = 600, 64
 CALLERS = 8
 _TOKEN_IDS = range(1000, 40_000)  # ordinary ones of this tokenizer
-_SIDES = ("bare", "graft")
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,11 @@ def main() -> None:
     os.environ.update(ENGINE_THREADS)
     make_checkpoints()
     convert_all()
-    visits: dict[str, list[Visit]] = {side: [] for side in _SIDES}
-    for number in range(turns):
-        for side in _SIDES if number % 2 == 0 else reversed(_SIDES):
-            with tempfile.TemporaryDirectory() as home, served(side, Path(home)) as url:
-                visits[side].append(asyncio.run(visit(url, prompts)))
-                print(visits[side][-1], flush=True)
+    visits: dict[str, list[Visit]] = {side: [] for side in SIDES}
+    for _, side in in_turns(SIDES, turns):
+        with tempfile.TemporaryDirectory() as home, served(side, Path(home)) as url:
+            visits[side].append(asyncio.run(visit(url, prompts)))
+            print(visits[side][-1], flush=True)
     found = figures(visits)
     if options.quick:
         for name, figure in found.items():
@@ -81,10 +80,8 @@ def served(side: str, home: Path) -> Iterator[str]:
         with graft(artifacts, home, 1, ROOM) as server:
             yield server.url
         return
-    with bare(artifacts[0] / "model", home, 1, ROOM) as (url,):
-        for name, artifact in zip(ADAPTERS, artifacts, strict=True):
-            body = {"lora_name": name, "lora_path": str((artifact / "adapter").absolute())}
-            httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=60).raise_for_status()
+    loaded = {artifact.name: artifact / "adapter" for artifact in artifacts}
+    with bare(artifacts[0] / "model", home, 1, ROOM, loaded) as (url,):
         yield url
 
 

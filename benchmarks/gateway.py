@@ -24,6 +24,8 @@ from benchmarks.gateway_load import Cell
 from benchmarks.gateway_picture import draw
 from benchmarks.gateway_side import CONCURRENCY, Run, read_runs
 from benchmarks.record import RESULTS, Figure, write_result
+from benchmarks.servers import SIDES
+from benchmarks.turns import in_turns
 
 CELLS = [Cell(concurrency, streams) for streams in (True, False) for concurrency in CONCURRENCY]
 # Enough callers that what Ray does by itself counts little, few enough that nobody queues for the machine.
@@ -61,14 +63,12 @@ def main() -> None:
 
 def take_turns(work: Path, route: str, turns: int, seconds: float) -> Visits:
     """Every side `turns` times, each time in the other order."""
-    sides = ["bare", "graft"]
     artifact = work / "artifact"
     if not artifact.exists():
         adapters.plain(work / "made", artifact, route)
-    visits: dict[str, list[list[Run]]] = {side: [] for side in sides}
-    for number in range(turns):
-        for side in sides if number % 2 == 0 else reversed(sides):
-            visits[side].append(visit(side, artifact, work / f"{side}-{number}.json", seconds))
+    visits: dict[str, list[list[Run]]] = {side: [] for side in SIDES}
+    for number, side in in_turns(SIDES, turns):
+        visits[side].append(visit(side, artifact, work / f"{side}-{number}.json", seconds))
     return visits
 
 

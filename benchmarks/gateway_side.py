@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import httpx
 import psutil
 
 from benchmarks import gateway_load
@@ -157,10 +156,8 @@ def graft_side(artifact: Path, home: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def bare_side(artifact: Path, home: Path) -> Iterator[str]:
     adapter = Artifact.open(artifact).adapter_path
-    with bare(artifact / "model", home, 1, ROOM if adapter else NO_ADAPTERS) as (url,):
-        if adapter:
-            body = {"lora_name": ADAPTER, "lora_path": str(adapter.absolute())}
-            httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=60).raise_for_status()
+    loaded, room = ({ADAPTER: adapter}, ROOM) if adapter else ({}, NO_ADAPTERS)
+    with bare(artifact / "model", home, 1, room, loaded) as (url,):
         yield url
 
 

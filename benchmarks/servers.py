@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,13 @@ from serve.names import AdapterRevision
 from serve.state import StateDir
 
 START_TIMEOUT_S = 300
+_LOAD = "/v1/load_lora_adapter"
 # Of each engine, whoever starts it: Graft alone would give one replica all cores.
 ENGINE_THREADS = {"OMP_NUM_THREADS": "1"}
 COMMON_ARGS = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(128 << 20))
+
+
+SIDES = ("bare", "graft")
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,10 @@ def graft(artifacts: Sequence[Path], home: Path, replicas: int, room: Room) -> I
 
 
 @contextlib.contextmanager
-def bare(model: Path, home: Path, count: int, room: Room) -> Iterator[list[str]]:
-    """`count` of vLLM's API servers that let adapters be loaded; their URLs."""
+def bare(
+    model: Path, home: Path, count: int, room: Room, loaded: Mapping[str, Path] | None = None
+) -> Iterator[list[str]]:
+    """`count` of vLLM's API servers that let adapters be loaded, and have loaded some by name; their URLs."""
     home.mkdir(parents=True, exist_ok=True)
     adapters = (
         *("--enable-lora", "--max-lora-rank", "16", "--max-loras", str(room.slots)),
@@ -108,14 +114,20 @@ def bare(model: Path, home: Path, count: int, room: Room) -> Iterator[list[str]]
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         for url in urls:
             _wait_for(url)
+            for name, path in (loaded or {}).items():
+                httpx.post(f"{url}{_LOAD}", json=_named(name, path), timeout=60).raise_for_status()
         yield urls
+
+
+def _named(name: str, path: Path) -> dict[str, str | bool]:
+    return {"lora_name": name, "lora_path": str(path.absolute())}
 
 
 async def load_bare(client: httpx.AsyncClient, url: str, name: str, path: Path, inplace: bool = False) -> float:
     """Seconds that vLLM's own load call takes."""
     began = time.monotonic()
-    body = {"lora_name": name, "lora_path": str(path), "load_inplace": inplace}
-    response = await client.post(f"{url}/v1/load_lora_adapter", json=body, timeout=60)
+    body = _named(name, path) | {"load_inplace": inplace}
+    response = await client.post(f"{url}{_LOAD}", json=body, timeout=60)
     response.raise_for_status()
     return time.monotonic() - began
 
