@@ -15,10 +15,11 @@ from typing import Any
 import httpx
 
 from convert.artifact import Artifact
-from examples.server import free_port, running_server, stop
+from examples.server import running_server, stop
 from serve.candidate import Candidate
 from serve.intake import take_artifact
 from serve.names import AdapterRevision
+from serve.ports import free_port
 from serve.state import StateDir
 
 START_TIMEOUT_S = 300

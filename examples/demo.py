@@ -24,8 +24,9 @@ from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
-from examples.server import free_port, publish, running_server
+from examples.server import publish, running_server
 from examples.traffic import Reign, SwapReport, Traffic
+from serve.ports import free_port
 
 BUILD = Path("build/demo")
 MODEL = BUILD / "models" / "smollm2-135m-instruct"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# HAProxy as Ray Serve starts it, with five things of its configuration changed.
+# HAProxy as Ray Serve starts it, with six things of its configuration changed.
 #
 # Splicing is off. With it a caller that leaves is noticed only when the answer begins, if its headers and its body came
 # in two packets, as most clients send them.
@@ -14,6 +14,9 @@
 #
 # While no replica can be reached callers are told so in the form of the API, with a status that says to try again. Ray's
 # configuration makes that a plain 500, and a 404 as long as it has no replica to name.
+#
+# Its page of counts and its metrics for Prometheus are off. Everybody who reaches the machine could read them, nobody
+# does, and a port that is taken would keep all of HAProxy from starting.
 #
 # The fallback in it stays, Ray's proxy in Python: it keeps requests while one version of the replicas follows another.
 set -eu
@@ -43,6 +46,8 @@ if [ -w "$config" ]; then
     sed -i \
         -e "s|errorfile \(50[234]\) .*|errorfile \1 $directory/503.http|" \
         -e "s|http-request return status 404 content-type text/plain lf-string .*|http-request return status 503 content-type application/json file $directory/503.json hdr retry-after 1|" \
+        -e '/^frontend prometheus$/a\    disabled' \
+        -e '/^listen stats$/a\    disabled' \
         -e "/^frontend http_frontend/a\\    errorfile 408 $directory/408.http$rules" \
         "$config"
     for socket in "${GRAFT_SOCKETS:-/nowhere}"/*.sock; do

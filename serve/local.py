@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import psutil
 from serve.config import ServeSettings
 from serve.errors import EngineStartFailed, NodeLost, PortInUse
 from serve.exporter import DEFAULT_PORT
+from serve.ports import check_port, free_block, free_port
 
 _PROXY = Path(__file__).with_name("haproxy.sh")
 _POLL_S = 0.2
@@ -39,8 +39,8 @@ _PROXY_TIMEOUT_S = 60
 # Ray's own sockets live below its directory, and a path of a Unix socket holds 107 bytes: keep it short.
 _TEMPORARY_PREFIX = "graft-"
 _HAPROXY_THREADS = 4
-# Those of one server. A replica that takes the place of another gets a new port for some minutes.
-_REPLICA_PORTS = 100
+# Most are for replicas: one that takes the place of another gets a new port for some minutes.
+_PORTS = 100
 # Requests and answers never pass through it.
 _OBJECT_STORE_BYTES = 100 << 20
 
@@ -116,20 +116,8 @@ def metrics_address(host: str, port: int | None) -> tuple[str, int] | None:
     try:
         check_port(host, DEFAULT_PORT)
     except PortInUse:
-        return host, _free_ports(1)[0]
+        return host, free_port()
     return host, DEFAULT_PORT
-
-
-def check_port(host: str, port: int, option: str = "--port") -> None:
-    """Raises PortInUse while there is still nothing to clean up."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortInUse(
-                f"Can't listen on {host}:{port}: {error.strerror}. Choose another with {option}."
-            ) from error
 
 
 def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
@@ -194,13 +182,14 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
 def _ports() -> dict[str, str]:
     """Of what one server's parts say to each other. Ray's defaults are the same for every server on the machine, and
     two of them may listen on one: a request would be answered by the other server."""
-    replicas_from = secrets.choice(range(20_000, 32_000, _REPLICA_PORTS))  # below those that the system gives away
-    own = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
-    free = _free_ports(len(own))
+    metrics, stats, fallback, *replicas = free_block(_PORTS)
     return {
-        **{f"RAY_SERVE_{name}_PORT": str(port) for name, port in zip(own, free, strict=True)},
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas_from),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas_from + _REPLICA_PORTS - 1),
+        # Where an administrator's choice of HAProxy runs without `haproxy.sh`, which switches these off.
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas[-1]),
     }
 
 
@@ -357,12 +346,3 @@ def _kill_leftovers(directory: Path) -> None:
         if process.pid != own and any(str(directory) in it for it in words):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Different ones."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]

@@ -18,11 +18,12 @@ from benchmarks.faults.callers import Callers, Said, client_of, request
 from benchmarks.faults.link import Link
 from convert.artifact import Artifact
 from examples.observe.prometheus import Prometheus, is_here, running_prometheus
-from examples.server import free_port, stop, wait_until_ready
+from examples.server import stop, wait_until_ready
 from serve import key_writing
 from serve.candidate import Candidate
 from serve.intake import take_artifact
 from serve.keys import Allowance, Key
+from serve.ports import free_port
 from serve.state import StateDir
 
 REPLICAS = 2

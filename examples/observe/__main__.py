@@ -24,7 +24,8 @@ from examples import demo
 from examples.observe import grafana, prometheus
 from examples.observe.load import load
 from examples.observe.queries import panel_queries, without_data
-from examples.server import free_port, running_server
+from examples.server import running_server
+from serve.ports import free_port
 
 BUILD = Path("build/observe")
 STATE = BUILD / "state"

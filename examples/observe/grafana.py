@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from examples.server import free_port
+from serve.ports import free_port
 
 DASHBOARDS = Path("deploy/dashboards")
 _HOMES = (Path("/usr/share/grafana"), Path("/opt/homebrew/opt/grafana/share/grafana"))

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import yaml
 
-from examples.server import free_port
+from serve.ports import free_port
 
 RULES = Path("deploy/alerts/rules.yaml")
 _START_TIMEOUT_S = 60

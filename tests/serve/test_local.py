@@ -22,10 +22,11 @@ def test_two_servers_of_one_machine_listen_on_no_port_of_each_other(tmp_path: Pa
     """Ray's own choices are constants, and some of its parts share a port with whoever has it already."""
     drawn = [ports(tmp_path) for _ in range(20)]
 
-    assert all(len(single) == 4 for single, _ in drawn)
-    assert len(set[int]().union(*(single for single, _ in drawn))) > 70, "free ones, by chance now and then the same"
-    assert len({replicas.start for _, replicas in drawn}) > 10
-    for _, replicas in drawn:
-        assert len(replicas) == 100
-        assert replicas.start >= 20_000
-        assert replicas.stop <= 32_768, "below those that the system gives away"
+    assert len({replicas.start for _, replicas in drawn}) > 10, "by chance now and then the same"
+    for single, replicas in drawn:
+        assert len(single) == 3
+        assert len(replicas) > 90
+        every = sorted({*single, *replicas})
+        assert every == list(range(every[0], every[0] + 100))
+        assert every[0] >= 20_000
+        assert every[-1] < 32_768, "below those that the system gives away"

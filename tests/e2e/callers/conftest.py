@@ -14,9 +14,10 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from examples.server import free_port, running_server
+from examples.server import running_server
 from serve import key_writing
 from serve.keys import Allowance, Key, KeyFile
+from serve.ports import free_port
 from serve.state import StateDir
 from tests.e2e.conftest import ENGINE_OPTIONS, REPLICAS, SLOT_OPTIONS, Server, Story
 

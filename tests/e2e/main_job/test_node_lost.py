@@ -8,7 +8,8 @@ from pathlib import Path
 
 import psutil
 
-from examples.server import free_port, stop, wait_until_ready
+from examples.server import stop, wait_until_ready
+from serve.ports import free_port
 from serve.state import StateDir
 from tests.e2e.conftest import ENGINE_OPTIONS, Story
 

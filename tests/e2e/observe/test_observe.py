@@ -19,8 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from examples.observe.load import load
 from examples.observe.prometheus import Prometheus, is_here, running_prometheus
 from examples.observe.queries import panel_queries
-from examples.server import free_port, running_server
+from examples.server import running_server
 from serve.metrics import ALL, BASE
+from serve.ports import free_port
 from tests.e2e.conftest import ENGINE_OPTIONS, SLOT_OPTIONS, Server, Story
 from tests.serve.test_tracing import CALLER, TRACE, Collector, attributes
 
