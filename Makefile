@@ -43,9 +43,10 @@ bench-routes: environment ## What each way of conversion keeps: KL, size (minute
 bench-swap: environment ## A hot-swap under load: time, failures, latency (minutes)
 	@$(RUN) -m benchmarks.swap
 
-bench-gateway: environment ## What the gateway costs beside vLLM's own API server (half an hour)
-	@$(RUN) -m benchmarks.gateway
-	@$(RUN) -m benchmarks.gateway --merged
+bench-gateway: environment ## What the gateway costs beside vLLM's own API server (three quarters of an hour)
+	@$(RUN) -m benchmarks.gateway --case adapter
+	@$(RUN) -m benchmarks.gateway --case merged
+	@$(RUN) -m benchmarks.gateway --case real --turns 5
 
 bench-cpu-adapters: environment ## Adapters on a CPU beside vLLM's own server, on a real model (minutes)
 	@$(RUN) -m benchmarks.cpu_adapters

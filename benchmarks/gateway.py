@@ -1,10 +1,11 @@
 """What the gateway costs: Graft beside vLLM's own API server, each alone on the machine, under the same load.
 
-`python -m benchmarks.gateway` serves one adapter of a tiny model, so that much of the time is the front end's; with
-`--merged` the model that it is merged into, where both engines run the same code. It takes turns: vLLM, Graft, Graft,
-vLLM, … Each visit starts the server, runs every load of `benchmarks.gateway_side` and stops it. Ratios are between
-visits of the same turn. Processor time outside the engine is the steadiest figure: it counts every process of a server
-but the engine core, Ray's and HAProxy included.
+`python -m benchmarks.gateway` serves one adapter of a tiny model, so that much of the time is the front end's; `--case
+merged` the model that it is merged into, where both engines run the same code; `--case real` a merged and quantized
+fine-tune of SmolLM2-135M, where the engine has most of the work. It takes turns: vLLM, Graft, Graft, vLLM, … Each
+visit starts the server, runs every load of `benchmarks.gateway_side` and stops it. Ratios are between visits of the
+same turn. Processor time outside the engine is the steadiest figure: it counts every process of a server but the
+engine core, Ray's and HAProxy included.
 
 Visits that lie in `--work` already are taken as they are, so that an interrupted run goes on where it stopped.
 """
@@ -26,7 +27,10 @@ from benchmarks.gateway_side import CONCURRENCY, Run, read_runs
 from benchmarks.record import RESULTS, Figure, write_result
 from benchmarks.servers import SIDES
 from benchmarks.turns import in_turns
+from examples.demo import ARTIFACTS, convert_all, make_checkpoints
 
+# And the name of the result of each.
+CASES = {"adapter": "gateway", "merged": "gateway_merged", "real": "gateway_real"}
 CELLS = [Cell(concurrency, streams) for streams in (True, False) for concurrency in CONCURRENCY]
 # Enough callers that what Ray does by itself counts little, few enough that nobody queues for the machine.
 CPU_CELL = Cell(32, streams=True)
@@ -39,16 +43,16 @@ Visits = Mapping[str, Sequence[Sequence[Run]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short visit each, to try it; writes no result")
-    parser.add_argument("--turns", type=int, default=4, help="visits of each server (default 4)")
+    parser.add_argument("--case", choices=CASES, default="adapter", help="what is served (default adapter)")
+    parser.add_argument("--turns", type=int, default=3, help="visits of each server (default 3)")
     parser.add_argument("--seconds", type=float, default=5, help="about how long one load runs (default 5)")
-    parser.add_argument("--merged", action="store_true", help="the same for engines without adapters")
     parser.add_argument("--work", type=Path, help="keep the visits here and take those that are here already")
     options = parser.parse_args()
     turns, seconds = (1, 1.0) if options.quick else (options.turns, options.seconds)
     with tempfile.TemporaryDirectory() as directory:
         work = options.work or Path(directory)
         work.mkdir(parents=True, exist_ok=True)
-        visits = take_turns(work, "merge" if options.merged else "adapter", turns, seconds)
+        visits = take_turns(work, artifact_of(options.case, work), turns, seconds)
     found = figures(visits)
     if found["other_processes"].value > MAX_OTHERS:
         print("Other processes kept this machine busy: throughput and latency say little, measure again.", flush=True)
@@ -56,16 +60,24 @@ def main() -> None:
         for name, figure in found.items():
             print(f"{name:48} {figure.value:.4g} {figure.unit}")
         return
-    name = "gateway_merged" if options.merged else "gateway"
+    name = CASES[options.case]
     write_result(name, found, "make bench-gateway")
     draw(visits, RESULTS / f"{name}.png")
 
 
-def take_turns(work: Path, route: str, turns: int, seconds: float) -> Visits:
-    """Every side `turns` times, each time in the other order."""
+def artifact_of(case: str, work: Path) -> Path:
+    if case == "real":
+        make_checkpoints()
+        convert_all()
+        return ARTIFACTS / "ticket"
     artifact = work / "artifact"
     if not artifact.exists():
-        adapters.plain(work / "made", artifact, route)
+        adapters.plain(work / "made", artifact, "merge" if case == "merged" else "adapter")
+    return artifact
+
+
+def take_turns(work: Path, artifact: Path, turns: int, seconds: float) -> Visits:
+    """Every side `turns` times, each time in the other order."""
     visits: dict[str, list[list[Run]]] = {side: [] for side in SIDES}
     for number, side in in_turns(SIDES, turns):
         visits[side].append(visit(side, artifact, work / f"{side}-{number}.json", seconds))

@@ -64,6 +64,11 @@ SECTIONS = (
         "Engines without adapters, which do the same work on both sides: what is left is the gateway alone.",
     ),
     Section(
+        "gateway_real",
+        "Serving: the same for a model that keeps its engine busy",
+        "A fine-tune of SmolLM2-135M, merged and quantized to int8: what the gateway takes of a small but real model.",
+    ),
+    Section(
         "cpu_adapters",
         "Serving: adapters on a CPU, beside vLLM's own server",
         "Two fine-tunes of SmolLM2-135M over its 4-bit base: prompts of 600 tokens one at a time, then eight callers "

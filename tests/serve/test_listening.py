@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import stat
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
 import uvicorn
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.listening import on_listening
 from tests.serve.fakes import respond
@@ -26,13 +29,27 @@ class Answering:
         await respond(send, 200, b'"here"')
 
 
-def served(app: Answering) -> tuple[uvicorn.Server, asyncio.Task[None], int]:
+def served(app: ASGIApp) -> tuple[uvicorn.Server, asyncio.Task[None], int]:
     """As Ray Serve does it."""
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
     port = bound.getsockname()[1]
     server = uvicorn.Server(uvicorn.Config(app, port=port, lifespan="off", log_config=None))
     return server, asyncio.create_task(server.serve(sockets=[bound])), port
+
+
+@contextlib.asynccontextmanager
+async def talking(app: Talking) -> AsyncIterator[int]:
+    """Its port."""
+    on_listening("r1", lambda _: None)
+    server, serving, port = served(app)
+    try:
+        while not server.started:  # noqa: ASYNC110  (uvicorn sets a flag)
+            await asyncio.sleep(0.01)
+        yield port
+    finally:
+        server.should_exit = True
+        await serving
 
 
 def through(path: Path) -> httpx.AsyncClient:
@@ -81,6 +98,52 @@ async def test_a_server_that_ends_finishes_what_came_through_the_socket_and_take
 
         assert (await under_way).text == '"here"'
         await serving
+
+
+class Talking:
+    """Says many pieces without waiting for anything but its reader."""
+
+    def __init__(self, piece: bytes, count: int, works_s: float = 0) -> None:
+        self.piece, self.count, self.works_s, self.said = piece, count, works_s, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        while self.said < self.count:
+            await send({"type": "http.response.body", "body": self.piece, "more_body": True})
+            self.said += 1
+            time.sleep(self.works_s)  # noqa: ASYNC251  (as an event loop does that is busy with other answers)
+        await send({"type": "http.response.body"})
+
+
+def first_read(address: tuple[str, int] | str) -> bytes:
+    """What there is when there is anything."""
+    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as caller:
+        caller.connect(address)
+        caller.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        return caller.recv(100_000)
+
+
+@pytest.mark.parametrize("where", ["port", "socket"])
+async def test_pieces_of_a_moment_leave_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setenv("GRAFT_SOCKETS", str(tmp_path))
+    async with talking(Talking(b"piece ", 3, works_s=0.05)) as port:
+        address = ("127.0.0.1", port) if where == "port" else str(tmp_path / "r1.sock")
+        read = await asyncio.to_thread(first_read, address)
+
+    assert read.count(b"piece ") == 3
+    assert read.endswith(b"0\r\n\r\n")
+
+
+async def test_who_says_much_waits_for_a_reader_that_takes_nothing() -> None:
+    app = Talking(b"x" * (1 << 20), 100)
+    async with talking(app) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.sleep(0.5)
+        said = app.said
+        writer.transport.abort()
+
+    assert 0 < said < 50
 
 
 async def test_without_a_directory_for_sockets_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
