@@ -26,10 +26,10 @@ def corked(protocol_class: ProtocolClass) -> ProtocolClass:
 
 def _make(protocol_class: ProtocolClass, turn: _Turn, **arguments: Any) -> asyncio.Protocol:
     protocol = protocol_class(**arguments)
-    usual = protocol.connection_made
 
     def connection_made(transport: Any) -> None:
-        usual(CorkedTransport(transport, turn))  # type: ignore[arg-type]
+        del protocol.connection_made  # the class's again: no connection waits for the garbage collector
+        protocol.connection_made(CorkedTransport(transport, turn))  # type: ignore[arg-type]
 
     protocol.connection_made = connection_made  # type: ignore[method-assign]
     return protocol

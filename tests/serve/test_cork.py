@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 from serve.cork import corked
@@ -98,3 +100,15 @@ async def test_everything_else_is_the_transport_s() -> None:
     [(_, transport)] = connected(1)
 
     assert transport.get_extra_info("peername") == "the peername"
+
+
+async def test_a_connection_that_ended_is_gone_without_the_garbage_collector() -> None:
+    protocol: Any = corked(Protocol)(name="one")
+    protocol.connection_made(Written())
+    there = weakref.ref(protocol)
+    gc.disable()
+    try:
+        del protocol
+        assert there() is None
+    finally:
+        gc.enable()
