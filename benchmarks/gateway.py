@@ -29,7 +29,7 @@ from benchmarks.servers import SIDES
 from benchmarks.turns import in_turns
 from examples.demo import ARTIFACTS, convert_all, make_checkpoints
 
-# And the name of the result of each.
+# What is served, and the name of its result.
 CASES = {"adapter": "gateway", "merged": "gateway_merged", "real": "gateway_real"}
 CELLS = [Cell(concurrency, streams) for streams in (True, False) for concurrency in CONCURRENCY]
 # Enough callers that what Ray does by itself counts little, few enough that nobody queues for the machine.

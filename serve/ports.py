@@ -33,9 +33,9 @@ def free_port() -> int:
 
 def free_block(count: int, within: range = _BLOCKS) -> range:
     """`count` ports in a row that nobody listens on, another row with each call. Raises PortInUse."""
-    starts = list(within[: -count + 1 or None : count])
-    secrets.SystemRandom().shuffle(starts)
-    for start in starts:
+    starts = within[: -count + 1 or None : count]
+    first = secrets.randbelow(len(starts))
+    for start in (*starts[first:], *starts[:first]):
         block = range(start, start + count)
         if _are_free(block):
             return block
