@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from starlette.types import Receive, Scope, Send
 
 from serve import key_writing
@@ -33,6 +34,7 @@ from tests.serve.fakes import FakeEngine, respond
 from tests.serve.one_replica import OneReplica
 
 BASE_MODEL = "small-llama"
+PATH = "/v1/completions"
 ADMIN_TOKEN = "the admin token"
 ADAPTERS = [candidate(name, name) for name in ("french", "german", "secret-plan")]
 
@@ -57,6 +59,14 @@ class Guarded:
 
 def bearer(secret: str) -> dict[str, str]:
     return {"authorization": f"Bearer {secret}"}
+
+
+def ask(model: str | None = BASE_MODEL, tokens: int = 4, **fields: Any) -> dict[str, Any]:
+    return {"model": model, "prompt": "hi", "max_tokens": tokens} | fields
+
+
+def code(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
 
 
 async def guarded_gateway(
