@@ -117,7 +117,7 @@ def unsigned() -> str:
     "bad",
     [
         pytest.param(token(exp=time.time() - 60), id="expired"),
-        pytest.param(token(nbf=time.time() + 60), id="not-yet"),
+        pytest.param(token(nbf=time.time() + 86_400, exp=time.time() + 2 * 86_400), id="not-yet"),
         pytest.param(token(iss="https://evil.example"), id="of-someone-else"),
         pytest.param(token(aud="another"), id="for-something-else"),
         pytest.param(token(key=OTHER_RSA), id="signed-by-someone-else"),
