@@ -110,7 +110,7 @@ def bare(
                 *COMMON_ARGS,
                 "--disable-uvicorn-access-log",
             ]
-            server = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(), start_new_session=True)
+            server = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(), process_group=0)
             stack.callback(stop, server)
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         for url in urls:

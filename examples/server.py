@@ -43,8 +43,10 @@ def running_server(
     command = [sys.executable, "-m", "serve", "run", *map(str, artifacts), *place, "--port", str(port)]
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("w")) if log else None
-        # A session of its own: Ctrl-C ends this program, and this program ends the server.
-        server = subprocess.Popen([*command, *options], stdout=output, stderr=output, start_new_session=True)
+        # A process group of its own: Ctrl-C ends this program, and this program ends the server. Not a session of its
+        # own: Linux shares the processors between sessions first, and where the server has all of them busy, some
+        # kernels let those of another one wait for seconds.
+        server = subprocess.Popen([*command, *options], stdout=output, stderr=output, process_group=0)
         stack.callback(stop, server)
         yield wait_until_ready(server, StateDir(state), log)
 

@@ -87,9 +87,7 @@ class World:
         environment = os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.store.port}"}
         log = self.home / "server.log"
         with log.open("a") as output:
-            self.server = subprocess.Popen(
-                command, stdout=output, stderr=output, env=environment, start_new_session=True
-            )
+            self.server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, process_group=0)
         self.url = wait_until_ready(self.server, StateDir(self.local), log)
 
     def stop(self) -> None:

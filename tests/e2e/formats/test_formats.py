@@ -6,7 +6,6 @@ Every engine is vLLM's own API server, as a user starts it.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from convert.artifact import QuantizationName
 from convert.base_model import BaseModel
 from convert.compressed import Compressed
 from convert.targets import Support, support, target_here
+from serve.ports import free_port
 from tests.convert import parts
 
 PROMPT = [0, 17, 99, 140, 3, 250, 61, 8, 200, 33, 77, 5]
@@ -91,9 +91,7 @@ class Engine:
 
 @contextmanager
 def engine(model: Path, log: Path, *options: str) -> Iterator[Engine]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
         *("--served-model-name", BASE, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
@@ -106,7 +104,7 @@ def engine(model: Path, log: Path, *options: str) -> Iterator[Engine]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, process_group=0)
         try:
             yield Engine(process, f"http://127.0.0.1:{port}", log)
         finally:

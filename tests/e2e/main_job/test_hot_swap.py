@@ -111,21 +111,36 @@ async def test_a_stream_that_began_before_the_swap_ends_on_its_own_revision(serv
 
 async def test_the_base_model_answers_as_itself_while_adapters_run(server: Server, story: Story) -> None:
     """vLLM alone answers it on a CPU with the adapter in the last slot, in any batch they share."""
-    asked = endless(story.base.name, 20) | {"temperature": 0}
+    asked, ended = endless(story.base.name, 20) | {"temperature": 0}, 0
     async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
 
         async def said(body: dict[str, Any]) -> str:
-            return str(
-                (await client.post("/v1/completions", json=body)).raise_for_status().json()["choices"][0]["text"]
-            )
+            answer = await client.post("/v1/completions", json=body)
+            return str(answer.raise_for_status().json()["choices"][0]["text"])
+
+        async def asks_again_and_again(model: str) -> None:
+            nonlocal ended
+            while True:
+                await said(endless(model, 1500))
+                ended += 1
 
         alone = await said(asked)
-        others = [asyncio.create_task(said(endless(name, 1500))) for name in ("french", "german") for _ in range(4)]
-        beside = [await said(asked) for _ in range(6)]
+        own = [await said(asked | {"model": name}) for name in ("french", "german")]
+        beside: list[str] = []
+        async with asyncio.TaskGroup() as group:
+            others = [group.create_task(asks_again_and_again(name)) for name in ("french", "german") for _ in range(4)]
+            while await running_requests(server, client) < len(others):
+                pass
+            while len(beside) < 6:
+                ended_before = ended
+                text = await said(asked)
+                if ended == ended_before:  # all others ran from its beginning to its end
+                    beside.append(text)
+            for other in others:
+                other.cancel()
 
-        assert not any(other.done() for other in others), "nothing ran beside it"
-        assert set(beside) == {alone}
-        assert alone not in [(await other)[: len(alone)] for other in others]
+    assert set(beside) == {alone}
+    assert alone not in own
 
 
 async def test_nobody_stops_an_engine_by_asking_for_prompt_logprobs(server: Server) -> None:

@@ -22,7 +22,7 @@ def test_a_server_whose_node_dies_ends_with_its_reason_and_leaves_nothing_behind
             [*command, "--port", str(free_port()), *ENGINE_OPTIONS],
             stdout=output,
             stderr=output,
-            start_new_session=True,
+            process_group=0,
         )
     try:
         wait_until_ready(server, StateDir(tmp_path / "state"), log)
