@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.resident import resident_bytes
 from convert.files import sync
 
 SIDES = ("original", "dequantized", "peft")
@@ -19,11 +20,11 @@ SIDES = ("original", "dequantized", "peft")
 def main() -> None:
     side, checkpoint, base, out = sys.argv[1], *map(Path, sys.argv[2:5])
     work = {"original": graft, "dequantized": graft, "peft": peft}[side](checkpoint, base, out, side)
-    baseline = memory_bytes("VmRSS")
+    baseline = resident_bytes("VmRSS")
     began, cpu = time.perf_counter(), time.process_time()
     work()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-    peak = memory_bytes("VmHWM") - baseline
+    peak = resident_bytes("VmHWM") - baseline
     json.dump({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak}, sys.stdout)
 
 
@@ -60,12 +61,6 @@ def sync_files(directory: Path) -> None:
     """fsync of every file and of the directory."""
     for path in (*sorted(directory.iterdir()), directory):
         sync(path)
-
-
-def memory_bytes(line: str) -> int:
-    """A line of /proc/self/status: VmRSS now, VmHWM its peak. (getrusage's peak includes that of the parent.)"""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition(f"{line}:")[2].split()[0])
 
 
 if __name__ == "__main__":

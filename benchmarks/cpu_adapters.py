@@ -25,6 +25,7 @@ import psutil
 from benchmarks.gateway_side import kind_of
 from benchmarks.load import ask, first_token_s, http
 from benchmarks.record import RESULTS, Figure, write_result
+from benchmarks.resident import resident_bytes
 from benchmarks.servers import ENGINE_THREADS, SIDES, Room, bare, graft
 from benchmarks.turns import in_turns
 from examples.demo import ARTIFACTS, convert_all, make_checkpoints
@@ -123,8 +124,7 @@ async def _answer(client: httpx.AsyncClient, url: str, model: str, prompt_tokens
 
 def _engine_memory_mb() -> float:
     engines = [it for it in psutil.Process().children(recursive=True) if kind_of(it) == "engine"]
-    status = Path(f"/proc/{engines[0].pid}/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1000
+    return resident_bytes("VmHWM", engines[0].pid) / 1e6
 
 
 def figures(visits: dict[str, list[Visit]]) -> dict[str, Figure]:
