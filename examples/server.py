@@ -46,7 +46,9 @@ def running_server(
         # A process group of its own: Ctrl-C ends this program, and this program ends the server. Not a session of its
         # own: Linux shares the processors between sessions first, and where the server has all of them busy, some
         # kernels let those of another one wait for seconds.
-        server = subprocess.Popen([*command, *options], stdout=output, stderr=output, process_group=0)
+        server = subprocess.Popen(
+            [*command, *options], stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
+        )
         stack.callback(stop, server)
         yield wait_until_ready(server, StateDir(state), log)
 
