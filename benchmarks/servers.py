@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import httpx
 
 from convert.artifact import Artifact
-from examples.server import running_server, stop
+from examples.server import running_server, start, stop
 from serve.candidate import Candidate
 from serve.intake import take_artifact
 from serve.names import AdapterRevision
@@ -110,8 +109,7 @@ def bare(
                 *COMMON_ARGS,
                 "--disable-uvicorn-access-log",
             ]
-            server = subprocess.Popen(command, stdout=log, stderr=log, env=_environment(), process_group=0)
-            stack.callback(stop, server)
+            stack.callback(stop, start(command, log, _environment()))
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         for url in urls:
             _wait_for(url)

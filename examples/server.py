@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from serve.errors import ServerNotRunning
 from serve.ports import free_port
@@ -43,12 +43,7 @@ def running_server(
     command = [sys.executable, "-m", "serve", "run", *map(str, artifacts), *place, "--port", str(port)]
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("w")) if log else None
-        # A process group of its own: Ctrl-C ends this program, and this program ends the server. Not a session of its
-        # own: Linux shares the processors between sessions first, and where the server has all of them busy, some
-        # kernels let those of another one wait for seconds.
-        server = subprocess.Popen(
-            [*command, *options], stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
-        )
+        server = start([*command, *options], output)
         stack.callback(stop, server)
         yield wait_until_ready(server, StateDir(state), log)
 
@@ -76,11 +71,23 @@ def wait_until_ready(server: subprocess.Popen[bytes], state: StateDir, log: Path
     raise RuntimeError(f"the server did not come up (exit status {server.poll()}): {told}")
 
 
-def stop(server: subprocess.Popen[bytes]) -> None:
+def start(
+    command: Sequence[str], output: IO[Any] | None, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """For `stop` to end. What it prints goes to `output`, or where this program's own goes."""
+    # A process group of its own: Ctrl-C ends this program, and this program ends the server. Not a session of its own:
+    # Linux shares the processors between sessions first, and where the server has all of them busy, some kernels let
+    # those of another one wait for seconds.
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, process_group=0
+    )
+
+
+def stop(server: subprocess.Popen[bytes], timeout_s: float = STOP_TIMEOUT_S) -> None:
     """SIGTERM, and all that is its own if that is not enough."""
     server.terminate()
     try:
-        server.wait(STOP_TIMEOUT_S)
+        server.wait(timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()

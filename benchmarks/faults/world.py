@@ -18,7 +18,7 @@ from benchmarks.faults.callers import Callers, Said, client_of, request
 from benchmarks.faults.link import Link
 from convert.artifact import Artifact
 from examples.observe.prometheus import Prometheus, is_here, running_prometheus
-from examples.server import stop, wait_until_ready
+from examples.server import start, stop, wait_until_ready
 from serve import key_writing
 from serve.candidate import Candidate
 from serve.intake import take_artifact
@@ -87,7 +87,7 @@ class World:
         environment = os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.store.port}"}
         log = self.home / "server.log"
         with log.open("a") as output:
-            self.server = subprocess.Popen(command, stdout=output, stderr=output, env=environment, process_group=0)
+            self.server = start(command, output, environment)
         self.url = wait_until_ready(self.server, StateDir(self.local), log)
 
     def stop(self) -> None:

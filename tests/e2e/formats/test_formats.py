@@ -23,6 +23,7 @@ from convert.artifact import QuantizationName
 from convert.base_model import BaseModel
 from convert.compressed import Compressed
 from convert.targets import Support, support, target_here
+from examples.server import start, stop
 from serve.ports import free_port
 from tests.convert import parts
 
@@ -104,16 +105,11 @@ def engine(model: Path, log: Path, *options: str) -> Iterator[Engine]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, process_group=0)
+        process = start(command, output, environment)
         try:
             yield Engine(process, f"http://127.0.0.1:{port}", log)
         finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, 9)
-                process.wait()
+            stop(process, timeout_s=20)
 
 
 class SaturatingInt8(torch.nn.Module):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 
-from examples.server import stop, wait_until_ready
+from examples.server import start, stop, wait_until_ready
 from serve.ports import free_port
 from serve.state import StateDir
 from tests.e2e.conftest import ENGINE_OPTIONS, Story
@@ -18,12 +17,7 @@ def test_a_server_whose_node_dies_ends_with_its_reason_and_leaves_nothing_behind
     command = [sys.executable, "-m", "serve", "run", str(story.artifacts["french"]), "--state", str(tmp_path / "state")]
     log = tmp_path / "log"
     with log.open("w") as output:
-        server = subprocess.Popen(
-            [*command, "--port", str(free_port()), *ENGINE_OPTIONS],
-            stdout=output,
-            stderr=output,
-            process_group=0,
-        )
+        server = start([*command, "--port", str(free_port()), *ENGINE_OPTIONS], output)
     try:
         wait_until_ready(server, StateDir(tmp_path / "state"), log)
         processes = psutil.Process(server.pid).children(recursive=True)
