@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import numpy as np
@@ -32,9 +32,6 @@ from serve.names import AdapterRevision
 from serve.objects import Directory
 from serve.store import AdapterStore
 from tests.serve.fakes import FakeEngine
-
-if TYPE_CHECKING:
-    from tests.serve.guarded import Guarded
 
 BASE = "b" * 64
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -136,14 +133,6 @@ async def client(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
 
     async with calling(gateway) as client:
         yield client
-
-
-@pytest.fixture
-async def server(engine: FakeEngine, store: AdapterStore, tmp_path: Path) -> Guarded:
-    from tests.serve.guarded import generate, guarded_gateway
-
-    engine.handler = generate
-    return await guarded_gateway(tmp_path, store, engine)
 
 
 @pytest.fixture(autouse=True)

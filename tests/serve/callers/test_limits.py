@@ -11,7 +11,6 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from serve.gateway import Gateway
 from serve.ledger import Claim, LedgerUnreachable, LocalLedger, Verdict
 from serve.store import AdapterStore
 from tests.serve.fakes import FakeEngine
@@ -26,12 +25,6 @@ from tests.serve.guarded import (
     until,
 )
 from tests.serve.one_replica import calling
-
-
-@pytest.fixture
-def gateway(server: Guarded) -> Gateway:
-    """Whom `client` asks."""
-    return server.gateway
 
 
 async def test_of_200_at_once_exactly_as_many_as_may_get_through(server: Guarded, client: httpx.AsyncClient) -> None:

@@ -13,7 +13,6 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from serve import key_writing
-from serve.gateway import Gateway
 from serve.openai import ENGINE_ROUTES
 from serve.store import AdapterStore
 from serve.usage import read_usage
@@ -30,12 +29,6 @@ from tests.serve.guarded import (
     guarded_gateway,
 )
 from tests.serve.one_replica import calling
-
-
-@pytest.fixture
-def gateway(server: Guarded) -> Gateway:
-    """Whom `client` asks."""
-    return server.gateway
 
 
 @pytest.mark.parametrize(
