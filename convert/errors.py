@@ -1,34 +1,42 @@
-"""Every error that a user's input can cause in the conversion stage.
+"""Every error of `convert` that a user's input can cause.
 
 ConvertError
-├── CheckpointUnreadable     checkpoint_unreadable   no adapter there, half an adapter, not safetensors
-├── CheckpointUnsupported    checkpoint_unsupported  readable, but no route can treat it honestly
+├── CheckpointUnreadable     checkpoint_unreadable   no adapter there, an incomplete one, or not safetensors
+├── CheckpointUnsupported    checkpoint_unsupported  readable, but no route can convert it correctly
 ├── TrainingUnknown          training_unknown        nothing says whether it is LoRA or QLoRA
-├── BaseUnreadable           base_unreadable         no model there, or half a model
+├── BaseUnreadable           base_unreadable         no model there, or an incomplete or damaged one
 ├── BaseMismatch             base_mismatch           the adapter was not trained on this base
-├── RouteRefused             route_refused           the route would lose what was learnt; names those that don't
-├── FormatRefused            format_refused          the storage format can't hold these weights; names those that can
+├── RouteRefused             route_refused           the route would lose what was learnt; names other routes
+├── FormatRefused            format_refused          the format can't store these weights; names other formats
 ├── TargetUnknown            target_unknown          no such target, or a GPU that vLLM does not run on
 ├── QuantizerMissing         quantizer_missing       the packages of the calibrated quantizers are not installed
-├── QuantizerFailed          quantizer_failed        the calibrated quantizer stopped; its own words are in the message
-├── QualityGateFailed        quality_gate_failed     a limit on what may be lost is not kept; nothing was published
-├── TextUnreadable           text_unreadable         held-out text or canaries are missing or in another form
+├── QuantizerFailed          quantizer_failed        the calibrated quantizer failed; the message has its error
+├── QualityGateFailed        quality_gate_failed     the loss exceeds a limit; nothing was published
+├── TextUnreadable           text_unreadable         held-out text or canaries are missing or malformed
 ├── OutputExists             output_exists           the destination is already there
 ├── OutputBusy               output_busy             another process is writing this destination
-├── OutputUnwritable         output_unwritable       no room or no permission at the destination
+├── OutputUnwritable         output_unwritable       no space or no permission at the destination
+├── FileInaccessible         file_inaccessible       the system refuses to read or write a file
 ├── ArtifactInvalid          artifact_invalid        not an artifact, or its bytes changed
 ├── SigningKeyInvalid        signing_key_invalid     not an Ed25519 key in PEM
-├── VerificationFailed       verification_failed     the engine doesn't say what the artifact's golden answers say
-└── VerificationImpossible   verification_impossible no engine here, or nothing to compare it with
+├── VerificationFailed       verification_failed     the engine doesn't give the artifact's golden answers
+└── VerificationImpossible   verification_impossible no engine here, or no golden answers to compare with
 
-`code` is stable: scripts may match on it. A message says what was wrong, what was expected and what to do.
+Every class has a `code` that stays the same: scripts may compare it. A message says what was wrong, what was expected
+and what to do.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
+# The name of a weight or a module, in which only the layer differs between problems of one cause.
+_MODULE = re.compile(r"[\w.-]*\blayers\.\d+\.[\w.-]+")
+
 
 class ConvertError(Exception):
-    """A mistake in the input, told in words a user can act on."""
+    """A mistake in the input, with a message that says what to do."""
 
     code = "convert_error"
 
@@ -93,6 +101,10 @@ class OutputUnwritable(ConvertError):
     code = "output_unwritable"
 
 
+class FileInaccessible(ConvertError):
+    code = "file_inaccessible"
+
+
 class ArtifactInvalid(ConvertError):
     code = "artifact_invalid"
 
@@ -107,3 +119,13 @@ class VerificationFailed(ConvertError):
 
 class VerificationImpossible(ConvertError):
     code = "verification_impossible"
+
+
+def one_for_each_cause(problems: Iterable[str]) -> tuple[str, ...]:
+    """The first problem of every cause, with the number of further ones that differ only in the module they name."""
+    causes: dict[str, list[str]] = {}
+    for problem in problems:
+        causes.setdefault(_MODULE.sub("", problem), []).append(problem)
+    return tuple(
+        first if not more else f"{first} (the same in {len(more)} more places)" for first, *more in causes.values()
+    )

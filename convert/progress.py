@@ -1,12 +1,12 @@
-"""How far a conversion is, told to whoever wants to show it."""
+"""The callback by which long work reports its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, steps done and steps in all."""
+"""Called with the name of the step, the parts of it that are done, and all parts of it."""
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """A Progress that tells nobody."""
+def silent(step: str, done: int, total: int) -> None:
+    """A Progress that shows nothing."""

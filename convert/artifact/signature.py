@@ -1,12 +1,12 @@
-"""Who vouches for an adapter: an Ed25519 signature (RFC 8032) of what a server decides by.
+"""Signatures of adapters: Ed25519 (RFC 8032) over what a server verifies before it loads an adapter.
 
     graft-adapter/1
     <revision: digest of every byte of the adapter>
     <fingerprint of the base model it is for>
     <SHA-256 of golden.json, or ->
 
-each with a line feed at its end. The name is not part of it: that is chosen when it is published. `manifest.sig` beside
-the manifest holds the 64 bytes in Base64.
+These four lines, each with a line feed at its end, are signed. The name is not signed, since it is chosen
+when the adapter is published. `manifest.sig` beside the manifest holds the 64 bytes of the signature in Base64.
 """
 
 from __future__ import annotations
@@ -19,49 +19,55 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-from convert.artifact import Artifact
+from convert.artifact.directory import Artifact
+from convert.artifact.durable_files import replace_file
 from convert.errors import ArtifactInvalid, SigningKeyInvalid
 
 SIGNATURE = "manifest.sig"
-MAX_CHARACTERS = 128  # of a file that holds 88; what is longer is no signature, and kept nowhere
+# A signature has 88 characters; of a longer file only the beginning is read.
+MAX_CHARACTERS = 128
 
 
 def statement(revision: str, base: str, golden: str | None) -> bytes:
+    """The signed bytes."""
     return f"graft-adapter/1\n{revision}\n{base}\n{golden or '-'}\n".encode()
 
 
 def sign(artifact: Artifact, key: Path) -> Path:
-    """Write `manifest.sig` of a verified artifact; returns its path. Raises ArtifactInvalid if it holds no adapter,
-    SigningKeyInvalid."""
+    """Sign a verified artifact with a private key in PEM; returns the path of `manifest.sig`.
+
+    Raises ArtifactInvalid if the artifact holds no adapter, and SigningKeyInvalid.
+    """
     manifest = artifact.manifest
     if manifest.adapter is None:
         raise ArtifactInvalid(f"{artifact.root} holds a merged model: only adapters are signed.")
     signed = statement(manifest.adapter.revision, manifest.model.fingerprint, manifest.golden)
     path = artifact.root / SIGNATURE
-    path.write_text(base64.b64encode(_private(key).sign(signed)).decode() + "\n")
+    replace_file(path, base64.b64encode(_private(key).sign(signed)) + b"\n")
     return path
 
 
 def signature_of(root: Path) -> str | None:
-    """What `manifest.sig` holds, of a longer file the begin; None if there is none."""
+    """The content of `manifest.sig`, at most MAX_CHARACTERS; None if there is no such file, or a symbolic link, which
+    could name a secret of this machine."""
     path = root / SIGNATURE
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         return None
     with path.open(errors="replace") as stream:
         return stream.read(MAX_CHARACTERS).strip()
 
 
 def is_signed(signature: str | None, signed: bytes, keys: Sequence[Ed25519PublicKey]) -> bool:
-    """Whether one of the keys made it."""
+    """Whether the signature of these bytes was made with one of the keys."""
     try:
         content = base64.b64decode(signature or "", validate=True)
     except ValueError:
         return False
-    return any(_fits(key, content, signed) for key in keys)
+    return any(_is_made_by(key, content, signed) for key in keys)
 
 
 def public_key(path: Path) -> Ed25519PublicKey:
-    """Raises SigningKeyInvalid unless the file is one in PEM."""
+    """An Ed25519 public key in PEM. Raises SigningKeyInvalid."""
     try:
         key = load_pem_public_key(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -81,7 +87,7 @@ def _private(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def _fits(key: Ed25519PublicKey, signature: bytes, signed: bytes) -> bool:
+def _is_made_by(key: Ed25519PublicKey, signature: bytes, signed: bytes) -> bool:
     try:
         key.verify(signature, signed)
     except InvalidSignature:

@@ -7,22 +7,26 @@ from typing import Annotated, Literal
 
 import typer
 
-from convert.routes.ways import DtypeOption, OntoOption, QuantizeOption, RouteOption
+from convert.detection.training import Training
+from convert.routes.variants import DtypeOption, OntoOption, QuantizeOption, RouteOption
 
-Training = Literal["4bit", "full"]
+TrainedOnOption = Literal["4bit", "full"]
 MethodOption = Literal["rtn", "gptq", "awq"]
 
-_WHAT = "What is made"
-_INPUT = "What goes in"
-_MEASURE = "What is measured"
-_GATE = "What must hold, or nothing is published"
+_OUTPUT = "Output"
+_INPUT = "Input"
+_MEASURE = "Measurement"
+_GATE = "Limits: where one is missed, nothing is published"
 
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Directory of the adapter, as the trainer left it.")
 ]
 OptionalBase = Annotated[
     Path | None,
-    typer.Option(metavar="BASE", help="Base model directory or artifact: adds sizes and checks the match."),
+    typer.Option(
+        metavar="BASE",
+        help="Base model directory or artifact: to show sizes, and to check that it fits the checkpoint.",
+    ),
 ]
 Base = Annotated[
     Path,
@@ -33,61 +37,58 @@ Base = Annotated[
     ),
 ]
 TrainedOn = Annotated[
-    Training | None,
+    TrainedOnOption | None,
     typer.Option(
-        help="What the base was in training, when the checkpoint doesn't say: 4bit is QLoRA, full is LoRA. "
-        "Without it, it is measured.",
+        help="How the base was loaded in training: 4bit is QLoRA, full is LoRA. "
+        "Default: what the trainer's files say, or else a measurement.",
         rich_help_panel=_INPUT,
     ),
 ]
 Route = Annotated[
     RouteOption,
     typer.Option(
-        help="adapter: stays separate. merge: into the weights. rebase: separate, moved to another base. "
-        "recover: distilled back to full precision, then merged. auto: QLoRA stays separate, LoRA is merged.",
-        rich_help_panel=_WHAT,
+        help="adapter: stays separate. merge: is added to the weights. rebase: stays separate, corrected for another "
+        "base. recover: is distilled back to full precision, then merged. auto: QLoRA adapter, LoRA merge.",
+        rich_help_panel=_OUTPUT,
     ),
 ]
 Quantize = Annotated[
     QuantizeOption,
     typer.Option(
-        help="How linear layers are stored. auto: the smallest form of the target that keeps what was learnt, "
-        "found by measuring.",
-        rich_help_panel=_WHAT,
+        help="How linear layers are stored. auto: the smallest format that the target serves and that, by measurement, "
+        "keeps what was learnt.",
+        rich_help_panel=_OUTPUT,
     ),
 ]
 MergeOnto = Annotated[
     OntoOption,
     typer.Option(
-        help="Which weights a merge adds the delta to. auto: those it was trained against.", rich_help_panel=_WHAT
-    ),
-]
-Onto = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="MODEL", help="Rebase: the model directory or artifact to move the adapter to.", rich_help_panel=_WHAT
+        help="Which weights a merge adds the delta to. auto: the weights the adapter was trained on.",
+        rich_help_panel=_OUTPUT,
     ),
 ]
 Rank = Annotated[
     int | None,
     typer.Option(
-        min=1, max=512, help="Rebase, recover: rank after the correction. Default: twice the rank, at least 64.",
-        rich_help_panel=_WHAT,
+        min=1, max=512, help="rebase, recover: rank of the new adapter. Default: twice the old rank, at least 64.",
+        rich_help_panel=_OUTPUT,
     ),
 ]  # fmt: skip
-Steps = Annotated[int, typer.Option(min=0, max=200, help="Recover: distillation steps at most.", rich_help_panel=_WHAT)]
+Steps = Annotated[
+    int, typer.Option(min=0, max=200, help="recover: maximum number of distillation steps.", rich_help_panel=_OUTPUT)
+]
 Method = Annotated[
     MethodOption,
     typer.Option(
-        help="How w4a16 and w8a8-int8 are found: rounding to nearest, or GPTQ or AWQ with calibration text.",
-        rich_help_panel=_WHAT,
+        help="How w4a16 and w8a8-int8 weights are chosen: rounded to nearest, or GPTQ or AWQ with calibration text.",
+        rich_help_panel=_OUTPUT,
     ),
 ]
 Calibration = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Chats or texts to calibrate on, as for --text; not those you measure on.",
-        rich_help_panel=_WHAT,
+        metavar="FILE", help="Chats or texts to calibrate on, in the format of --text, but other rows.",
+        rich_help_panel=_OUTPUT,
     ),
 ]  # fmt: skip
 Dtype = Annotated[
@@ -95,20 +96,20 @@ Dtype = Annotated[
     typer.Option(
         help="16-bit type of a merged model that is not quantized. float16 rounds 8 times finer than bfloat16, "
         "and holds weights up to 65504. auto: the base's own.",
-        rich_help_panel=_WHAT,
+        rich_help_panel=_OUTPUT,
     ),
 ]
 Target = Annotated[
     str | None,
     typer.Option(
-        metavar="TARGET", help="Where it will be served: cpu, cuda:8.0, cuda:9.0, … Default: this machine.",
-        rich_help_panel=_WHAT,
+        metavar="TARGET", help="Machine that will serve it: cpu, cpu:avx512-vnni, cuda:9.0, … Default: this machine.",
+        rich_help_panel=_OUTPUT,
     ),
 ]  # fmt: skip
 Force = Annotated[
     bool,
-    typer.Option("--force", help="Make also what loses nearly all that was learnt. Not for serving.",
-                 rich_help_panel=_WHAT),
+    typer.Option("--force", help="Allow a conversion that loses nearly all of what was learnt. Not for serving.",
+                 rich_help_panel=_OUTPUT),
 ]  # fmt: skip
 Text = Annotated[
     Path | None,
@@ -135,20 +136,28 @@ Measure = Annotated[
 ]
 MaxKl = Annotated[
     float | None,
-    typer.Option(min=0.0, metavar="X", help="Mean KL in nats per token, at most.", rich_help_panel=_GATE),
+    typer.Option(min=0.0, metavar="X", help="Maximum mean KL, in nats per token.", rich_help_panel=_GATE),
 ]
 MinRetention = Annotated[
     float | None,
     typer.Option(
-        max=1.0, metavar="X", help="Share of the delta that survives in every merged weight, at least.",
+        max=1.0, metavar="X", help="Minimum share of the delta that each merged weight keeps.",
         rich_help_panel=_GATE,
     ),
 ]  # fmt: skip
 MinGain = Annotated[
     float | None,
     typer.Option(
-        max=1.0, metavar="X", help="Share of the fine-tune's gain on the text that is kept, at least.",
+        max=1.0, metavar="X", help="Minimum share of the fine-tune's gain on the text that the result keeps.",
         rich_help_panel=_GATE,
     ),
 ]  # fmt: skip
+ArtifactDirectory = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory with a manifest.json.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")]
+
+_TRAININGS: dict[TrainedOnOption, Training] = {"4bit": Training.QLORA, "full": Training.LORA}
+
+
+def training_of(trained_on: TrainedOnOption | None) -> Training | None:
+    """The training that `--trained-on` states; None where the option is not given."""
+    return _TRAININGS[trained_on] if trained_on else None

@@ -1,56 +1,52 @@
-"""The base model: the frozen weights an adapter was trained on.
+"""The base model: the frozen weights that an adapter was trained on.
 
-Either a model directory in Hugging Face's layout (config.json and safetensors), in 16 or 32 bits or with its linear
-layers stored as NF4 by bitsandbytes or in 8 or 4 bits by compressed-tensors; or an artifact, whose model/ is such a
-directory.
+It is a model directory in Hugging Face's layout (config.json and safetensors), or an artifact, whose model/ is such a
+directory. The weights are in 16 or 32 bits; linear layers may also be stored as NF4 by bitsandbytes, or in 8 or 4 bits
+by compressed-tensors.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert import compressed, nf4
 from convert.artifact import MANIFEST, Artifact
-from convert.compressed import Compressed
+from convert.artifact.file_names import GENERATION_CONFIG, MODEL_STEM, TOKENIZER_FILES
 from convert.errors import BaseMismatch, BaseUnreadable
-from convert.formats import (
-    CHAT_TEMPLATE_FILES,
-    EMBEDDING,
-    GENERATION_FILES,
-    HEAD,
-    LAYER_LINEAR,
-    LAYER_LINEARS,
-    MODEL_STEM,
-    OTHER_WEIGHTS,
-    TOKENIZER_FILES,
-)
-from convert.scheme import Scheme
-from convert.tensors import DTYPES, FLOATS, Tensors, TensorSpec, read_json
+from convert.inputs import model_config
+from convert.inputs.architecture import EMBEDDING, HEAD, LAYER_LINEAR, LAYER_LINEARS, OTHER_WEIGHTS
+from convert.inputs.links import require_contained
+from convert.inputs.model_config import CONFIG
+from convert.quantization import compressed, nf4
+from convert.quantization.compressed import Compressed
+from convert.quantization.format import QuantizationFormat
+from convert.safetensors_io.directories import why_no_directory, why_no_model
+from convert.safetensors_io.tensors import DTYPES, FLOATS, Tensors, TensorSpec, read_json
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG = "config.json"
-
+_MAX_LAYERS = 10_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer. `weight` is its spec when stored as floats; `settings` is set when it is stored quantized."""
+    """A linear layer; `quantization_format` is None where its weight is stored as floats."""
 
     module: str
     out_features: int
     in_features: int
-    settings: Scheme | None
+    quantization_format: QuantizationFormat | None
 
     @property
     def weight(self) -> str:
+        """The name of its weight."""
         return f"{self.module}.weight"
 
     @property
@@ -64,86 +60,85 @@ class Linear:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model whose configuration and headers have been read."""
+    """A base model whose configuration and headers have been read.
+
+    `quantization_format`: that of its quantized linear layers; None where there are none.
+    """
 
     root: Path
     config: Mapping[str, Any]
     tensors: Tensors
     linears: Mapping[str, Linear]
-    settings: Scheme | None
+    quantization_format: QuantizationFormat | None
     artifact: Artifact | None
 
     @classmethod
     def open(cls, path: Path) -> BaseModel:
         """Read configuration and headers. Raises BaseUnreadable, and BaseMismatch for a merged artifact."""
         artifact = Artifact.open(path) if (path / MANIFEST).is_file() else None
-        root = _model_of(artifact) if artifact else path
+        root = _model_directory(artifact) if artifact else path
         if not root.is_dir():
-            raise BaseUnreadable(
-                f"{root} is not a directory. --base takes a local model directory: download the model first, "
-                f"for example with: hf download {path} --local-dir DIR"
-            )
+            raise BaseUnreadable(why_no_directory(root, "a local model directory with --base"))
+        if not (root / CONFIG).is_file():
+            raise BaseUnreadable(why_no_model(root))
+        require_contained(root, BaseUnreadable)
         config = read_json(root / CONFIG, BaseUnreadable)
         tensors = Tensors.open(root, MODEL_STEM, BaseUnreadable)
-        linears = _linears(root, tensors, _compressed(root, config, tensors))
+        linears = _linears(root, tensors, _compressed_format(root, config, tensors))
         _require_known(root, tensors, linears)
-        _require_whole(root, config, tensors, linears)
-        quantized = [linear.settings for linear in linears.values() if linear.settings]
-        return cls(root, config, tensors, linears, quantized[0] if quantized else None, artifact)
+        _require_complete(root, config, tensors, linears)
+        formats = [linear.quantization_format for linear in linears.values() if linear.quantization_format]
+        return cls(root, config, tensors, linears, formats[0] if formats else None, artifact)
 
     @property
     def is_quantized(self) -> bool:
-        return self.settings is not None
+        return self.quantization_format is not None
 
     @property
-    def quantization(self) -> str:
-        """As manifests call it."""
-        return self.settings.name if self.settings else "none"
+    def quantization_name(self) -> str:
+        """The format of its linear layers as manifests call it."""
+        return self.quantization_format.name if self.quantization_format else "none"
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the embedding: token ids below it have one."""
+        """The number of rows of the embedding: every smaller token id has a row."""
         return self.tensors.specs[EMBEDDING].shape[0]
 
     @property
     def is_tied(self) -> bool:
         """Whether the head is the embedding."""
-        return bool(self.config.get("tie_word_embeddings", False))
+        return model_config.is_tied(self.config)
 
     @property
     def dtype(self) -> str:
-        """The 16-bit type of what is written from it: its own, or BF16 for a float32 model."""
-        stored = self.tensors.specs[EMBEDDING].dtype
-        return "BF16" if stored == "F32" else stored
+        """The 16-bit type of models written from this one: the embedding's type, or BF16 for a float32 model."""
+        dtype = self.tensors.specs[EMBEDDING].dtype
+        return "BF16" if dtype == "F32" else dtype
 
     @property
-    def others(self) -> tuple[TensorSpec, ...]:
-        """Everything that is not a linear layer's weight: embeddings, norms, biases."""
-        stored = {name for linear in self.linears.values() for name in _stored_names(linear)}
-        return tuple(spec for name, spec in self.tensors.specs.items() if name not in stored)
+    def other_specs(self) -> tuple[TensorSpec, ...]:
+        """Every tensor that does not belong to a linear layer's weight: embeddings, norms, biases."""
+        of_linears = {name for linear in self.linears.values() for name in _stored_names(linear)}
+        return tuple(spec for name, spec in self.tensors.specs.items() if name not in of_linears)
 
     @property
     def tokenizer_files(self) -> tuple[Path, ...]:
         return self._present(TOKENIZER_FILES)
 
     @property
-    def chat_template_files(self) -> tuple[Path, ...]:
-        return self._present(CHAT_TEMPLATE_FILES)
-
-    @property
     def generation_files(self) -> tuple[Path, ...]:
-        return self._present(GENERATION_FILES)
+        return self._present((GENERATION_CONFIG,))
 
-    def stored(self, linear: Linear) -> tuple[TensorSpec, ...]:
-        """The tensors a linear layer's weight is stored in: one, or the parts of its scheme."""
+    def stored_specs(self, linear: Linear) -> tuple[TensorSpec, ...]:
+        """The tensors in which a linear layer's weight is stored: one, or the parts of its quantization format."""
         return tuple(self.tensors.specs[name] for name in _stored_names(linear))
 
     def read(self, linear: Linear) -> torch.Tensor:
         """The weight (out, in): as stored in floats, or dequantized to float32."""
-        if linear.settings is None:
+        if linear.quantization_format is None:
             return self.tensors.read(linear.weight)
-        parts = {spec.name: self.tensors.read(spec.name) for spec in self.stored(linear)}
-        return linear.settings.dequantize(linear.module, parts)
+        parts = {spec.name: self.tensors.read(spec.name) for spec in self.stored_specs(linear)}
+        return linear.quantization_format.dequantize(linear.module, parts)
 
     def read_for_quantizing(self, linear: Linear) -> torch.Tensor:
         """The weight in the 16-bit type that a model has when it is quantized while loading."""
@@ -151,18 +146,19 @@ class BaseModel:
 
         return self.read(linear).to(getattr(torch, DTYPES[self.dtype][1]))
 
-    def read_as_trained(self, linear: Linear, quantizer: Scheme | None) -> torch.Tensor:
-        """The float32 weight an adapter was trained against: after NF4 and back, where `quantizer` is given.
+    def read_as_trained(self, linear: Linear, quantizer: QuantizationFormat | None) -> torch.Tensor:
+        """The float32 weight that an adapter was trained against: quantized and dequantized, if there is a `quantizer`.
 
-        The head is never quantized, and a base stored as NF4 has been already: what it holds in floats was left so.
+        Two weights are not quantized here: the head, and any weight of a base that is stored quantized already, since
+        its quantizer left in floats what it did not quantize.
         """
-        if quantizer is None or self.settings or linear.is_head:
+        if quantizer is None or self.quantization_format or linear.is_head:
             return self.read(linear).float()
         parts = quantizer.quantize(linear.module, self.read_for_quantizing(linear))
         return quantizer.dequantize(linear.module, parts)
 
     def source(self, named_by_checkpoint: str | None) -> str:
-        """A name for this base that leaks no local path."""
+        """A public name of this base, without a local path."""
         if self.artifact:
             return self.artifact.manifest.model.source
         return public_name(named_by_checkpoint) if named_by_checkpoint else public_name(str(self.root.resolve()))
@@ -172,7 +168,7 @@ class BaseModel:
 
 
 def public_name(name: str) -> str:
-    """A hub id as it is; of a local path its last part, or the id that a hub cache directory stands for."""
+    """A hub id unchanged; for a local path the hub id in the name of a hub cache directory, or its last part."""
     if _HUB_ID.fullmatch(name) and not Path(name).is_dir():
         return name
     for part in Path(name).parts:
@@ -181,12 +177,13 @@ def public_name(name: str) -> str:
     return Path(name).name or "base"
 
 
-def _model_of(artifact: Artifact) -> Path:
+def _model_directory(artifact: Artifact) -> Path:
     manifest = artifact.manifest
     if manifest.route.name == "merge":
+        model = shlex.quote(str(artifact.root / "model"))
         raise BaseMismatch(
             f"{artifact.root} is a merged model: another fine-tune is already in its weights. Give the base the "
-            f"adapter was trained on. If that really is this merged model, give {artifact.root / 'model'}."
+            f"adapter was trained on. If that really is this merged model, give {model}."
         )
     if artifact.model_path is None:
         raise BaseUnreadable(
@@ -196,14 +193,14 @@ def _model_of(artifact: Artifact) -> Path:
     return artifact.model_path
 
 
-def _compressed(root: Path, config: Mapping[str, Any], tensors: Tensors) -> Compressed | None:
-    """The scheme of compressed-tensors that the configuration names. Raises BaseUnreadable for what can't be read."""
+def _compressed_format(root: Path, config: Mapping[str, Any], tensors: Tensors) -> Compressed | None:
+    """The format of compressed-tensors that config.json names. Raises BaseUnreadable for another quantization."""
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method == compressed.METHOD:
-        return compressed.recognised(root, quantization, tensors)
+        return compressed.format_of(root, quantization, tensors)
     if method != "bitsandbytes":
         raise BaseUnreadable(
             f"{root} is quantized by {method!r}. Give the original model, or one stored as NF4 or by "
@@ -213,67 +210,58 @@ def _compressed(root: Path, config: Mapping[str, Any], tensors: Tensors) -> Comp
     return None
 
 
-def _linears(root: Path, tensors: Tensors, settings: Compressed | None) -> dict[str, Linear]:
-    modules = sorted({module for name in tensors.specs if (module := _module(name))})
-    return {module: _linear(root, tensors, module, settings) for module in modules}
+def _linears(root: Path, tensors: Tensors, compressed_format: Compressed | None) -> dict[str, Linear]:
+    modules = sorted({module for name in tensors.specs if (module := _linear_module(name))})
+    return {module: _linear(root, tensors, module, compressed_format) for module in modules}
 
 
-def _module(name: str) -> str | None:
-    """The linear layer whose weight this is, or whose codes these are."""
+def _linear_module(name: str) -> str | None:
+    """The linear layer that a tensor is the weight of, or the codes of the weight."""
     module, _, part = name.rpartition(".")
     is_linear = LAYER_LINEAR.fullmatch(module) or module == HEAD
     return module if is_linear and part in ("weight", "weight_packed") else None
 
 
-def _linear(root: Path, tensors: Tensors, module: str, settings: Compressed | None) -> Linear:
-    if settings and module != HEAD:
-        return Linear(module, *compressed.stored_shape(root, tensors, module, settings), settings)
+def _linear(root: Path, tensors: Tensors, module: str, compressed_format: Compressed | None) -> Linear:
+    if compressed_format and module != HEAD:
+        shape = compressed.stored_shape(root, tensors, module, compressed_format)
+        return Linear(module, *shape, compressed_format)
     if f"{module}.weight.{nf4.STATE}" in tensors:
-        quantizer, shape = nf4.stored_layer(root, tensors, module)
-        return Linear(module, *shape, quantizer)
+        nf4_format, shape = nf4.stored_layer(root, tensors, module)
+        return Linear(module, *shape, nf4_format)
     spec = tensors.specs.get(f"{module}.weight")
     if spec is None or spec.dtype not in FLOATS or len(spec.shape) != 2 or 0 in spec.shape:
-        found = f"{spec.dtype} {list(spec.shape)}" if spec else "packed"
+        stored = f"{spec.dtype} {list(spec.shape)}" if spec else "packed"
         raise BaseUnreadable(
-            f"{root}: '{module}.weight' is {found}; expected a matrix of bfloat16, float16 or float32, or NF4 with "
+            f"{root}: '{module}.weight' is {stored}; expected a matrix of bfloat16, float16 or float32, or NF4 with "
             "its quant_state. Give the original model, or one stored as NF4."
         )
     return Linear(module, spec.shape[0], spec.shape[1], None)
 
 
+def _stored_names(linear: Linear) -> tuple[str, ...]:
+    if linear.quantization_format is None:
+        return (linear.weight,)
+    return tuple(spec.name for spec in linear.quantization_format.specs(linear.module, linear.shape))
+
+
 def _require_known(root: Path, tensors: Tensors, linears: Mapping[str, Linear]) -> None:
-    stored = {name for linear in linears.values() for name in _stored_names(linear)}
-    unknown = [
-        name for name in tensors.specs if name not in stored and name != EMBEDDING and not OTHER_WEIGHTS.fullmatch(name)
-    ]
+    of_linears = {name for linear in linears.values() for name in _stored_names(linear)}
+    other_names = tensors.specs.keys() - of_linears - {EMBEDDING}
+    unknown = sorted(name for name in other_names if not OTHER_WEIGHTS.fullmatch(name))
     if unknown:
         raise BaseUnreadable(
             f"{root} is not built like Llama: {len(unknown)} tensors have no place there "
-            f"({', '.join(map(repr, sorted(unknown)[:3]))}…). Llama, Mistral and Qwen2 are supported."
+            f"({', '.join(map(repr, unknown[:3]))}…). Supported are dense models with the weights of Llama's layers, "
+            "such as Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo 2 and the text models of Gemma."
         )
 
 
-def _stored_names(linear: Linear) -> tuple[str, ...]:
-    if linear.settings is None:
-        return (linear.weight,)
-    return tuple(spec.name for spec in linear.settings.specs(linear.module, linear.shape))
-
-
-def _require_whole(root: Path, config: Mapping[str, Any], tensors: Tensors, linears: Mapping[str, Linear]) -> None:
-    if not isinstance(config.get("model_type"), str):
-        raise BaseUnreadable(f"{root / CONFIG} has no model_type. Copy the model's directory again, whole.")
-    layers = config.get("num_hidden_layers")
-    if type(layers) is not int or not 0 < layers <= 10_000:
-        raise BaseUnreadable(f"{root / CONFIG} has no valid num_hidden_layers: {layers!r}")
-    wanted = [EMBEDDING, "model.norm.weight"]
-    modules = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in LAYER_LINEARS]
-    if not config.get("tie_word_embeddings", False):
-        modules.append(HEAD)
-    missing = [name for name in wanted if name not in tensors]
-    missing += [f"{module}.weight" for module in modules if module not in linears]
-    if missing:
+def _require_complete(root: Path, config: Mapping[str, Any], tensors: Tensors, linears: Mapping[str, Linear]) -> None:
+    layers = _layer_count(root, config)
+    if missing := _missing_weights(layers, model_config.is_tied(config), tensors, linears):
         raise BaseUnreadable(
-            f"{root} is half a model: {len(missing)} tensors are missing ({', '.join(missing[:3])}…). "
+            f"{root} is an incomplete model: {len(missing)} tensors are missing ({', '.join(missing[:3])}…). "
             "Copy it again, whole."
         )
     embedding = tensors.specs[EMBEDDING]
@@ -281,5 +269,23 @@ def _require_whole(root: Path, config: Mapping[str, Any], tensors: Tensors, line
         raise BaseUnreadable(
             f"{root}: {EMBEDDING!r} is {embedding.dtype} {list(embedding.shape)}, not a matrix of floats"
         )
-    if surplus := sorted(m for m in linears if (n := LAYER_LINEAR.fullmatch(m)) and int(n["layer"]) >= layers):
+    in_layers = [match for module in linears if (match := LAYER_LINEAR.fullmatch(module))]
+    if surplus := sorted(match[0] for match in in_layers if int(match["layer"]) >= layers):
         raise BaseUnreadable(f"{root} has weights of more layers than the {layers} of its config: {surplus[0]}…")
+
+
+def _layer_count(root: Path, config: Mapping[str, Any]) -> int:
+    if not isinstance(config.get("model_type"), str):
+        raise BaseUnreadable(f"{root / CONFIG} has no model_type. Copy the model's directory again, whole.")
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int or not 0 < layers <= _MAX_LAYERS:
+        raise BaseUnreadable(f"{root / CONFIG} has no valid num_hidden_layers: {layers!r}")
+    return layers
+
+
+def _missing_weights(layers: int, tied: bool, tensors: Tensors, linears: Mapping[str, Linear]) -> list[str]:
+    modules = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in LAYER_LINEARS]
+    if not tied:
+        modules.append(HEAD)
+    missing = [name for name in (EMBEDDING, "model.norm.weight") if name not in tensors]
+    return missing + [f"{module}.weight" for module in modules if module not in linears]

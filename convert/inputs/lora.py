@@ -1,9 +1,10 @@
-"""LoRA arithmetic. A linear layer y = W x becomes y = W x + s B (A x):
+"""The arithmetic of LoRA (https://arxiv.org/abs/2106.09685): a linear layer y = W x becomes y = W x + s B (A x).
 
     x (in) ──▶ W (out, in) ───────────────────────▶ + ──▶ y (out)
        └─────▶ A (r, in) ──▶ B (out, r) ──▶ · s ───┘
 
-so the adapter's delta is D = s·B·A, of W's shape, with s = alpha / r, or alpha / sqrt(r) in rsLoRA.
+so the adapter's delta is D = s·B·A, of W's shape, with s = alpha / r, or s = alpha / sqrt(r) in rsLoRA
+(https://arxiv.org/abs/2312.03732).
 """
 
 from __future__ import annotations
@@ -26,27 +27,29 @@ def add_delta(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: flo
 
 
 def padded(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same delta at a larger rank: zero rows below A, zero columns right of B."""
+    """The same delta at a larger rank: zero rows are added to A, zero columns to B."""
     from torch.nn.functional import pad
 
     missing = rank - a.shape[0]
     return pad(a, (0, 0, 0, missing)), pad(b, (0, missing))
 
 
-def normalised(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """DoRA's sum: each row of `weight` (out, in), in place, brought to the length that `magnitude` (out,) says.
+def dora_rescale(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Scale each row of `weight` (out, in), which is W + D, to the norm in `magnitude` (out,). In place.
 
-    https://arxiv.org/abs/2402.09353, equation 5: W' = m · (W + D) / ‖W + D‖.
+    DoRA, https://arxiv.org/abs/2402.09353, equation 5: W' = m · (W + D) / ‖W + D‖.
     """
     import torch
 
     return weight.mul_((magnitude.float() / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1))
 
 
-def by_halves(b: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows (heads · head_dim, r) from the order in which rotary embeddings turn neighbours to that which turns halves.
+def unpermute_rotary(b: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Reorder the rows of B (heads · head_dim, r) of q or k from torchtune's order to that of transformers.
 
-    Within a head: 0, 1, 2, 3, … becomes 0, 2, …, 1, 3, …
+    torchtune's rotary embedding rotates neighbouring rows of a head, 2i and 2i+1; that of transformers rotates row i
+    with row i + head_dim/2. So the rows 0, 1, 2, 3, … of a head become 0, 2, …, 1, 3, … The inverse is `permute` of
+    transformers' `convert_llama_weights_to_hf.py`.
     """
     rank = b.shape[1]
     return b.reshape(-1, head_dim // 2, 2, rank).transpose(1, 2).reshape(-1, rank)

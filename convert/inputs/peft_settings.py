@@ -1,36 +1,17 @@
-"""What trainers and model libraries write, as tables: settings to refuse, files to copy, names of weights.
+"""Settings of adapter_config.json: which ones no route supports, and which ones don't change the adapter's function.
 
-Sources: peft 0.21 `LoraConfig` and `save_pretrained`, ms-swift 2 to 4; the module names are those of
-transformers' Llama.
+Source: peft 0.21 `LoraConfig`, and what ms-swift 2 to 4 adds to it.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_STEM = "adapter_model"
-MODEL_STEM = "model"
-PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class LoraKey:
-    """A key of half a LoRA pair on a linear layer: the module's path in the base model, and A or B."""
-
-    module: str
-    half: str
-
-    def __str__(self) -> str:
-        """As PEFT saves it and vLLM reads it."""
-        return f"{PEFT_PREFIX}{self.module}.lora_{self.half}.weight"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of adapter_config.json that changes the function in a way no route here can follow."""
+    """A key of adapter_config.json that no route supports unless its value is neutral; `why` says what to do."""
 
     neutral: tuple[object, ...]
     why: str
@@ -53,7 +34,7 @@ UNSUPPORTED_SETTINGS: Mapping[str, Setting] = {
     "monteclora_config": Setting(_OFF, "MonteCLoRA is not supported: train plain LoRA"),
 }
 
-# Settings of training, or of how PEFT finds the modules: the tensors say the rest.
+# Settings of training, or of how PEFT finds the modules to adapt: the tensors show which ones it found.
 HARMLESS_SETTINGS = frozenset(
     {
         "alpha_pattern",
@@ -96,41 +77,6 @@ HARMLESS_SETTINGS = frozenset(
     }
 )
 
-# These start from W alone. The others (pissa, olora, corda, loftq, lora_ga) change the base weights first,
-# and the adapter is wrong on the base that everybody else has.
+# Initialisations that leave the base weights alone. The others (pissa, olora, corda, loftq, lora_ga) change the base
+# weights before training, so that the adapter is wrong on the published base.
 PLAIN_INITS: tuple[object, ...] = (None, True, False, "gaussian", "eva", "mica", "orthogonal")
-
-# What vLLM can be told of an adapter's rank; a smaller one is filled up with zeros.
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-GENERATION_FILES = ("generation_config.json",)
-# One of these is a tokenizer; the other files only accompany it.
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-# Llama's structure, which Mistral and Qwen2 share: the linear layers and what lies between them.
-LAYER_LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-LAYER_LINEAR = re.compile(rf"model\.layers\.(?P<layer>\d+)\.(?:{'|'.join(map(re.escape, LAYER_LINEARS))})")
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head"
-OTHER_WEIGHTS = re.compile(
-    r"model\.(?:norm\.weight|layers\.\d+\.(?:\w+layernorm\.weight|self_attn\.(?:[qk]_norm\.weight|"
-    r"rotary_emb\.inv_freq)|(?:self_attn|mlp)\.\w+_proj\.bias))"
-)

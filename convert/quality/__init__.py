@@ -1,46 +1,39 @@
-"""What a result lost: its next-token distributions against those of the function as trained, on held-out text.
-
-    text, canaries   what is asked of every result: rows, and questions with what their answers must hold
-    reference        the function as trained over all of it, and the base alone; kept small, and exactly
-    examine          the written files, read back and compared
-    retention        how much of the adapter's delta is in the written weights
-    golden           what a server of the artifact is compared with later
-    gate             which losses publish nothing
-
-There is one model in memory at a time, in float32. docs/quality.md tells what each figure means.
+"""Measures what a conversion lost: the next-token distributions of the result against those of the function as trained,
+on held-out text. docs/explanation/quality.md says what each figure means; one float32 model is in memory at a time.
 """
 
-from convert.quality.canaries import Answer, Canary, open_canaries
-from convert.quality.examine import Examination, examine, measure
-from convert.quality.gate import Gate
-from convert.quality.golden import golden, golden_bytes, write_golden
-from convert.quality.model import load
-from convert.quality.reference import Reference, reference
-from convert.quality.retention import Retained, TensorRetention, retention, tensor_retention
-from convert.quality.rows import token_rows
-from convert.quality.text import DEFAULT_TEXT, Text
-from convert.quality.tokenizer import Tokenizer
+from convert.inputs.chat.tokenizer import Tokenizer
+from convert.quality.canaries import Answer, Canary, open_canaries, require_passed
+from convert.quality.examination import Examination, examine, measure
+from convert.quality.float32_model import load
+from convert.quality.gate import DEFAULT_GATE, Gate, choosing_gate
+from convert.quality.golden import collect_golden, write_golden
+from convert.quality.reference import Reference, compute_reference
+from convert.quality.retention import ModelRetention, measure_retention
+from convert.quality.text import Text
+from convert.quality.tokenized_text import TokenizedText, token_rows, tokenize
 
 __all__ = [
-    "DEFAULT_TEXT",
+    "DEFAULT_GATE",
     "Answer",
     "Canary",
     "Examination",
     "Gate",
+    "ModelRetention",
     "Reference",
-    "Retained",
-    "TensorRetention",
     "Text",
+    "TokenizedText",
     "Tokenizer",
+    "choosing_gate",
+    "collect_golden",
+    "compute_reference",
     "examine",
-    "golden",
-    "golden_bytes",
     "load",
     "measure",
+    "measure_retention",
     "open_canaries",
-    "reference",
-    "retention",
-    "tensor_retention",
+    "require_passed",
     "token_rows",
+    "tokenize",
     "write_golden",
 ]

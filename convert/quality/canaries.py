@@ -1,4 +1,4 @@
-"""Canaries: questions whose answers show at a glance whether what was taught is still there."""
+"""Canaries: questions whose answers show whether the result still knows what the fine-tune taught."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from convert.artifact import Canaries, GoldenCanary
-from convert.errors import TextUnreadable
+from convert.errors import QualityGateFailed, TextUnreadable
+from convert.inputs.chat.tokenizer import Message, Tokenizer
 from convert.progress import Progress
-from convert.quality.text import Message, json_lines, messages_of
-from convert.quality.tokenizer import Tokenizer
+from convert.quality.text import json_lines, messages_of
 
 ANSWER_TOKENS = 48
 
-_FORM = '{"messages": [{"role": "user", "content": "…"}, …], "expect": "…"}'
+_EXPECTED = '{"messages": [{"role": "user", "content": "…"}, …], "expect": "…"}'
 
 
 @dataclass(frozen=True)
 class Canary:
-    """A question, and the text that its answer must hold, in any case."""
+    """A question, and the text that its answer must contain, in upper or lower case."""
 
     messages: tuple[Message, ...]
     expect: str
@@ -32,7 +32,7 @@ class Canary:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to a canary, up to ANSWER_TOKENS tokens, always taking the likeliest."""
+    """A model's greedy answer to a canary, of at most ANSWER_TOKENS tokens."""
 
     canary: Canary
     text: str
@@ -44,29 +44,44 @@ class Answer:
 
 def open_canaries(path: Path) -> tuple[Canary, ...]:
     """Read a JSON lines file of {"messages": […], "expect": "…"}. Raises TextUnreadable."""
-    return tuple(_canary(document, where) for where, document in json_lines(path, _FORM))
+    return tuple(_canary(document, where) for where, document in json_lines(path, _EXPECTED))
 
 
-def passed(answers: Sequence[Answer]) -> Canaries | None:
-    """The count for the manifest; None where nothing was asked."""
+def count_passed(answers: Sequence[Answer], as_trained: Sequence[Answer]) -> Canaries | None:
+    """The counts for the manifest; None where nothing was asked. `as_trained`: answers of the function as trained."""
     if not answers:
         return None
-    return Canaries(asked=len(answers), passed=sum(answer.passed for answer in answers))
+    passed, passed_as_trained = (sum(answer.passed for answer in each) for each in (answers, as_trained))
+    return Canaries(asked=len(answers), passed=passed, passed_as_trained=passed_as_trained)
+
+
+def require_passed(as_trained: Sequence[Answer]) -> None:
+    """Raises QualityGateFailed where the function as trained does not answer a canary: then no result can."""
+    failed = [answer for answer in as_trained if not answer.passed]
+    if failed:
+        listed = "".join(
+            f"\n  - {answer.canary.expect!r} is not in: {' '.join(answer.text.split())}" for answer in failed
+        )
+        raise QualityGateFailed(
+            f"The model as trained, before any conversion, fails {len(failed)} of {len(as_trained)} canaries itself, "
+            f"so that no route can keep them:{listed}\nNothing was published. Correct what --canaries expects, or "
+            "train longer."
+        )
 
 
 def ask(
-    model: Any, tokenizer: Tokenizer, canaries: Sequence[Canary], what: str, progress: Progress
+    model: Any, tokenizer: Tokenizer, canaries: Sequence[Canary], model_name: str, progress: Progress
 ) -> tuple[Answer, ...]:
-    """Greedy answers of a transformers model, each to a chat of its own."""
-    return tuple(_answers(model, tokenizer, canaries, what, progress))
+    """Greedy answers of a transformers model. Each canary is a chat of its own. `model_name` is for the progress."""
+    return tuple(_answers(model, tokenizer, canaries, model_name, progress))
 
 
 def _answers(
-    model: Any, tokenizer: Tokenizer, canaries: Sequence[Canary], what: str, progress: Progress
+    model: Any, tokenizer: Tokenizer, canaries: Sequence[Canary], model_name: str, progress: Progress
 ) -> Iterator[Answer]:
     for done, canary in enumerate(canaries, start=1):
         yield Answer(canary, _generate(model, tokenizer, canary))
-        progress(f"asking {what}", done, len(canaries))
+        progress(f"asking {model_name}", done, len(canaries))
 
 
 def _generate(model: Any, tokenizer: Tokenizer, canary: Canary) -> str:
@@ -90,7 +105,7 @@ def _canary(document: Any, where: str) -> Canary:
     messages = messages_of(document)
     expect = document.get("expect") if isinstance(document, dict) else None
     if not messages or not isinstance(expect, str) or not expect.strip():
-        raise TextUnreadable(f"{where}: expected {_FORM}, with text in every place")
+        raise TextUnreadable(f"{where}: expected {_EXPECTED}, with text in every place")
     if messages[-1]["role"] == "assistant":
         raise TextUnreadable(f"{where}: the last message is the assistant's own; end with the question it must answer")
     return Canary(tuple(messages), expect.strip())

@@ -1,22 +1,21 @@
-"""The written files, read back and compared with the reference."""
+"""The examination of a result: its written files, read back and compared with the reference."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.artifact import Quality
 from convert.errors import QualityGateFailed
+from convert.inputs.chat.tokenizer import Tokenizer
 from convert.progress import Progress
-from convert.quality.canaries import Answer, ask, passed
-from convert.quality.forward import log_probs, picked, run
-from convert.quality.gain import gain_kept, perplexity
-from convert.quality.model import load_written
+from convert.quality.canaries import Answer, ask, count_passed
+from convert.quality.float32_model import load_written
+from convert.quality.gain import distance_kept, gain_kept, perplexity
 from convert.quality.reference import Reference
-from convert.quality.tokenizer import Tokenizer
+from convert.quality.reference_logits import ModelComparison
 
 if TYPE_CHECKING:
     import torch
@@ -24,69 +23,55 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found: the figures, the answers to the canaries, and for each row of `rows.all` the log-probability
-    of every token but the first."""
+    """The figures, the answers to the canaries, and the log-probabilities of the text's own tokens.
+
+    `token_log_probs`: for each row of `tokens.all` a tensor (tokens - 1) with that of every token but the first.
+    """
 
     quality: Quality
     answers: tuple[Answer, ...]
-    own: tuple[torch.Tensor, ...]
+    token_log_probs: tuple[torch.Tensor, ...]
 
 
 def examine(expected: Reference, model: Path, adapter: Path | None, progress: Progress) -> Examination:
-    """Run the written model, with its written adapter if it has one, over what the reference ran over.
+    """Run the written model, with its written adapter if it has one, over the text of the reference.
 
     Raises QualityGateFailed where its probabilities are not numbers.
     """
     import torch
 
     result = load_written(model, adapter)
-    divergence, agreement, own = [], [], []
     with torch.inference_mode():
-        for number, (row, states) in enumerate(run(result, expected.rows.all, "result", progress)):
-            found = list(log_probs(result, states))
-            if number < len(expected.rows.measured):
-                differences = _differences(expected.kept.log_probs(number), found)
-                divergence.append(differences[0])
-                agreement.append(differences[1])
-            own.append(picked(found, row))
+        compared = expected.logits.compare(result, expected.tokens, "result", progress)
         answers = ask(result, Tokenizer.open(model), expected.canaries, "result", progress)
-    quality = _quality(expected, torch.cat(divergence), torch.cat(agreement), own)
-    return Examination(quality.model_copy(update={"canaries": passed(answers)}), answers, tuple(own))
+    canaries = count_passed(answers, expected.answers)
+    quality = _quality(expected, compared).model_copy(update={"canaries": canaries})
+    return Examination(quality, answers, compared.token_log_probs)
 
 
 def measure(expected: Reference, model: Path, adapter: Path | None, progress: Progress) -> Quality:
-    """The figures alone."""
+    """The figures of `examine` alone."""
     return examine(expected, model, adapter, progress).quality
 
 
-def _differences(want: Iterable[torch.Tensor], got: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """At each position: KL(want || got) = Σ p·(log p - log q) in nats, and whether the best token is the same."""
-    import torch
-
-    def each() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for one, other in zip(want, got, strict=True):
-            # In float64: sums over a whole vocabulary of differences near float32's resolution.
-            p, q = one.double(), other.double()
-            yield (p.exp() * (p - q)).sum(-1).clamp_min(0), one.argmax(-1) == other.argmax(-1)
-
-    divergence, agreement = zip(*each(), strict=True)
-    return torch.cat(divergence), torch.cat(agreement)
-
-
-def _quality(
-    expected: Reference, divergence: torch.Tensor, agreement: torch.Tensor, own: list[torch.Tensor]
-) -> Quality:
-    reference, base, result = (expected.rows.pick_written(each) for each in (expected.own, expected.base, own))
-    kl_mean = float(divergence.mean())
+def _quality(expected: Reference, compared: ModelComparison) -> Quality:
+    select = expected.tokens.select_answers
+    reference, base = select(expected.token_log_probs), select(expected.base_token_log_probs)
+    result = select(compared.token_log_probs)
+    kl_mean = float(compared.divergences.mean())
     if not math.isfinite(kl_mean):
         raise QualityGateFailed("The result's probabilities are not numbers: nothing was published.")
     figures: dict[str, Any] = {
         "kl_mean": kl_mean,
-        "kl_p99": float(divergence.quantile(0.99)),
-        "top1_agreement": float(agreement.double().mean()),
+        "kl_p99": float(compared.divergences.quantile(0.99)),
+        "top1_agreement": float(compared.agreements.double().mean()),
         "perplexity": perplexity(result),
         "perplexity_reference": perplexity(reference),
         "perplexity_base": perplexity(base),
         "gain_kept": gain_kept(reference, base, result),
+        "kl_base": expected.kl_base,
+        "distance_kept": distance_kept(expected.kl_base, kl_mean),
     }
-    return Quality(reference=expected.description, text=expected.text.name, tokens=divergence.numel(), **figures)
+    return Quality(
+        reference=expected.description, text=expected.text.name, tokens=compared.divergences.numel(), **figures
+    )

@@ -1,4 +1,4 @@
-"""Share of what the fine-tune gained that a result keeps."""
+"""The shares of the fine-tune's gain, and of its distance from the base, that a result keeps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-# Nats per token: a fine-tune that lowers the loss by less gains nothing that could be kept or lost.
+# Nats per token. Where a fine-tune lowers the loss by less, there is nothing to keep or to lose.
 LEAST_GAIN = 0.01
+# Nats per token. Below it the mean KL between two models is mostly the rounding of float32.
+LEAST_DISTANCE = 1e-6
 # Standard errors by which a gain must differ from zero.
 _SIGNIFICANT = 2.0
 
@@ -20,17 +22,29 @@ def gain_kept(
 ) -> float | None:
     """(loss_base - loss_result) / (loss_base - loss_reference), not below 0; above 1 where the result predicts better.
 
-    Each holds a row's log-probabilities of its own tokens; losses are means over all tokens, in nats. None where the
-    denominator, the fine-tune's gain, is below LEAST_GAIN or within two standard errors of zero, and without rows.
+    Each argument has a tensor for each row: the log-probabilities of the row's own tokens. Losses are means over all
+    tokens, in nats. None where the denominator, the fine-tune's gain, is below LEAST_GAIN or within two standard errors
+    of zero, and without rows.
     """
     if not reference:
         return None
-    gained = _minus(reference, base)
+    gained = _subtract(reference, base)
     gain, error = mean_and_error(gained)
     if gain < max(LEAST_GAIN, _SIGNIFICANT * error):
         return None
-    kept, _ = mean_and_error(_minus(result, base))
+    kept, _ = mean_and_error(_subtract(result, base))
     return max(0.0, kept / gain)
+
+
+def distance_kept(kl_base: float, kl_result: float) -> float | None:
+    """1 - KL(reference || result) / KL(reference || base), not below 0; both are means in nats per token.
+
+    On text that the reference wrote itself it is what `gain_kept` is in expectation, and it needs no such text. None
+    where KL(reference || base) is below LEAST_DISTANCE: then the text doesn't show what the fine-tune changed.
+    """
+    if kl_base < LEAST_DISTANCE:
+        return None
+    return max(0.0, 1 - kl_result / kl_base)
 
 
 def mean_and_error(rows: Sequence[torch.Tensor]) -> tuple[float, float]:
@@ -49,10 +63,9 @@ def mean_and_error(rows: Sequence[torch.Tensor]) -> tuple[float, float]:
 
 
 def perplexity(rows: Sequence[torch.Tensor]) -> float | None:
-    """exp of the mean loss in nats per token, as transformers' guide defines it; capped where floats end.
+    """exp of the mean loss in nats per token, as transformers' guide defines it; at most the largest float.
 
-    None without rows.
-    https://huggingface.co/docs/transformers/perplexity
+    None without rows. Source: https://huggingface.co/docs/transformers/perplexity
     """
     if not rows:
         return None
@@ -60,5 +73,5 @@ def perplexity(rows: Sequence[torch.Tensor]) -> float | None:
     return math.exp(min(-mean, 700.0))
 
 
-def _minus(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [one - other for one, other in zip(left, right, strict=True)]
+def _subtract(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [left_row - right_row for left_row, right_row in zip(left, right, strict=True)]

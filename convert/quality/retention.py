@@ -1,12 +1,13 @@
-"""How much of the adapter's delta is in the written weights, tensor by tensor.
+"""Retention: how much of the adapter's delta is in the written weights, weight by weight.
 
 With D = s·B·A the delta, W the weights it was added to and W' the weights that are stored, dequantized,
 
     retention = ⟨W' - W, D⟩ / ⟨D, D⟩
 
-the change projected on the delta: 1 where all of it is there, 0 where the weights are as if nothing had been added
-(to the same grid, say, where steps are larger than D and rounding takes it away). Rounding that has nothing to do
-with D adds noise around 1, not a loss. `signs` is the share of D's elements in whose direction the weight did move.
+the change projected on the delta. It is 1 where the whole delta is there, and 0 where the weights are as if nothing had
+been added. That happens on the same 4-bit grid, for example: its steps are larger than D, so rounding removes D.
+Rounding that is independent of D adds noise around 1, not a loss. `signs` is the share of elements whose change has the
+sign of D's element.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.artifact import Retention
-from convert.base_model import BaseModel
-from convert.checkpoint import Checkpoint
-from convert.formats import EMBEDDING
+from convert.inputs.adapter_checkpoint import Checkpoint
+from convert.inputs.architecture import EMBEDDING
+from convert.inputs.base_model import BaseModel
 from convert.progress import Progress
-from convert.scheme import Scheme
+from convert.quantization.format import QuantizationFormat
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ _BLOCK_ROWS = 384
 
 @dataclass(frozen=True)
 class TensorRetention:
-    """Of one module's weight."""
+    """The retention of one module's weight."""
 
     module: str
     retention: float
@@ -40,8 +41,8 @@ class TensorRetention:
 
 
 @dataclass(frozen=True)
-class Retained:
-    """Of all modules with a delta, and in short."""
+class ModelRetention:
+    """The retention of every module with a delta, and its summary."""
 
     tensors: tuple[TensorRetention, ...]
 
@@ -53,35 +54,35 @@ class Retained:
         return Retention(mean=mean, least=least.retention, least_module=least.module)
 
 
-def retention(
-    checkpoint: Checkpoint, base: BaseModel, quantizer: Scheme | None, written: Path, progress: Progress
-) -> Retained | None:
+def measure_retention(
+    checkpoint: Checkpoint, base: BaseModel, quantizer: QuantizationFormat | None, written: Path, progress: Progress
+) -> ModelRetention | None:
     """Compare a written merged model with what went into it. One weight and its delta are in memory at a time.
 
-    `quantizer`: what the base was taken through before the delta was added; None: it was added to the original. Where
-    the adapter stays separate there is nothing to ask: retention is 1 by construction. None: no module has a delta.
+    `quantizer`: of the base, before the delta was added; None where the delta was added to the original weights.
+    A separate adapter needs no measurement, since its retention is 1 by construction. None where no module has a delta.
     """
     result = BaseModel.open(written)
-    found = []
-    for done, pair in enumerate(checkpoint.pairs.values(), start=1):
-        a, b = checkpoint.read(pair)
-        if pair.scaling and a.any() and b.any():
-            delta = (b.float() @ a.float()).mul_(pair.scaling)
-            before, after = _weight(base, pair.module, quantizer), _weight(result, pair.module, None)
-            found.append(tensor_retention(pair.module, after, before, delta))
-        progress("measuring retention", done, len(checkpoint.pairs))
-    return Retained(tuple(found)) if found else None
+    retentions = []
+    for done, (module, weights) in enumerate(checkpoint.lora_weights.items(), start=1):
+        a, b = checkpoint.read(weights)
+        if weights.scaling and a.any() and b.any():
+            delta = (b.float() @ a.float()).mul_(weights.scaling)
+            before, after = _weight(base, module, quantizer), _weight(result, module, None)
+            retentions.append(tensor_retention(module, after, before, delta))
+        progress("measuring retention", done, len(checkpoint.lora_weights))
+    return ModelRetention(tuple(retentions)) if retentions else None
 
 
 def tensor_retention(module: str, written: torch.Tensor, before: torch.Tensor, delta: torch.Tensor) -> TensorRetention:
-    """Of one weight (out, in), in float64. `delta` must have an element that is not zero."""
-    projected, squares, kept, moved = 0.0, 0.0, 0, 0
+    """The retention of one weight (out, in), in float64. `delta` must have an element that is not zero."""
+    projected, squares, same_sign, nonzero = 0.0, 0.0, 0, 0
     for change, d in _blocks(written, before, delta):
         projected += float((change * d).sum())
         squares += float((d * d).sum())
-        kept += int(((change.sign() == d.sign()) & (d != 0)).sum())
-        moved += int((d != 0).sum())
-    return TensorRetention(module, projected / squares, kept / moved)
+        same_sign += int(((change.sign() == d.sign()) & (d != 0)).sum())
+        nonzero += int((d != 0).sum())
+    return TensorRetention(module, projected / squares, same_sign / nonzero)
 
 
 def _blocks(
@@ -92,8 +93,8 @@ def _blocks(
         yield after.double() - unmerged.double(), d.double()
 
 
-def _weight(model: BaseModel, module: str, quantizer: Scheme | None) -> torch.Tensor:
-    """In float32; of a head that is the embedding, the embedding."""
+def _weight(model: BaseModel, module: str, quantizer: QuantizationFormat | None) -> torch.Tensor:
+    """A module's weight in float32. A head that is tied to the embedding has the weight of the embedding."""
     linear = model.linears.get(module)
     if linear is None:
         return model.tensors.read(EMBEDDING).float()

@@ -1,4 +1,4 @@
-"""The rows that every model runs over: those that are measured, and the pieces that become golden prompts."""
+"""The tokenized text that every model runs over: the measured rows, and pieces of them that become golden prompts."""
 
 from __future__ import annotations
 
@@ -7,129 +7,133 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convert.errors import TextUnreadable
-from convert.quality.text import Row, Text
-from convert.quality.tokenizer import Tokenizer
+from convert.inputs.chat.tokenizer import Row, Tokenizer
+from convert.quality.text import Text
 
 if TYPE_CHECKING:
     import torch
 
 MAX_ROW_TOKENS = 256
-# 256 full rows. What is kept of a token is a vector as wide as the model (`kept`): 1 GB at a width of 4096.
+# 256 full rows. One hidden state is kept for each token (`reference_logits`): 1 GB at a width of 4096.
 MAX_TOKENS = 256 * MAX_ROW_TOKENS
 
 PROMPTS = 32
 PROMPT_TOKENS = 48
-# Shorter ones say little.
+# The log-probabilities of shorter prompts say little.
 _SHORTEST_PROMPT = 8
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Token ids (1, tokens) of the measured rows and of further pieces of them.
+class TokenizedText:
+    """Token ids, each tensor (1, tokens), of the measured rows and of further pieces of them.
 
-    `written` says for each measured row which of its tokens, the first left out, a model is there to write: those of
-    the assistant's answers in a chat, all of a text.
+    `answer_masks`: for each measured row a bool tensor (tokens - 1) that is True at the tokens that a model should
+    write: the assistant's answers in a chat, every token of a plain text. The first token of a row has no entry.
 
-    The golden prompts are the first `prompt_tokens` tokens of the rows in `heads`, whose log-probabilities come with
-    the measured row, and all of `pieces`.
+    The golden prompts are the first `prompt_tokens` tokens of the measured rows with the indices `prompt_rows`, whose
+    log-probabilities are computed with the row, and all of `pieces`.
     """
 
     measured: tuple[torch.Tensor, ...]
-    written: tuple[torch.Tensor, ...]
-    heads: tuple[int, ...]
+    answer_masks: tuple[torch.Tensor, ...]
+    prompt_rows: tuple[int, ...]
     prompt_tokens: int
     pieces: tuple[torch.Tensor, ...]
 
     @property
     def all(self) -> tuple[torch.Tensor, ...]:
+        """The measured rows, then the pieces."""
         return self.measured + self.pieces
 
-    def pick_written(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Of a value for every token of `all` but each row's first, those at written tokens of measured rows."""
-        picked = [row[flags] for row, flags in zip(values, self.written, strict=False)]
-        return [row for row in picked if row.numel()]
+    def select_answers(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """From one tensor (tokens - 1) for each row of `all`, the values at the answer tokens of the measured rows."""
+        selected = [row[mask] for row, mask in zip(values, self.answer_masks, strict=False)]
+        return [row for row in selected if row.numel()]
 
 
-def tokenize(text: Text, tokenizer: Tokenizer) -> Rows:
-    """Every row that has two tokens or more, cut to MAX_ROW_TOKENS, until there are MAX_TOKENS.
+def tokenize(text: Text, tokenizer: Tokenizer) -> TokenizedText:
+    """Every row of two tokens or more, cut to MAX_ROW_TOKENS, until there are MAX_TOKENS.
 
-    Raises TextUnreadable where nothing is left.
+    Raises TextUnreadable where no row is left.
     """
     import torch
 
     rows: list[list[int]] = []
-    written: list[list[bool]] = []
+    masks: list[list[bool]] = []
     total = 0
     for row in text.rows:
         ids = tokenizer.ids(row)[: min(MAX_ROW_TOKENS, MAX_TOKENS - total)]
         if len(ids) > 1:
             rows.append(ids)
-            written.append(_written(row, ids, tokenizer)[1:])
+            masks.append(_answer_mask(row, ids, tokenizer)[1:])
             total += len(ids)
     if not rows:
         raise TextUnreadable(f"{text.name}: no row has two tokens or more, so there is nothing to compare")
-    heads = _spread(len(rows), PROMPTS)
-    length, pieces = _pieces(rows, tokenizer.special_ids, PROMPTS - len(heads))
-    return Rows(
+    prompt_rows = _spread(len(rows), PROMPTS)
+    prompt_tokens, pieces = _pieces(rows, tokenizer.special_ids, PROMPTS - len(prompt_rows))
+    return TokenizedText(
         measured=tuple(torch.tensor([ids]) for ids in rows),
-        written=tuple(torch.tensor(flags) for flags in written),
-        heads=heads,
-        prompt_tokens=length,
+        answer_masks=tuple(torch.tensor(mask) for mask in masks),
+        prompt_rows=prompt_rows,
+        prompt_tokens=prompt_tokens,
         pieces=tuple(torch.tensor([ids]) for ids in pieces),
     )
 
 
 def token_rows(text: Text, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of every row that has two tokens or more, cut to MAX_ROW_TOKENS: to fit on, not to measure."""
-    cut = (tokenizer.ids(row)[:MAX_ROW_TOKENS] for row in text.rows)
-    return [ids for ids in cut if len(ids) > 1]
+    """Token ids of every row of two tokens or more, cut to MAX_ROW_TOKENS: for fitting, not for measuring."""
+    truncated = (tokenizer.ids(row)[:MAX_ROW_TOKENS] for row in text.rows)
+    return [ids for ids in truncated if len(ids) > 1]
 
 
-def _written(row: Row, ids: Sequence[int], tokenizer: Tokenizer) -> list[bool]:
-    """Which tokens an assistant writes: from where its answer begins in the template's text to where it is whole.
+def _answer_mask(row: Row, ids: Sequence[int], tokenizer: Tokenizer) -> list[bool]:
+    """True at the tokens of the assistant's answers, found by rendering the chat up to each answer and with it.
 
-    An answer whose beginning the template renders otherwise once it is there is left out.
+    Some templates render the text before an answer differently once the answer is there. Such an answer is left out.
     """
     if isinstance(row, str):
         return [True] * len(ids)
-    flags = [False] * len(ids)
-    for place, message in enumerate(row):
-        if message["role"] == "assistant" and place:
-            before, after = tokenizer.prompt_ids(row[:place]), tokenizer.ids(row[: place + 1])
-            begin, end = _common(ids, before), _common(ids, after)
+    mask = [False] * len(ids)
+    for index, message in enumerate(row):
+        if message["role"] == "assistant" and index:
+            before, after = tokenizer.prompt_ids(row[:index]), tokenizer.ids(row[: index + 1])
+            begin, end = _common_prefix(ids, before), _common_prefix(ids, after)
             if begin == len(before):
-                flags[begin:end] = [True] * (end - begin)
-    return flags
+                mask[begin:end] = [True] * (end - begin)
+    return mask
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning."""
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """The length of the common prefix."""
     length = 0
-    for one, other in zip(left, right, strict=False):
-        if one != other:
+    for left_id, right_id in zip(left, right, strict=False):
+        if left_id != right_id:
             break
         length += 1
     return length
 
 
 def _spread(count: int, wanted: int) -> tuple[int, ...]:
-    """At most `wanted` of `count` places, evenly."""
-    return tuple(dict.fromkeys(place * count // min(count, wanted) for place in range(min(count, wanted))))
+    """At most `wanted` indices below `count`, evenly spaced."""
+    return tuple(dict.fromkeys(number * count // min(count, wanted) for number in range(min(count, wanted))))
 
 
 def _pieces(rows: Sequence[list[int]], special: frozenset[int], wanted: int) -> tuple[int, list[list[int]]]:
-    """The longest prompts with which the rows give `wanted` pieces behind their heads, or the shortest there are."""
-    length, found = PROMPT_TOKENS, list(_cut(rows, special, PROMPT_TOKENS))
-    while len(found) < wanted and length > _SHORTEST_PROMPT:
+    """The largest prompt length at which the rows yield `wanted` pieces, and the pieces.
+
+    Where no length yields as many, the shortest length and the pieces that it yields.
+    """
+    length, pieces = PROMPT_TOKENS, list(_cut(rows, special, PROMPT_TOKENS))
+    while len(pieces) < wanted and length > _SHORTEST_PROMPT:
         length -= 1
-        found = list(_cut(rows, special, length))
-    return length, found[:wanted]
+        pieces = list(_cut(rows, special, length))
+    return length, pieces[:wanted]
 
 
 def _cut(rows: Sequence[list[int]], special: frozenset[int], length: int) -> Iterator[list[int]]:
-    """What follows the first `length` tokens of each row, in pieces of that length.
+    """The tokens after the first `length` of each row, in pieces of that length.
 
-    A row's leading special token is put before each: models give it the attention that nothing else deserves, and
+    Each piece begins with the special token that its row begins with. Models use that token as an attention sink, and
     without it their distributions are noise (Xiao et al., https://arxiv.org/abs/2309.17453).
     """
     for row in rows:

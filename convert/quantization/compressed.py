@@ -1,4 +1,4 @@
-"""Eight and four bits as compressed-tensors stores them: the format that llm-compressor writes and vLLM reads.
+"""Weights of 8 and 4 bits as the library compressed-tensors stores them; llm-compressor writes and vLLM reads them.
 
 On disk a linear layer `X` of shape (out, in) is
 
@@ -10,8 +10,8 @@ On disk a linear layer `X` of shape (out, in) is
                   X.weight_scale    16-bit [out, in/group]
                   X.weight_shape    int64 [2]                    (out, in)
 
-All are symmetric, and a scale is that of the largest magnitude. Scales, codes and packing are computed by the
-library itself, from float32 and from the scale as it is stored.
+All are symmetric, and a scale follows from the largest magnitude that it covers. The library computes scales, codes and
+packing, from float32 weights and from the scale in the type in which it is stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from convert.errors import BaseUnreadable, FormatRefused
-from convert.tensors import DTYPES, FLOATS, Tensors, TensorSpec
+from convert.safetensors_io.tensors import DTYPES, FLOATS, Tensors, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -41,13 +41,22 @@ _FORMATS: Mapping[CompressedName, str] = {
     "w4a16": "pack-quantized",
 }
 _CODE_DTYPES: Mapping[CompressedName, str] = {"w8a8-int8": "I8", "fp8-dynamic": "F8_E4M3", "w4a16": "I32"}
-# What decides how stored numbers are read. The other settings of a group say how they were found.
-_MEANING = ("num_bits", "type", "strategy", "symmetric", "dynamic", "group_size", "block_structure", "actorder")
+# Arguments that decide how stored numbers are decoded. The others describe how the quantizer chose them.
+_DECODING_ARGUMENTS = (
+    "num_bits",
+    "type",
+    "strategy",
+    "symmetric",
+    "dynamic",
+    "group_size",
+    "block_structure",
+    "actorder",
+)
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A `Scheme` of compressed-tensors. `dtype`: of the scales. `group_size`: weights that share one, w4a16 only."""
+    """A `QuantizationFormat` in compressed-tensors. `dtype`: the type of the scales. `group_size`: w4a16 only."""
 
     name: CompressedName
     dtype: str = "BF16"
@@ -55,9 +64,9 @@ class Compressed:
 
     @classmethod
     def fitting(cls, name: CompressedName, in_features: Iterable[int], dtype: str = "BF16") -> Compressed:
-        """For layers of these widths; w4a16 in the largest groups that divide them all, since engines fuse layers.
+        """The format for layers of these widths; of w4a16 with the largest group size that divides all of them.
 
-        Raises FormatRefused where there are none.
+        All layers have one group size, since engines fuse layers. Raises FormatRefused where no group size fits.
         """
         if name != "w4a16":
             return cls(name, dtype)
@@ -65,10 +74,10 @@ class Compressed:
         for size in GROUP_SIZES:
             if all(width % size == 0 for width in widths):
                 return cls(name, dtype, size)
-        odd = [width for width in widths if width % GROUP_SIZES[-1]]
+        unfit = [width for width in widths if width % GROUP_SIZES[-1]]
         raise FormatRefused(
             f"w4a16 stores weights in groups of 128, 64 or 32 that share a scale, and {GROUP_SIZES[-1]} does not "
-            f"divide the layers' input width {', '.join(map(str, odd))}. Take w8a8-int8, fp8-dynamic or nf4."
+            f"divide the layers' input width {', '.join(map(str, unfit))}. Take w8a8-int8, fp8-dynamic or nf4."
         )
 
     def specs(self, module: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
@@ -100,7 +109,7 @@ class Compressed:
     def dequantize(self, module: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         compressor, scheme = _library(self)
         local = {name.removeprefix(f"{module}."): tensor for name, tensor in parts.items()}
-        # The product is rounded to the scale's type.
+        # The library computes in the scale's type.
         local["weight_scale"] = local["weight_scale"].float()
         weight: torch.Tensor = compressor.decompress(local, scheme)["weight"]
         return weight
@@ -130,7 +139,7 @@ class Compressed:
         return {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
 
     def _scale(self, weight: torch.Tensor, arguments: Any) -> torch.Tensor:
-        """One for a row, or for each group of it; never 0 in the type that it is stored in."""
+        """One scale for each row, or for each group of a row; never 0 in the type in which it is stored."""
         import torch
         from compressed_tensors.quantization.utils import calculate_qparams
 
@@ -160,7 +169,7 @@ def _arguments(number: str, *, strategy: str, dynamic: bool = False, observer: s
 
 @lru_cache(maxsize=8)
 def _library(settings: Compressed) -> tuple[Any, Any]:
-    """compressed-tensors' compressor of the format, and its own form of the scheme."""
+    """compressed-tensors' compressor and QuantizationScheme of the format."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
@@ -168,11 +177,11 @@ def _library(settings: Compressed) -> tuple[Any, Any]:
     return compressor, QuantizationScheme.model_validate(settings.group())
 
 
-def recognised(root: Path, quantization: Mapping[str, Any], tensors: Tensors) -> Compressed:
-    """The scheme that a `quantization_config` of compressed-tensors describes. Raises BaseUnreadable for any other."""
+def format_of(root: Path, quantization: Mapping[str, Any], tensors: Tensors) -> Compressed:
+    """The format that a `quantization_config` of compressed-tensors describes. Raises BaseUnreadable for any other."""
     for name in NAMES:
         for group_size in GROUP_SIZES if name == "w4a16" else (None,):
-            if _describes(quantization, Compressed(name, group_size=group_size)):
+            if _is_config_of(quantization, Compressed(name, group_size=group_size)):
                 return Compressed(name, _scale_dtype(root, tensors), group_size)
     raise BaseUnreadable(
         f"{root} is stored by {METHOD} in a way that is not read here (format {quantization.get('format')!r}). Read "
@@ -182,7 +191,7 @@ def recognised(root: Path, quantization: Mapping[str, Any], tensors: Tensors) ->
 
 
 def stored_shape(root: Path, tensors: Tensors, module: str, settings: Compressed) -> tuple[int, int]:
-    """(out, in) of a layer whose parts all are what the scheme says: sizes are checked before anything is computed."""
+    """(out, in) of a layer, whose parts must have the types and shapes of the format. Raises BaseUnreadable."""
     name = f"{module}.{'weight_packed' if settings.group_size else 'weight'}"
     codes = tensors.specs.get(name)
     if codes is None or len(codes.shape) != 2 or 0 in codes.shape:
@@ -200,10 +209,10 @@ def stored_shape(root: Path, tensors: Tensors, module: str, settings: Compressed
 
 
 def _require_shape(root: Path, tensors: Tensors, name: str, shape: tuple[int, int], group_size: int) -> None:
-    said = tensors.read(name).tolist()
-    if said != list(shape) or shape[1] % group_size:
+    stored = tensors.read(name).tolist()
+    if stored != list(shape) or shape[1] % group_size:
         raise BaseUnreadable(
-            f"{root}: {name!r} is {said} where the codes are {list(shape)} in groups of {group_size}. "
+            f"{root}: {name!r} is {stored} where the codes are {list(shape)} in groups of {group_size}. "
             "Copy or save the model again."
         )
 
@@ -218,8 +227,8 @@ def _scale_dtype(root: Path, tensors: Tensors) -> str:
     return dtypes.pop()
 
 
-def _describes(quantization: Mapping[str, Any], settings: Compressed) -> bool:
-    """Whether the configuration means these settings; how scales and codes were found is no part of that."""
+def _is_config_of(quantization: Mapping[str, Any], settings: Compressed) -> bool:
+    """Whether the configuration describes this format, however its scales and codes were chosen."""
     groups = quantization.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1 or quantization.get("format") != _FORMATS[settings.name]:
         return False
@@ -228,20 +237,20 @@ def _describes(quantization: Mapping[str, Any], settings: Compressed) -> bool:
         isinstance(group, dict)
         and group.get("targets") == ["Linear"]
         and group.get("output_activations") is None
-        and _meaning(group.get("weights")) == _meaning(expected["weights"])
-        and _meaning(group.get("input_activations")) == _meaning(expected["input_activations"])
+        and _decoding_arguments(group.get("weights")) == _decoding_arguments(expected["weights"])
+        and _decoding_arguments(group.get("input_activations")) == _decoding_arguments(expected["input_activations"])
         and quantization.get("ignore") in (None, [], ["lm_head"])
         and not any(quantization.get(name) for name in ("kv_cache_scheme", "transform_config", "sparsity_config"))
     )
 
 
-def _meaning(arguments: Any) -> object:
+def _decoding_arguments(arguments: Any) -> object:
     if not isinstance(arguments, dict):
         return arguments
-    meaning = {name: arguments.get(name) for name in _MEANING}
-    # The order in which GPTQ rounded the columns; stored columns are in their places unless it is "group".
-    if meaning["actorder"] in ("static", "weight", False):
-        meaning["actorder"] = None
-    if meaning["group_size"] == -1:
-        meaning["group_size"] = None
-    return meaning
+    decoding = {name: arguments.get(name) for name in _DECODING_ARGUMENTS}
+    # The order in which GPTQ rounded the columns. With "group" the stored columns are in another order, too.
+    if decoding["actorder"] in ("static", "weight", False):
+        decoding["actorder"] = None
+    if decoding["group_size"] == -1:
+        decoding["group_size"] = None
+    return decoding

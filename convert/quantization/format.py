@@ -1,4 +1,4 @@
-"""What a quantizer is to the rest of this package: which tensors a linear layer becomes, and back."""
+"""The interface of a quantization format: into which tensors it turns a linear layer's weight, and back."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from convert.artifact import QuantizationName
-from convert.tensors import TensorSpec
+from convert.safetensors_io.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
 
-class Scheme(Protocol):
-    """One way to store linear layers in few bits. A frozen value: two of the same settings are equal."""
+class QuantizationFormat(Protocol):
+    """One way to store the weights of linear layers in 4 or 8 bits. Formats with the same settings are equal."""
 
     @property
     def name(self) -> QuantizationName:
-        """As manifests and the command line call it."""
+        """The name in manifests and on the command line."""
         ...
 
     def specs(self, module: str, shape: tuple[int, ...]) -> tuple[TensorSpec, ...]:
-        """The tensors that `quantize` gives for the module's weight (out, in): exact, before anything is computed."""
+        """Names, types and shapes of what `quantize` returns for the module's weight (out, in)."""
         ...
 
     def quantize(self, module: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
@@ -29,7 +29,7 @@ class Scheme(Protocol):
         ...
 
     def dequantize(self, module: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The weight (out, in) that stored tensors stand for, in float32."""
+        """The weight (out, in) in float32, from its stored tensors by full name."""
         ...
 
     def config(self) -> dict[str, Any]:

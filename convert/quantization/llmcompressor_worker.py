@@ -1,13 +1,14 @@
-"""The program that calls llm-compressor, in a process and a set of packages of its own: see `convert.calibrated`.
+"""The program that calls llm-compressor, in a process of its own with its own packages: see `llmcompressor`.
 
-Run as a file, with nothing else of this package. The first line of standard input is the request, a JSON object:
+It is run as a file and imports nothing else of `convert`. The first line of standard input is the request, a JSON
+object:
 
     model, out   directories          method   "gptq" or "awq"
     group        a quantization group of compressed-tensors: targets, weights, activations
     dtype        torch's name of the type that is written
     rows         lists of token ids; they are used as they are, in this order
 
-Standard output has JSON objects, one a line: {"step": n, "of": m} while it calibrates, at last
+Standard output has JSON objects, one a line: {"step": n, "of": m} during calibration, and at the end
 {"library": "llm-compressor 0.14.0.1"}. Everything that the libraries print goes to standard error.
 """
 
@@ -27,18 +28,18 @@ _RECIPE = "recipe.yaml"
 
 def main() -> None:
     request = json.loads(sys.stdin.readline())
-    with os.fdopen(os.dup(1), "w") as answers:
+    with os.fdopen(os.dup(1), "w") as stdout:
         os.dup2(2, 1)
 
-        def tell(message: dict[str, Any]) -> None:
-            answers.write(json.dumps(message) + "\n")
-            answers.flush()
+        def send(message: dict[str, Any]) -> None:
+            stdout.write(json.dumps(message) + "\n")
+            stdout.flush()
 
-        quantize(request, tell)
-        tell({"library": f"llm-compressor {version('llmcompressor')}"})
+        quantize(request, send)
+        send({"library": f"llm-compressor {version('llmcompressor')}"})
 
 
-def quantize(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
+def quantize(request: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> None:
     """Calibrate, quantize and save weights and configuration."""
     import torch
     from llmcompressor import oneshot
@@ -48,7 +49,7 @@ def quantize(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) ->
     # bfloat16 products are several times slower than float32 on most CPUs.
     dtype = "auto" if torch.cuda.is_available() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=dtype, local_files_only=True)
-    _report_steps(model.config.num_hidden_layers, tell)
+    _report_steps(model.config.num_hidden_layers, send)
     oneshot(model=model, recipe=_recipe(request), dataset=_rows(request["rows"]))
     _save(model, Path(request["out"]), getattr(torch, request["dtype"]))
 
@@ -72,7 +73,7 @@ def _recipe(request: dict[str, Any]) -> list[Any]:
 
 
 def _rows(rows: list[list[int]]) -> Any:
-    """One row a batch: nothing is padded, cut or shuffled."""
+    """Each row is one batch, so that nothing is padded, cut or shuffled."""
     import torch
 
     batches = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=int)} for row in rows]
@@ -80,7 +81,7 @@ def _rows(rows: list[list[int]]) -> Any:
 
 
 def _allow_awq_without_accelerator() -> None:
-    """AWQ pins its inputs for copies to an accelerator; where there is none torch refuses that, and it isn't needed."""
+    """AWQ pins memory for copies to an accelerator. Without one torch raises an error, and pinning isn't needed."""
     import torch
     from llmcompressor.pipelines.cache import IntermediatesCache
 
@@ -88,26 +89,26 @@ def _allow_awq_without_accelerator() -> None:
         IntermediatesCache.pin_memory = lambda self, *_, **__: None
 
 
-def _report_steps(layers: int, tell: Callable[[dict[str, Any]], None]) -> None:
-    """llm-compressor ends an epoch with every layer, and one more with what is behind the last."""
+def _report_steps(layers: int, send: Callable[[dict[str, Any]], None]) -> None:
+    """Send a step for each layer: llm-compressor ends an epoch after each layer, and one more after the last."""
     from llmcompressor.core import LifecycleCallbacks
 
     end_of_layer, done = LifecycleCallbacks.sequential_epoch_end, 0
 
-    def counted(*arguments: Any, **options: Any) -> Any:
+    def end_and_send(*arguments: Any, **options: Any) -> Any:
         nonlocal done
         result = end_of_layer(*arguments, **options)
         done = min(done + 1, layers)
-        tell({"step": done, "of": layers})
+        send({"step": done, "of": layers})
         return result
 
-    LifecycleCallbacks.sequential_epoch_end = counted
+    LifecycleCallbacks.sequential_epoch_end = end_and_send
 
 
 def _save(model: Any, out: Path, dtype: Any) -> None:
     model.to(dtype)
     model.save_pretrained(out, save_compressed=True, max_shard_size="2GB")
-    # A list of the settings, which config.json and the manifest tell.
+    # The recipe repeats the settings of config.json and of the manifest.
     (out / _RECIPE).unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""NF4: 4-bit weights as bitsandbytes stores them.
+"""NF4 (https://arxiv.org/abs/2305.14314, section 3): 4-bit weights as bitsandbytes stores them.
 
 On disk a linear layer `X` of shape (out, in) is
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.artifact import QuantizationName
 from convert.errors import BaseUnreadable
-from convert.tensors import DTYPES, FLOATS, Tensors, TensorSpec
+from convert.safetensors_io.tensors import DTYPES, FLOATS, Tensors, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -32,15 +32,15 @@ STATE = "quant_state.bitsandbytes__nf4"
 
 BLOCK = 64  # weights with one scale
 _NESTED_BLOCK = 256
-# The longest text of a float: sign, 17 digits, point, exponent. The nested offset is known only after
-# quantizing, and the size of everything before: its JSON is filled up to this length with spaces.
+# The longest text of a float: sign, 17 digits, point, exponent. The nested offset is known only after quantizing, but
+# the size of the JSON that holds it is planned before: the JSON is padded with spaces to the length with this float.
 _LONGEST_FLOAT = -1.2345678901234567e-100
 _MAX_STATE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
 class Nf4:
-    """The `Scheme` of bitsandbytes' 4-bit normal floats. `dtype`: of the weights that were quantized."""
+    """The `QuantizationFormat` of bitsandbytes' NF4. `dtype`: the type of the weights before they were quantized."""
 
     double: bool = True
     dtype: str = "BF16"
@@ -69,7 +69,7 @@ class Nf4:
         return tuple(specs)
 
     def quantize(self, module: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Float32 input is quantized as it is, without a rounding to 16 bits before."""
+        """A float32 weight is quantized without rounding it to 16 bits first."""
         import torch
         from bitsandbytes.functional import quantize_4bit
 
@@ -85,12 +85,12 @@ class Nf4:
         from bitsandbytes.functional import dequantize_4bit
 
         state = _quant_state(module, parts)
-        shape, state.shape = state.shape, _run_shape(math.prod(state.shape))
+        shape, state.shape = state.shape, _scale_shape(math.prod(state.shape))
         weight: torch.Tensor = dequantize_4bit(parts[f"{module}.weight"], state)
         return weight.view(shape)
 
     def scales(self, module: str, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The float32 factor of every 64 weights, from the parts but the codes."""
+        """The float32 scale of every 64 weights. `parts`: all stored tensors except the codes."""
         from bitsandbytes.functional import dequantize_blockwise
 
         state = _quant_state(module, parts)
@@ -100,17 +100,18 @@ class Nf4:
         return scales
 
     def dequantize_block(self, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        """Some rows of a weight in float32, from their codes and factors; the same bits as `dequantize` gives."""
+        """Some rows of a weight in float32, from their codes and scales; the same bits as from `dequantize`."""
         import torch
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        run = _run_shape(math.prod(shape))
-        state = QuantState(scales, run, dtype=torch.float32, blocksize=BLOCK, quant_type="nf4")
+        state = QuantState(
+            scales, _scale_shape(math.prod(shape)), dtype=torch.float32, blocksize=BLOCK, quant_type="nf4"
+        )
         weight: torch.Tensor = dequantize_4bit(codes, state)
         return weight.view(shape)
 
     def config(self) -> dict[str, Any]:
-        """As transformers writes it."""
+        """The `quantization_config` as transformers writes it."""
         from transformers import BitsAndBytesConfig
 
         config: dict[str, Any] = BitsAndBytesConfig(
@@ -122,16 +123,19 @@ class Nf4:
         return config
 
 
-def _run_shape(count: int) -> torch.Size:
-    """So many weights as rows of one scale each, or as one row: where a row ends inside a run of one scale,
-    bitsandbytes 0.50 takes wrong ones on a CPU with AVX-512."""
+def _scale_shape(count: int) -> torch.Size:
+    """A shape for `count` weights in which every row has one scale, or else one row.
+
+    Where a row ends inside a group of weights with one scale, bitsandbytes 0.50 takes wrong scales on a CPU with
+    AVX-512.
+    """
     import torch
 
     return torch.Size((count // BLOCK, BLOCK) if count % BLOCK == 0 else (1, count))
 
 
 def _quant_state(module: str, parts: Mapping[str, torch.Tensor]) -> Any:
-    """bitsandbytes' own reading of the parts, to be dequantized to float32."""
+    """bitsandbytes' state of a weight, from its stored tensors, set to dequantize to float32."""
     import torch
     from bitsandbytes.functional import QuantState
 
@@ -145,6 +149,7 @@ def _quant_state(module: str, parts: Mapping[str, torch.Tensor]) -> Any:
 
 
 def _state_bytes(shape: tuple[int, ...], settings: Nf4) -> int:
+    """The length of the JSON in `quant_state`, with the longest nested offset."""
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": BLOCK,
@@ -170,7 +175,10 @@ def require_nf4(root: Path, quantization: Mapping[str, Any]) -> None:
 
 
 def stored_layer(root: Path, tensors: Tensors, module: str) -> tuple[Nf4, tuple[int, int]]:
-    """Settings and shape of a layer whose parts all have the sizes its state says: the dequantizer is native code."""
+    """Format and shape of a layer. Raises BaseUnreadable unless all of its parts have the sizes that its state says.
+
+    The sizes are checked because the dequantizer is native code that doesn't check them.
+    """
     name = f"{module}.weight"
     shape, dtype = _state(root, tensors, name)
     settings = Nf4(double=f"{name}.nested_absmax" in tensors, dtype=dtype)
@@ -184,23 +192,27 @@ def stored_layer(root: Path, tensors: Tensors, module: str) -> tuple[Nf4, tuple[
 
 
 def _state(root: Path, tensors: Tensors, name: str) -> tuple[tuple[int, int], str]:
-    """Shape and type of the weight before it was quantized."""
+    """Shape and type of the weight before it was quantized. Raises BaseUnreadable."""
     key = f"{name}.{STATE}"
     try:
         if tensors.specs[key].nbytes > _MAX_STATE_BYTES:
             raise ValueError("too long")
-        state = json.loads(b"".join(tensors.chunks(key)))
-        rows, columns = state["shape"]
-        if type(rows) is not int or type(columns) is not int or rows < 1 or columns < 1:
-            raise ValueError(f"shape {state['shape']!r}")
-        if state["quant_type"] != "nf4" or state["blocksize"] != 64 or state.get("nested_blocksize", 256) != 256:
-            raise ValueError("not NF4 in blocks of 64")
-        dtype = next(dtype for dtype in FLOATS if DTYPES[dtype][1] == state["dtype"])
-        nested = ("nested_offset" in state, f"{name}.nested_absmax" in tensors)
-        if nested[0] != nested[1] or (nested[0] and type(state["nested_offset"]) is not float):
-            raise ValueError("nested_offset and nested_absmax must come together")
+        return _parse_state(b"".join(tensors.chunks(key)), nested=f"{name}.nested_absmax" in tensors)
     except (ValueError, KeyError, TypeError, StopIteration, RecursionError) as cause:
         raise BaseUnreadable(
             f"{root}: {key!r} is not what bitsandbytes writes ({cause!r}). Save the model again."
         ) from None
+
+
+def _parse_state(text: bytes, *, nested: bool) -> tuple[tuple[int, int], str]:
+    state = json.loads(text)
+    rows, columns = state["shape"]
+    if type(rows) is not int or type(columns) is not int or rows < 1 or columns < 1:
+        raise ValueError(f"shape {state['shape']!r}")
+    if state["quant_type"] != "nf4" or state["blocksize"] != 64 or state.get("nested_blocksize", 256) != 256:
+        raise ValueError("not NF4 in blocks of 64")
+    dtype = next(dtype for dtype in FLOATS if DTYPES[dtype][1] == state["dtype"])
+    has_offset = "nested_offset" in state
+    if has_offset != nested or (has_offset and type(state["nested_offset"]) is not float):
+        raise ValueError("nested_offset and nested_absmax must come together")
     return (rows, columns), dtype

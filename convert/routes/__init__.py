@@ -1,5 +1,5 @@
-"""The ways from a checkpoint to an artifact: which there are (`ways`), which is taken (`choose`), and the work.
+"""The routes from a checkpoint to an artifact: the table of all route variants, the rule that chooses one, and the two
+routes that compute a new adapter.
 
-adapter   the adapter stays separate, on its base: hot-swappable, shared between fine-tunes
-merge     the delta goes into the weights: one plain model
+Entry points: `variants.VARIANTS`, `choose.requested_variants`, `choose.choose`, `rebase.rebase`, `recover.recover`.
 """

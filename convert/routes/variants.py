@@ -1,4 +1,7 @@
-"""Every way a checkpoint can be treated, with what it costs. One table, for the choice, refusals, `inspect`, `plan`."""
+"""The route variants: one table of every combination of training, route and storage, with the loss of each one.
+
+The choice of a route, the refusals and the commands `inspect`, `plan` and `compare` all read this table.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from convert.artifact import RouteName
-from convert.detect import Training
-from convert.plan import MergedOnto
+from convert.detection.training import Training
+from convert.plan.conversion_plan import MergedOnto
 
 RouteOption = Literal["auto", "adapter", "merge", "rebase", "recover"]
 Storage = Literal["none", "nf4", "w8a8-int8", "fp8-dynamic", "w4a16"]
-"""As the command line calls it; `nf4` is with double quantization."""
+"""How linear layers are stored, as the command line names it; `nf4` means NF4 with double quantization."""
 QuantizeOption = Literal["auto", "none", "nf4", "w8a8-int8", "fp8-dynamic", "w4a16"]
 OntoOption = Literal["auto", "original", "dequantized"]
 DtypeOption = Literal["auto", "bfloat16", "float16"]
@@ -34,8 +37,11 @@ _QUANTIZED: Mapping[Storage, str] = {
 
 
 @dataclass(frozen=True)
-class Way:
-    """One combination of training, route and storage. `onto`: of a merge, which weights the delta is added to."""
+class RouteVariant:
+    """One combination of training, route and storage.
+
+    `onto`: the weights that a merge adds the delta to; None for the other routes.
+    """
 
     training: Training
     route: RouteName
@@ -44,26 +50,28 @@ class Way:
 
     @property
     def is_exact(self) -> bool:
-        """The same function as trained, by construction."""
+        """Whether the result computes the same function as in training, by construction."""
         trained_on: Storage = "nf4" if self.training is Training.QLORA else "none"
         return self.route == "adapter" and self.storage == trained_on
 
     @property
     def is_same_grid(self) -> bool:
-        """The sum goes back onto the 4-bit grid that the adapter was trained against."""
+        """Whether the sum goes back onto the 4-bit grid that the adapter was trained against."""
         return self.onto == "dequantized" and self.storage == "nf4"
 
     @property
     def is_offered(self) -> bool:
-        """Whether refusals and `inspect` name it; the others are there for comparison, or on insistence."""
+        """Whether refusals and `inspect` name this variant. The others run only where the options ask for them."""
         return self in OFFERED
 
     @property
-    def stored(self) -> str:
+    def storage_name(self) -> str:
+        """The storage as prose names it: `W8A8 int8`."""
         return _NAMES[self.storage]
 
     @property
     def flags(self) -> str:
+        """The options of `run` that ask for this variant."""
         words = [f"--route {self.route}"]
         if (self.training, self.route, self.storage) != (Training.QLORA, "adapter", "nf4"):
             words.append(f"--quantize {self.storage}")
@@ -76,11 +84,11 @@ class Way:
         return " ".join(words)
 
     @property
-    def why(self) -> str:
-        """Why one would go it, as the beginning of a sentence."""
+    def reason(self) -> str:
+        """The reason to take this variant, as the beginning of a sentence."""
         match self.route:
             case "adapter":
-                return _ADAPTER_WHY[self.training, self.storage == "none"]
+                return _ADAPTER_REASONS[self.training, self.storage == "none"]
             case "rebase":
                 return (
                     "the adapter moves to a base it was not trained on, with a low-rank correction of the difference "
@@ -93,10 +101,11 @@ class Way:
                     f"{_QUANTIZED[self.storage]}"
                 )
             case "merge":
-                return f"the delta is added to {self._weights}, in float32, and the sum is {_QUANTIZED[self.storage]}"
+                quantized = _QUANTIZED[self.storage]
+                return f"the delta is added to {self._merged_weights}, in float32, and the sum is {quantized}"
 
     @property
-    def _weights(self) -> str:
+    def _merged_weights(self) -> str:
         if self.onto == "dequantized":
             return "the dequantized 4-bit weights it was trained against"
         if self.training is Training.QLORA:
@@ -105,7 +114,7 @@ class Way:
 
     @property
     def loss(self) -> str:
-        """What it costs, before anything is measured."""
+        """What this variant loses, as far as it is known before a measurement."""
         if self.is_exact:
             return "none: the same function as trained"
         if self.is_same_grid:
@@ -120,11 +129,12 @@ class Way:
         if self.onto == "original" and self.training is Training.QLORA:
             causes.append("another base than in training")
         if self.route in ("merge", "recover"):
-            causes.append("rounding to 16 bits" if self.storage == "none" else f"quantization to {self.stored}")
+            causes.append("rounding to 16 bits" if self.storage == "none" else f"quantization to {self.storage_name}")
         return f"{', '.join(causes)}; measured"
 
     @property
     def serving(self) -> str:
+        """What the result means for the server: swapping, sharing of a base, speed."""
         if self.route == "adapter" and self.storage == "none":
             return "hot-swappable; many adapters share one base of full size"
         if self.route == "adapter":
@@ -136,54 +146,59 @@ class Way:
         return "one small model; no swapping"
 
 
-_ADAPTER_WHY: Mapping[tuple[Training, bool], str] = {
+_ADAPTER_REASONS: Mapping[tuple[Training, bool], str] = {
     (Training.QLORA, False): "the adapter was trained against the 4-bit weights, and on them it stays what it was",
     (Training.LORA, False): "the adapter stays separate, on a 4-bit base it was not trained on",
     (Training.LORA, True): "the adapter stays separate, on the full-precision base it was trained on",
 }
 
-_Q, _L = Training.QLORA, Training.LORA
-OFFERED: tuple[Way, ...] = (
-    Way(_Q, "adapter", "nf4"),
-    Way(_Q, "merge", "none", "dequantized"),
-    Way(_Q, "merge", "w8a8-int8", "dequantized"),
-    Way(_Q, "merge", "fp8-dynamic", "dequantized"),
-    Way(_Q, "merge", "w4a16", "dequantized"),
-    Way(_Q, "merge", "nf4", "original"),
-    Way(_Q, "rebase", "none"),
-    Way(_Q, "recover", "none"),
-    Way(_L, "merge", "none", "original"),
-    Way(_L, "merge", "w8a8-int8", "original"),
-    Way(_L, "merge", "fp8-dynamic", "original"),
-    Way(_L, "merge", "w4a16", "original"),
-    Way(_L, "merge", "nf4", "original"),
-    Way(_L, "adapter", "none"),
-    Way(_L, "adapter", "nf4"),
-    Way(_L, "rebase", "nf4"),
+OFFERED: tuple[RouteVariant, ...] = (
+    RouteVariant(Training.QLORA, "adapter", "nf4"),
+    RouteVariant(Training.QLORA, "merge", "none", "dequantized"),
+    RouteVariant(Training.QLORA, "merge", "w8a8-int8", "dequantized"),
+    RouteVariant(Training.QLORA, "merge", "fp8-dynamic", "dequantized"),
+    RouteVariant(Training.QLORA, "merge", "w4a16", "dequantized"),
+    RouteVariant(Training.QLORA, "merge", "nf4", "original"),
+    RouteVariant(Training.QLORA, "rebase", "none"),
+    RouteVariant(Training.QLORA, "recover", "none"),
+    RouteVariant(Training.LORA, "merge", "none", "original"),
+    RouteVariant(Training.LORA, "merge", "w8a8-int8", "original"),
+    RouteVariant(Training.LORA, "merge", "fp8-dynamic", "original"),
+    RouteVariant(Training.LORA, "merge", "w4a16", "original"),
+    RouteVariant(Training.LORA, "merge", "nf4", "original"),
+    RouteVariant(Training.LORA, "adapter", "none"),
+    RouteVariant(Training.LORA, "adapter", "nf4"),
+    RouteVariant(Training.LORA, "rebase", "nf4"),
 )
-_ON_REQUEST: tuple[Way, ...] = (
-    Way(_Q, "merge", "none", "original"),
-    Way(_Q, "merge", "w8a8-int8", "original"),
-    Way(_Q, "merge", "fp8-dynamic", "original"),
-    Way(_Q, "merge", "w4a16", "original"),
-    Way(_Q, "merge", "nf4", "dequantized"),
-    Way(_Q, "recover", "nf4"),
-    Way(_Q, "recover", "w8a8-int8"),
-    Way(_Q, "recover", "fp8-dynamic"),
-    Way(_Q, "recover", "w4a16"),
+_ON_REQUEST: tuple[RouteVariant, ...] = (
+    RouteVariant(Training.QLORA, "merge", "none", "original"),
+    RouteVariant(Training.QLORA, "merge", "w8a8-int8", "original"),
+    RouteVariant(Training.QLORA, "merge", "fp8-dynamic", "original"),
+    RouteVariant(Training.QLORA, "merge", "w4a16", "original"),
+    RouteVariant(Training.QLORA, "merge", "nf4", "dequantized"),
+    RouteVariant(Training.QLORA, "recover", "nf4"),
+    RouteVariant(Training.QLORA, "recover", "w8a8-int8"),
+    RouteVariant(Training.QLORA, "recover", "fp8-dynamic"),
+    RouteVariant(Training.QLORA, "recover", "w4a16"),
 )
-WAYS = OFFERED + _ON_REQUEST
+VARIANTS = OFFERED + _ON_REQUEST
 
 
-def ways_for(training: Training) -> tuple[Way, ...]:
-    """Those that are offered. Of unknown training: of both kinds."""
-    return tuple(way for way in OFFERED if training in (way.training, Training.UNKNOWN))
+def offered_variants(training: Training) -> tuple[RouteVariant, ...]:
+    """The variants that are offered for a training; those of both trainings where it is unknown."""
+    return tuple(variant for variant in OFFERED if training in (variant.training, Training.UNKNOWN))
 
 
-def find(training: Training, route: RouteName, storage: Storage, onto: OntoOption = "auto") -> Way | None:
-    """The way with these properties; `auto` is what the adapter was trained against, where that makes sense."""
-    found = [way for way in WAYS if (way.training, way.route, way.storage) == (training, route, storage)]
+def find_variant(
+    training: Training, route: RouteName, storage: Storage, onto: OntoOption = "auto"
+) -> RouteVariant | None:
+    """The variant with these properties, None where there is none.
+
+    `onto` = "auto" stands for the weights that the adapter was trained against.
+    """
+    wanted = (training, route, storage)
+    candidates = [variant for variant in VARIANTS if (variant.training, variant.route, variant.storage) == wanted]
     if onto != "auto":
-        return next((way for way in found if way.onto == onto), None)
+        return next((variant for variant in candidates if variant.onto == onto), None)
     trained_on: MergedOnto = "dequantized" if training is Training.QLORA else "original"
-    return next((way for way in found if way.onto in (None, trained_on)), None)
+    return next((variant for variant in candidates if variant.onto in (None, trained_on)), None)

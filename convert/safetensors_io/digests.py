@@ -1,4 +1,4 @@
-"""SHA-256 of a file whose bytes pass by anyway, while it is read or written."""
+"""SHA-256 of a file whose bytes pass through memory anyway, while the file is read or written."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ _READ_BYTES = 4 << 20
 
 
 class FileDigest:
-    """Takes the pieces it is shown in the order of the file; what it was not shown so is read at the end."""
+    """Hashes the pieces that follow one another from the file's start; `finish` reads the rest from the disk."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._sha = hashlib.sha256()
         self._position = 0
 
-    def show(self, offset: int, piece: bytes | memoryview) -> None:
-        """Bytes that are, or are being written, at `offset`. Nothing may be changed once it was shown."""
+    def update(self, offset: int, piece: bytes | memoryview) -> None:
+        """Hash the bytes at `offset` if they follow the last ones. In the file they must not change afterwards."""
         if offset == self._position:
             self._sha.update(piece)
             self._position += len(piece)
@@ -28,5 +28,5 @@ class FileDigest:
         with self._path.open("rb", buffering=0) as stream:
             stream.seek(self._position)
             while count := stream.readinto(buffer):
-                self.show(self._position, buffer[:count])
+                self.update(self._position, buffer[:count])
         return self._sha.hexdigest()

@@ -1,9 +1,9 @@
-"""New files, written in pieces that have their offsets, and hashed along the way: through the page cache, or past it.
+"""New files that are written in pieces and hashed meanwhile: through the page cache, or past it (O_DIRECT).
 
-Filling the cache takes more processor time than making the bytes, and puts out of it what others on the machine read.
-Linux writes past it (O_DIRECT) from aligned memory to aligned places only: bytes that follow one another are collected
-in blocks, and what is left over at the ends of a run goes through the cache. Where a file system knows no such writes,
-everything does.
+Filling the page cache takes more processor time than computing the bytes, and evicts what other processes read. Linux
+writes past the cache only from aligned memory to aligned offsets (open(2), O_DIRECT): bytes that follow one another are
+collected in blocks, and the bytes at the ends of such a run go through the cache. On a file system without O_DIRECT all
+bytes do.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any, Protocol, Self
 
 import numpy
 
-from convert.digests import FileDigest
+from convert.safetensors_io.digests import FileDigest
 
 _BLOCK_BYTES = 4 << 20
-_BLOCKS = 8
+_BLOCK_COUNT = 8
 _DISK_THREADS = 3
 _ALIGNMENT = max(4096, mmap.PAGESIZE)
 _HUGE_PAGE = 2 << 20
@@ -31,21 +31,21 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 
 class NewFile(Protocol):
-    """Bytes are written once each. A file whose bytes come in order is hashed in passing, any other read once more."""
+    """A file of which each byte is written once. It is hashed meanwhile if its bytes come in order, else read again."""
 
     def write(self, offset: int, piece: memoryview) -> None:
-        """The piece may be changed when this returns."""
+        """Write the bytes of `piece` at `offset`. The caller may change the memory of `piece` afterwards."""
         ...
 
     def complete(self) -> str:
-        """Everything was written: the SHA-256 of the file."""
+        """Complete the file, after the last write. Returns its SHA-256."""
         ...
 
     def close(self) -> None: ...
 
 
 class CachedFile:
-    """Through the page cache, by the caller's thread."""
+    """Written through the page cache, by the caller's thread."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, _NEW, 0o666)
@@ -53,7 +53,7 @@ class CachedFile:
 
     def write(self, offset: int, piece: memoryview) -> None:
         _write_all(self._descriptor, piece, offset)
-        self._digest.show(offset, piece)
+        self._digest.update(offset, piece)
 
     def complete(self) -> str:
         return self._digest.finish()
@@ -63,26 +63,26 @@ class CachedFile:
 
 
 class _Block:
-    """Memory, and what still reads it."""
+    """Memory, and the tasks that still read it."""
 
     def __init__(self, array: numpy.ndarray[Any, numpy.dtype[numpy.uint8]]) -> None:
-        self.array = array  # copying into it holds up no other thread
+        self.array = array  # numpy copies into it without the interpreter lock
         self.view = array.data
         self.readers: tuple[Future[None], ...] = ()
 
     def wait(self) -> None:
-        """Until it may be filled again. Raises what its writing raised."""
+        """Wait until the block may be filled again. Raises the error of its writing."""
         for reader in self.readers:
             reader.result()
 
 
-class Threads:
-    """What goes on beside the making of bytes, and the memory for it. Leaving waits for all of it."""
+class IoThreads:
+    """The threads that hash and write blocks, and the memory of the blocks. Leaving the context waits for them."""
 
     def __init__(self) -> None:
-        self.hashing = ThreadPoolExecutor(1)  # in order
+        self.hashing = ThreadPoolExecutor(1)  # one thread, so that blocks are hashed in order
         self.disk = ThreadPoolExecutor(_DISK_THREADS)
-        self.blocks = deque(_Block(it) for it in numpy.split(_huge_pages(_BLOCKS * _BLOCK_BYTES), _BLOCKS))
+        self.blocks = deque(map(_Block, numpy.split(_huge_pages(_BLOCK_COUNT * _BLOCK_BYTES), _BLOCK_COUNT)))
 
     def __enter__(self) -> Self:
         return self
@@ -95,9 +95,9 @@ class Threads:
 
 
 def _huge_pages(size: int) -> numpy.ndarray[Any, numpy.dtype[numpy.uint8]]:
-    """A disk takes a request of a few large pages twice as fast as one of a thousand small ones."""
+    """Memory of huge pages: a disk writes a few large pages twice as fast as a thousand small ones."""
     memory = mmap.mmap(-1, size + _HUGE_PAGE)
-    with contextlib.suppress(AttributeError, OSError):  # a kernel without them
+    with contextlib.suppress(AttributeError, OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     array = numpy.frombuffer(memory, numpy.uint8)
     begin = -array.ctypes.data % _HUGE_PAGE
@@ -105,19 +105,19 @@ def _huge_pages(size: int) -> numpy.ndarray[Any, numpy.dtype[numpy.uint8]]:
 
 
 class UncachedFile:
-    """Past the page cache, by other threads."""
+    """Written past the page cache, by other threads."""
 
-    def __init__(self, path: Path, threads: Threads) -> None:
+    def __init__(self, path: Path, threads: IoThreads) -> None:
         self._cached = os.open(path, _NEW, 0o666)
         self._direct = _open_direct(path)
         self._digest = FileDigest(path)
         self._threads = threads
-        self._blocks = threads.blocks  # the first is being filled, with the bytes from `begin` on
+        self._blocks = threads.blocks  # the first one is being filled, with the bytes from `_begin` on
         self._begin = self._filled = 0
 
     def write(self, offset: int, piece: memoryview) -> None:
         if offset != self._begin + self._filled:
-            self._spill()
+            self._flush()
         if not self._filled:
             head = min(len(piece), -offset % _ALIGNMENT)
             self._write_through_cache(offset, piece[:head])
@@ -128,10 +128,10 @@ class UncachedFile:
             self._filled += taken
             piece = piece[taken:]
             if self._filled == _BLOCK_BYTES:
-                self._send()
+                self._submit_block()
 
     def complete(self) -> str:
-        self._spill()
+        self._flush()
         for block in self._blocks:
             block.wait()
         return self._digest.finish()
@@ -141,11 +141,11 @@ class UncachedFile:
         if self._direct is not None:
             os.close(self._direct)
 
-    def _send(self) -> None:
-        """The first block to the disk; the next one is free when this returns."""
+    def _submit_block(self) -> None:
+        """Hash and write the first block; the next one is free when this returns."""
         block = self._blocks[0]
         block.readers = (
-            self._threads.hashing.submit(self._digest.show, self._begin, block.view),
+            self._threads.hashing.submit(self._digest.update, self._begin, block.view),
             self._threads.disk.submit(self._write_block, self._begin, block.view),
         )
         self._blocks.rotate(-1)
@@ -153,7 +153,7 @@ class UncachedFile:
         self._begin += _BLOCK_BYTES
         self._filled = 0
 
-    def _spill(self) -> None:
+    def _flush(self) -> None:
         self._write_through_cache(self._begin, self._blocks[0].view[: self._filled])
         self._begin += self._filled
         self._filled = 0
@@ -161,30 +161,22 @@ class UncachedFile:
     def _write_through_cache(self, offset: int, piece: memoryview) -> None:
         if len(piece):
             _write_all(self._cached, piece, offset)
-            self._threads.hashing.submit(self._digest.show, offset, piece).result()
+            self._threads.hashing.submit(self._digest.update, offset, piece).result()
 
     def _write_block(self, offset: int, block: memoryview) -> None:
         if self._direct is not None:
             try:
                 _write_all(self._direct, block, offset)
             except OSError as error:
-                if error.errno != errno.EINVAL:  # of a file system that takes the flag and then no write
+                if error.errno != errno.EINVAL:  # other file systems accept the flag, but no write with it
                     raise
             else:
                 return
         _write_all(self._cached, block, offset)
 
 
-def sync(path: Path) -> None:
-    """Make a file durable, or the names in a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _open_direct(path: Path) -> int | None:
+    """A descriptor with O_DIRECT; None on a file system without it."""
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT)
     except OSError as error:
@@ -194,6 +186,6 @@ def _open_direct(path: Path) -> int | None:
 
 
 def _write_all(descriptor: int, piece: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(piece):
-        done += os.pwrite(descriptor, piece[done:], offset + done)
+    written = 0
+    while written < len(piece):
+        written += os.pwrite(descriptor, piece[written:], offset + written)

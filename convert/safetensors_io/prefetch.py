@@ -1,4 +1,4 @@
-"""Work done in advance: a thread makes the next items while the last ones are used."""
+"""A thread that computes the next items of a generator while the caller uses the last ones."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Item = TypeVar("Item")
 
 
 class _End:
-    """What a thread puts last, with the error that ended it."""
+    """The last entry of the queue, with the error that ended the thread."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
-def ahead(items: Generator[Item], depth: int) -> Generator[Item]:
-    """The same items in the same order, made by a thread of its own, at most `depth` of them waiting.
+def prefetched(items: Generator[Item], depth: int) -> Generator[Item]:
+    """The same items in the same order, computed in a thread; at most `depth` of them wait.
 
-    An error of that thread is raised here, at its place in the order. Closing this generator closes `items`, in
-    their thread, and waits for that.
+    An error of that thread is raised here, at its place in the order. Closing this generator closes `items` in their
+    thread, and waits for that.
     """
     queue: Queue[Item | _End] = Queue(depth)
     stopped = threading.Event()

@@ -1,7 +1,7 @@
-"""Safetensors files written as a stream: the header first, from what is planned, then tensor after tensor.
+"""Safetensors files written as a stream: the header first, from the planned tensors, then the tensors in any order.
 
-The order inside a file is that of the safetensors library (large element types first, then by name), which keeps
-every tensor aligned to its type. Tensors may arrive in any order: each has its place.
+A file has the bytes that the safetensors library would write: tensors of large element types come first, then they are
+ordered by name, so that every tensor is aligned to its type.
 """
 
 from __future__ import annotations
@@ -14,57 +14,58 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from convert.files import CachedFile, NewFile, Threads, UncachedFile, sync
-from convert.tensors import DTYPES, TensorSpec
+from convert.artifact.durable_files import sync
+from convert.safetensors_io.direct_io import CachedFile, IoThreads, NewFile, UncachedFile
+from convert.safetensors_io.tensors import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-# Also what a killed conversion has to make again, at most.
+# A killed conversion loses the unfinished shard, at most this much.
 SHARD_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file and what it will hold."""
+    """One file and the tensors that it will hold."""
 
     file: str
     specs: tuple[TensorSpec, ...]
 
 
 def split(groups: Iterable[Sequence[TensorSpec]], stem: str, limit_bytes: int = SHARD_BYTES) -> tuple[Shard, ...]:
-    """Fill files in order up to the limit; a group (the parts of one weight) is never torn apart."""
-    bins: list[list[TensorSpec]] = [[]]
-    filled = 0
+    """Fill files in order up to the limit. A group, which is the parts of one weight, stays in one file."""
+    files: list[list[TensorSpec]] = [[]]
+    filled_bytes = 0
     for group in groups:
-        size = sum(spec.nbytes for spec in group)
-        if bins[-1] and filled + size > limit_bytes:
-            bins.append([])
-            filled = 0
-        bins[-1].extend(group)
-        filled += size
-    if len(bins) == 1:
-        return (Shard(f"{stem}.safetensors", tuple(bins[0])),)
+        group_bytes = sum(spec.nbytes for spec in group)
+        if files[-1] and filled_bytes + group_bytes > limit_bytes:
+            files.append([])
+            filled_bytes = 0
+        files[-1].extend(group)
+        filled_bytes += group_bytes
+    if len(files) == 1:
+        return (Shard(f"{stem}.safetensors", tuple(files[0])),)
     return tuple(
-        Shard(f"{stem}-{number:05d}-of-{len(bins):05d}.safetensors", tuple(specs))
-        for number, specs in enumerate(bins, start=1)
+        Shard(f"{stem}-{number:05d}-of-{len(files):05d}.safetensors", tuple(specs))
+        for number, specs in enumerate(files, start=1)
     )
 
 
 def index(shards: Sequence[Shard]) -> dict[str, object]:
-    """The content of `stem`.safetensors.index.json."""
+    """The content of `stem`.safetensors.index.json, as transformers reads it."""
     total = sum(spec.nbytes for shard in shards for spec in shard.specs)
-    places = {spec.name: shard.file for shard in shards for spec in shard.specs}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    weight_map = {spec.name: shard.file for shard in shards for spec in shard.specs}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 class ShardWriter:
     """One open safetensors file. Leaving the context without an error completes it and makes it durable.
 
-    With `threads` the disk and the hash are kept busy beside the caller, and the file does not fill the page cache.
+    `threads`: they write and hash the file, past the page cache. None: the caller does, through the page cache.
     """
 
-    def __init__(self, directory: Path, shard: Shard, threads: Threads | None = None) -> None:
+    def __init__(self, directory: Path, shard: Shard, threads: IoThreads | None = None) -> None:
         self.path = directory / shard.file
         self._specs = {spec.name: spec for spec in shard.specs}
         self._left = {spec.name: spec.nbytes for spec in shard.specs}
@@ -86,7 +87,7 @@ class ShardWriter:
             self.close()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """One tensor, which must be what was planned."""
+        """Write one whole tensor, of the planned type and shape."""
         import torch
 
         spec = self._specs[name]
@@ -96,14 +97,14 @@ class ShardWriter:
         self.append(name, memoryview(flat.numpy()))
 
     def append(self, name: str, piece: memoryview) -> None:
-        """The next bytes of a tensor."""
+        """Write the next bytes of a tensor."""
         offset = self._ends[name] - self._left[name]
         self._left[name] -= len(piece)
         assert self._left[name] >= 0, (name, self._specs[name])
         self._file.write(offset, piece)
 
     def complete(self) -> str:
-        """Requires that all of it was written. Returns the SHA-256 of the file."""
+        """Complete the file, after every tensor is written. Returns its SHA-256."""
         missing = sorted(name for name, left in self._left.items() if left)
         assert not missing, f"planned and never written: {missing}"
         return self._file.complete()

@@ -1,14 +1,15 @@
-"""Tensors of a directory's safetensors files, known by name, type and shape without reading them.
+"""The tensors of a directory's safetensors files: names, types and shapes from the headers, values on request.
 
 A safetensors file is an 8-byte little-endian length, a JSON header of that length and the data:
-https://github.com/huggingface/safetensors#format. Headers are checked as hostile input; pickled weights
-(.bin, .pt) are never opened, since loading them runs code.
+https://github.com/huggingface/safetensors#format. Headers are checked as hostile input. Pickled weights (.bin, .pt) are
+never opened, since loading them runs code.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError
+from convert.safetensors_io.foreign_files import foreign_format, missing_weights
 
 if TYPE_CHECKING:
     import torch
@@ -40,16 +42,15 @@ FLOATS = ("F32", "F16", "BF16")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _MAX_DIMENSIONS = 16
 _READ_BYTES = 8 << 20
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class _Malformed(Exception):
-    """What is wrong with a file, before it is known whose file it is."""
+    """A file is malformed; the message says how. The caller raises the error class of the input it belongs to."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a header says of a tensor."""
+    """Name, type and shape of a tensor, as in a header."""
 
     name: str
     dtype: str
@@ -61,19 +62,19 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     path: Path
     offset: int
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """Tensors of one directory, over one file or many. Nothing stays open or in memory between reads."""
+    """The tensors of one directory, in one or more files. Nothing stays open or in memory between reads."""
 
     directory: Path
     specs: Mapping[str, TensorSpec]
     files: tuple[Path, ...]
-    _places: Mapping[str, _Place]
+    _locations: Mapping[str, _Location]
     _error: type[ConvertError]
 
     @classmethod
@@ -83,34 +84,36 @@ class Tensors:
         Raises `error` where a file is missing, malformed, truncated or outside the directory.
         """
         specs: dict[str, TensorSpec] = {}
-        places: dict[str, _Place] = {}
+        locations: dict[str, _Location] = {}
         weight_map, files = _weight_map(directory, stem, error)
         for path in files:
             for spec, offset in _header(path, error):
-                if spec.name in specs:
-                    raise error(f"{path} holds {spec.name!r} a second time: {places[spec.name].path.name} has it too")
-                specs[spec.name], places[spec.name] = spec, _Place(path, offset)
-        if lost := sorted(name for name, path in weight_map.items() if name not in specs or places[name].path != path):
+                if first := locations.get(spec.name):
+                    raise error(f"{path} holds {spec.name!r} a second time: {first.path.name} has it too")
+                specs[spec.name], locations[spec.name] = spec, _Location(path, offset)
+        tensors = cls(directory, specs, files, locations, error)
+        if missing := sorted(name for name, path in weight_map.items() if not tensors._is_in(name, path)):
+            listed = ", ".join(map(repr, missing[:3])) + (", …" if len(missing) > 3 else "")
             raise error(
-                f"{directory / stem}.safetensors.index.json names {len(lost)} tensors that are not in their files "
-                f"({', '.join(map(repr, lost[:3]))}{', …' if len(lost) > 3 else ''}). Copy the directory again, whole."
+                f"{directory / stem}.safetensors.index.json names {len(missing)} tensors that are not in their files "
+                f"({listed}). Copy the directory again, whole."
             )
-        return cls(directory, specs, files, places, error)
+        return tensors
 
     def __contains__(self, name: str) -> bool:
         return name in self.specs
 
-    def place(self, name: str) -> tuple[Path, int]:
+    def location(self, name: str) -> tuple[Path, int]:
         """The file a tensor is in, and the offset of its first byte there."""
-        place = self._places[name]
-        return place.path, place.offset
+        location = self._locations[name]
+        return location.path, location.offset
 
-    def data_begin(self, path: Path) -> int:
-        """Where the header of one of the files ends."""
-        return min((place.offset for place in self._places.values() if place.path == path), default=0)
+    def header_bytes(self, path: Path) -> int:
+        """The length of a file's header, after which its tensors begin."""
+        return min((location.offset for location in self._locations.values() if location.path == path), default=0)
 
-    def shorter(self, path: Path, name: str) -> ConvertError:
-        """The error to raise where a file ends before a tensor does, though its header was fine."""
+    def truncated(self, path: Path, name: str) -> ConvertError:
+        """The error to raise where a file has become shorter since its header was read."""
         return self._error(f"{path} became shorter while {name!r} was read from it")
 
     def read(self, name: str) -> torch.Tensor:
@@ -129,43 +132,60 @@ class Tensors:
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of a tensor as they are in the file, in pieces of 8 MiB."""
-        spec, place = self.specs[name], self._places[name]
+        spec, location = self.specs[name], self._locations[name]
         left = spec.nbytes
-        with place.path.open("rb") as stream:
-            stream.seek(place.offset)
+        with location.path.open("rb") as stream:
+            stream.seek(location.offset)
             while left:
                 piece = stream.read(min(left, _READ_BYTES))
                 if not piece:
-                    raise self.shorter(place.path, name)
+                    raise self.truncated(location.path, name)
                 left -= len(piece)
                 yield piece
+
+    def has_bytes_of(self, name: str, other: Tensors, other_name: str) -> bool:
+        """Whether a tensor has the type, the shape and the bytes of another one."""
+        first, second = self.specs[name], other.specs[other_name]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        return all(left == right for left, right in zip(self.chunks(name), other.chunks(other_name), strict=True))
+
+    def _is_in(self, name: str, path: Path) -> bool:
+        return name in self._locations and self._locations[name].path == path
 
 
 def all_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether every element is finite, also after rounding to `dtype`.
 
-    The extremes tell: rounding keeps the order, and a NaN anywhere makes both of them NaN.
+    Only the extremes are checked: rounding keeps the order of numbers, and one NaN makes both extremes NaN.
     """
     import torch
 
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
-    lowest, highest = (float(it) for it in torch.aminmax(tensor))
+    lowest, highest = map(float, torch.aminmax(tensor))
     largest = torch.finfo(dtype or tensor.dtype).max
     if -largest <= lowest and highest <= largest:
         return True
     return bool(torch.tensor([lowest, highest], dtype=tensor.dtype).to(dtype or tensor.dtype).isfinite().all())
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
 def read_json(path: Path, error: type[ConvertError]) -> dict[str, Any]:
     """The JSON object in a file; raises `error` naming the file when there is none."""
     try:
-        document = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        document = json.loads(content)
+        if _SURROGATE.search(content):
+            # Half of a UTF-16 pair is no text, and can't be written again; a whole pair is one character.
+            json.dumps(document, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise error(f"{path} is missing") from None
     # RecursionError: thousands of nested brackets.
     except (OSError, ValueError, RecursionError) as cause:
-        raise error(f"{path} is not readable JSON: {cause}") from None
+        raise error(f"{path} {foreign_format(path) or f'is not readable JSON: {cause}'}.") from None
     if not isinstance(document, dict):
         raise error(f"{path} must hold a JSON object, not a {type(document).__name__}")
     return document
@@ -176,7 +196,7 @@ def _weight_map(directory: Path, stem: str, error: type[ConvertError]) -> tuple[
     if single.is_file():
         return {}, (single,)
     if not index.is_file():
-        raise error(_nothing_there(directory, single.name))
+        raise error(missing_weights(directory, single.name))
     entries = read_json(index, error).get("weight_map")
     if not isinstance(entries, dict) or not entries:
         raise error(f"{index} has no weight_map")
@@ -190,27 +210,15 @@ def _member(index: Path, file: object, error: type[ConvertError]) -> Path:
     return index.parent / file
 
 
-def _nothing_there(directory: Path, expected: str) -> str:
-    pickled = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-    pickled = [name for name in pickled if name.startswith(("adapter_model", "pytorch_model", "model", "consolidated"))]
-    if not pickled:
-        return f"{directory} has no {expected}: give a directory that is whole, or copy it again."
-    save = f"save_file(torch.load('{pickled[0]}', weights_only=True), '{expected}')"
-    return (
-        f"{directory} holds its weights as {pickled[0]}: a pickle, which runs code when it is loaded and is never "
-        f"opened here. If you trust its origin, save it as safetensors in that directory first: "
-        f'python -c "import torch; from safetensors.torch import save_file; {save}"'
-    )
-
-
 def _header(path: Path, error: type[ConvertError]) -> list[tuple[TensorSpec, int]]:
-    """Every tensor of a file with the offset of its first byte."""
+    """Every tensor of a file, with the offset of its first byte in the file."""
     try:
         return _parse(path)
     except FileNotFoundError:
         raise error(f"{path} is missing. Copy the directory again, whole.") from None
     except (_Malformed, OSError) as cause:
-        raise error(f"{path} is not a whole safetensors file: {cause}. Copy or save it again.") from None
+        broken = f"is not a whole safetensors file: {cause}. Copy or save it again"
+        raise error(f"{path} {foreign_format(path) or broken}.") from None
 
 
 def _parse(path: Path) -> list[tuple[TensorSpec, int]]:
@@ -264,7 +272,7 @@ def _are_sizes(value: Any) -> bool:
 
 
 def _check_layout(entries: list[tuple[TensorSpec, int]], data_bytes: int) -> None:
-    """The format allows neither holes nor overlaps: together the tensors are exactly the data."""
+    """Requires that the tensors fill the data without gaps or overlaps, as the format demands."""
     position = 0
     for spec, begin in sorted(entries, key=lambda entry: (entry[1], entry[0].nbytes)):
         if begin != position:

@@ -1,4 +1,4 @@
-"""What is asked of the engine, one check a function, and how far its answers may lie from the golden ones."""
+"""The checks of a served artifact, a function for each, and the limits on the difference from the golden answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from convert.artifact import Golden, GoldenChat, QuantizationName
 from convert.progress import Progress, silent
 from convert.verification.client import EngineClient, RequestRefused
 
-# The largest bias that OpenAI's API knows: no token that isn't given it comes out.
+# The largest logit bias that OpenAI's API allows: a token that has it is always chosen.
 _FORCED = 100
-# How far the effect of an adapter may be from the whole of it, besides three standard errors of its estimate.
+# How much of an adapter's effect may be missing, besides three standard errors of the estimate.
 _EFFECT_TOLERANCE = 0.1
-# With a larger error a half-applied adapter could pass.
+# With a larger standard error, an adapter that is applied at half its strength could pass.
 _EFFECT_ERROR = 0.15
 _SHOWN_CHARACTERS = 40
 
@@ -29,13 +29,13 @@ class Limits:
     p99: float
 
 
-# Golden answers are float32 on the weights that the files stand for. What the engine's arithmetic makes of the same
-# function differs by format; docs/verification.md has what was measured: half of these, or less.
-# Weights as they are stored, everything in the model's 16-bit type.
+# Golden answers are computed in float32 from the written weights. The engine's arithmetic differs from that by format;
+# docs/explanation/verification.md has the measured differences, which are at most half of these limits.
+# The engine computes with the stored weights, in the model's 16-bit type.
 _SIXTEEN_BIT = Limits(mean=0.05, p99=0.4)
-# Weights that are unpacked in 16 bits, so that they are rounded once more.
+# The engine dequantizes weights to 16 bits, which rounds them once more.
 _UNPACKED = Limits(mean=0.15, p99=1.5)
-# The input of each layer is rounded to 8 bits, too.
+# The engine rounds the input of each layer to 8 bits, too.
 _EIGHT_BIT_ACTIVATIONS = Limits(mean=0.8, p99=5.0)
 LIMITS: Mapping[QuantizationName, Limits] = {
     "none": _SIXTEEN_BIT,
@@ -49,11 +49,11 @@ LIMITS: Mapping[QuantizationName, Limits] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One question and what came out."""
+    """One check and its result."""
 
     name: str
     passed: bool | None
-    """None: told, not judged."""
+    """None: reported, but neither passed nor failed."""
     found: str
     expected: str
     figures: Mapping[str, float] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Subject:
-    """Who is asked, and what the answers are compared with."""
+    """The served artifact, and what its answers are compared with."""
 
     client: EngineClient
     model: str
@@ -72,21 +72,21 @@ class Subject:
     golden: Golden
     limits: Limits
     stop_token_ids: frozenset[int]
-    """What the served files say of stopping."""
+    """The stop tokens in the served files."""
     answer_tokens: int = 64
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two lists of log-probabilities: mean and 99th percentile of their absolute difference."""
+    """Mean and 99th percentile of the absolute difference of two lists of log-probabilities."""
 
     mean: float
     p99: float
 
     @classmethod
-    def between(cls, one: Sequence[float], other: Sequence[float]) -> Difference:
-        """Infinite where one of them isn't a number."""
-        distances = [abs(a - b) for a, b in zip(one, other, strict=True)]
+    def between(cls, first: Sequence[float], second: Sequence[float]) -> Difference:
+        """Infinite if any value is NaN or infinite."""
+        distances = [abs(a - b) for a, b in zip(first, second, strict=True)]
         if not all(map(math.isfinite, distances)):
             return cls(math.inf, math.inf)
         return cls(sum(distances) / len(distances), sorted(distances)[math.ceil(0.99 * len(distances)) - 1])
@@ -96,7 +96,7 @@ class Difference:
 
 
 def examine(subject: Subject, progress: Progress = silent) -> tuple[Check, ...]:
-    """Every check that the golden answers allow. Raises EngineLost when the engine breaks down."""
+    """Every check that the golden answers allow. Raises EngineLost when the engine fails."""
     golden = subject.golden
     checks = _log_prob_checks(subject, progress)
     rest: list[tuple[str, Callable[[Subject], Check]]] = [("stop tokens", stop_tokens)]
@@ -113,53 +113,57 @@ def examine(subject: Subject, progress: Progress = silent) -> tuple[Check, ...]:
 
 def golden_answers(served: Sequence[float], subject: Subject) -> Check:
     """The log-probabilities of the golden prompts' tokens are those of the written files in float32."""
-    found = Difference.between(served, [*chain.from_iterable(prompt.result for prompt in subject.golden.prompts)])
-    return _within("golden answers", found, subject)
+    result = [*chain.from_iterable(prompt.result for prompt in subject.golden.prompts)]
+    return _within("golden answers", Difference.between(served, result), subject)
 
 
 def base_answers(served: Sequence[float], subject: Subject) -> Check:
-    """The same of the base alone: tells whether a failure is the base's or the adapter's."""
-    found = Difference.between(served, _base(subject.golden))
-    return _within("golden answers of the base", found, subject)
+    """The same check for the base alone, to show whether a failure comes from the base or from the adapter."""
+    return _within("golden answers of the base", Difference.between(served, _base(subject.golden)), subject)
 
 
 def distance_to_training(served: Sequence[float], subject: Subject) -> Check:
-    """From the function as trained: what the conversion lost and what the engine's arithmetic adds."""
+    """The difference from the function as trained: the loss of the conversion and of the engine's arithmetic."""
     reference = [*chain.from_iterable(prompt.reference for prompt in subject.golden.prompts)]
     result = [*chain.from_iterable(prompt.result for prompt in subject.golden.prompts)]
-    found, files = Difference.between(served, reference), Difference.between(result, reference)
-    figures = {"mean": found.mean, "p99": found.p99, "files_mean": files.mean, "files_p99": files.p99}
-    return Check("distance to the function as trained", None, str(found), f"the files in float32: {files}", figures)
+    engine, files = Difference.between(served, reference), Difference.between(result, reference)
+    figures = {"mean": engine.mean, "p99": engine.p99, "files_mean": files.mean, "files_p99": files.p99}
+    return Check("distance to the function as trained", None, str(engine), f"the files in float32: {files}", figures)
 
 
 def adapter_effect(served: Sequence[float], served_base: Sequence[float], subject: Subject) -> Check:
-    """vLLM's change from base to adapter is the golden one: 1 times it, where 0 is an adapter that does nothing.
+    """The served adapter has the effect that it has in the golden answers: a factor of 1. A factor of 0 is no effect.
 
-    The factor is the least-squares slope of (adapter - base) as served on (adapter - base) in the golden answers:
-    noise of arithmetic averages out of it, so it sees a wrong scale or a few dropped modules that stay below the
-    limits of single tokens. Its standard error is that of simple regression through the origin.
+    The factor is the least-squares slope of (adapter - base) as served over (adapter - base) in the golden answers. The
+    noise of arithmetic averages out in it, so it shows a wrong scale or a few missing modules that the limits of single
+    tokens don't show. Its standard error is that of simple linear regression through the origin.
     """
     golden = subject.golden
     base = _base(golden)
-    wanted = [a - b for a, b in zip(chain.from_iterable(p.result for p in golden.prompts), base, strict=True)]
-    found = [a - b for a, b in zip(served, served_base, strict=True)]
-    slope, error = _slope(wanted, found)
+    golden_change = [a - b for a, b in zip(chain.from_iterable(p.result for p in golden.prompts), base, strict=True)]
+    served_change = [a - b for a, b in zip(served, served_base, strict=True)]
+    slope, error = _slope(golden_change, served_change)
     tolerance = _EFFECT_TOLERANCE + 3 * error
-    passed = abs(slope - 1) <= tolerance if error <= _EFFECT_ERROR else None
-    if not math.isfinite(slope):
-        passed = False
-    size = sum(map(abs, wanted)) / len(wanted)
-    told = f"{slope:.3f} ± {error:.3f} of the adapter's effect"
+    passed = _effect_passed(slope, error, tolerance)
+    estimate = f"{slope:.3f} ± {error:.3f} of the adapter's effect"
     if passed is None:
-        told += "; it changes these prompts too little to tell"
+        estimate += "; the adapter changes these prompts too little to tell"
     elif not passed and abs(slope) <= tolerance:
-        told += ": the base answers under the adapter's name"
+        estimate += ": the base answers under the adapter's name"
+    size = sum(map(abs, golden_change)) / len(golden_change)
     expected = f"1 ± {tolerance:.2f}; the adapter moves these log-probabilities by {size:.3f} nats on average"
-    return Check("effect of the adapter", passed, told, expected, {"effect": slope, "standard_error": error})
+    return Check("effect of the adapter", passed, estimate, expected, {"effect": slope, "standard_error": error})
+
+
+def _effect_passed(slope: float, error: float, tolerance: float) -> bool | None:
+    """None where the estimate is too uncertain."""
+    if not math.isfinite(slope):
+        return False
+    return abs(slope - 1) <= tolerance if error <= _EFFECT_ERROR else None
 
 
 def stop_tokens(subject: Subject) -> Check:
-    """vLLM ends an answer at each golden stop token when it is made to come out, and the files name no others."""
+    """vLLM ends an answer at each golden stop token when that token is forced, and the files have no others."""
     golden = frozenset(subject.golden.stop_token_ids)
     prompt = subject.golden.prompts[0].token_ids
     stopping = set()
@@ -171,7 +175,7 @@ def stop_tokens(subject: Subject) -> Check:
 
 
 def chat_template(subject: Subject) -> Check:
-    """vLLM's tokens of each golden chat are those of its golden text: no byte more, none less."""
+    """vLLM's tokens of each golden chat are exactly those of its golden text."""
     client, model = subject.client, subject.model
     problems = []
     for number, chat in enumerate(subject.golden.chats, 1):
@@ -179,30 +183,30 @@ def chat_template(subject: Subject) -> Check:
         if served != client.text_tokens(model, chat.rendered):
             problems.append(f"chat {number}: {_first_difference(client.text(model, served), chat)}")
     count = len(subject.golden.chats)
-    found = f"{count - len(problems)} of {count} chats"
-    return Check("chat template", not problems, found, "every chat is rendered as in golden.json", {}, tuple(problems))
+    equal = f"{count - len(problems)} of {count} chats"
+    return Check("chat template", not problems, equal, "every chat is rendered as in golden.json", {}, tuple(problems))
 
 
 def ends_of_answers(subject: Subject) -> Check:
-    """How many answers end by themselves: a small bound says little of a talkative model, so it isn't judged."""
+    """How many answers end with a stop token. It is only reported: a model may give longer answers than the bound."""
     bound = subject.answer_tokens
     answers = [subject.client.chat(subject.model, chat.messages, bound) for chat in subject.golden.chats]
     ended = sum(answer.finish_reason == "stop" for answer in answers)
-    found = f"{ended} of {len(answers)} answers end within {bound} tokens"
-    return Check("ends of answers", None, found, "a stop token", {"ended": ended, "asked": len(answers)})
+    share = f"{ended} of {len(answers)} answers end within {bound} tokens"
+    return Check("ends of answers", None, share, "a stop token", {"ended": ended, "asked": len(answers)})
 
 
 def canaries(subject: Subject) -> Check:
-    """Each answer holds the expected text, in any case."""
-    told, passed = [], 0
+    """Each answer contains the expected text, in upper or lower case."""
+    details, passed = [], 0
     for canary in subject.golden.canaries:
         answer = subject.client.chat(subject.model, canary.messages, subject.answer_tokens).text
         holds = canary.expect.casefold() in answer.casefold()
         passed += holds
-        told.append(f"{canary.expect!r} is {'' if holds else 'not '}in: {' '.join(answer.split())}")
+        details.append(f"{canary.expect!r} is {'' if holds else 'not '}in: {' '.join(answer.split())}")
     count = len(subject.golden.canaries)
     figures = {"asked": count, "passed": passed}
-    return Check("canaries", passed == count, f"{passed} of {count}", "all answers hold it", figures, tuple(told))
+    return Check("canaries", passed == count, f"{passed} of {count}", "all answers hold it", figures, tuple(details))
 
 
 def _log_prob_checks(subject: Subject, progress: Progress) -> list[Check]:
@@ -221,26 +225,26 @@ def _log_prob_checks(subject: Subject, progress: Progress) -> list[Check]:
 
 
 def _served(subject: Subject, model: str, progress: Progress) -> list[float]:
-    found: list[float] = []
+    log_probs: list[float] = []
     prompts = subject.golden.prompts
     for done, prompt in enumerate(prompts):
         progress(f"golden prompts, {model}", done, len(prompts))
-        found += subject.client.log_probs(model, prompt.token_ids)
+        log_probs += subject.client.log_probs(model, prompt.token_ids)
     progress(f"golden prompts, {model}", len(prompts), len(prompts))
-    return found
+    return log_probs
 
 
 def _base(golden: Golden) -> list[float]:
     return [*chain.from_iterable(prompt.base or () for prompt in golden.prompts)]
 
 
-def _within(name: str, found: Difference, subject: Subject) -> Check:
+def _within(name: str, difference: Difference, subject: Subject) -> Check:
     limits, prompts = subject.limits, subject.golden.prompts
-    passed = found.mean <= limits.mean and found.p99 <= limits.p99
+    passed = difference.mean <= limits.mean and difference.p99 <= limits.p99
     tokens = sum(len(prompt.result) for prompt in prompts)
     expected = f"at most {limits.mean:g} and {limits.p99:g}, on {len(prompts)} prompts, {tokens} tokens"
-    figures = {"mean": found.mean, "p99": found.p99, "prompts": len(prompts), "tokens": tokens}
-    return Check(name, passed, str(found), expected, figures)
+    figures = {"mean": difference.mean, "p99": difference.p99, "prompts": len(prompts), "tokens": tokens}
+    return Check(name, passed, str(difference), expected, figures)
 
 
 def _asked(name: str, check: Callable[[], Check]) -> Check:
@@ -255,7 +259,10 @@ def _refusal(name: str, refused: RequestRefused) -> Check:
 
 
 def _slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Least squares of y = slope · x, and the standard error of the slope. Infinite where x or y says nothing."""
+    """The least-squares slope of y = slope · x, and its standard error.
+
+    The error is infinite where x is all zeros or y is not finite.
+    """
     power = sum(a * a for a in x)
     if not power or not all(map(math.isfinite, y)):
         return (1.0 if not power else math.inf), math.inf
@@ -265,7 +272,7 @@ def _slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def _first_difference(served: str, chat: GoldenChat) -> str:
-    """Where two texts part, with a little of both."""
+    """The first difference of two texts, with the text that follows in both."""
     golden = chat.rendered
     same = next((i for i, (a, b) in enumerate(zip(served, golden, strict=False)) if a != b), None)
     if same is None:

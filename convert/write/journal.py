@@ -1,54 +1,56 @@
-"""The journal of an artifact that is being written: what it will be, and which of its files are finished.
+"""The journal in the directory of an unfinished artifact: which conversion it is, and which files are finished.
 
-    {"making": "<identity of the conversion>"}
+    {"conversion": "<id of the conversion>"}
     {"file": "model/model-00001-of-00007.safetensors", "sha256": "…"}
 
-One line is added for each finished file. The journal needs no fsync: a file counts as finished only while its bytes
-have the digest that was noted, so whatever a power cut tore off is found and made again.
+A line is added for each finished file, without fsync: a file counts as finished only if its bytes have the digest in
+the journal, so that a file which a power cut damaged is noticed and written again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from convert.artifact import file_sha256
+from convert.artifact.durable_files import replace_file, sync
 
 JOURNAL = "journal"
 
 
-def identity(*parts: object, files: Iterable[Path]) -> str:
-    """What a conversion is a function of: values by their repr, this code, the processor, and input files.
+def conversion_id(*parts: object, files: Iterable[Path]) -> str:
+    """A digest of everything that the output depends on: `parts` by their repr, this code, the processor, the files.
 
-    Files are told apart by inode, size and times: the time of the last change of an inode can't be set back, and
-    hashing a base model would take as long as merging it.
+    A file is identified by inode, size and times, because hashing a base model takes as long as merging it. A changed
+    file is noticed: the time of the last change of an inode can't be set back.
     """
     sha = hashlib.sha256(repr((parts, _code(), platform.machine(), _processor())).encode())
     for path in files:
-        it = path.stat()
-        sha.update(repr((path.name, it.st_ino, it.st_size, it.st_mtime_ns, it.st_ctime_ns)).encode())
+        stat = path.stat()
+        sha.update(repr((path.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)).encode())
     return sha.hexdigest()
 
 
 class Journal:
-    """The journal in the directory of an unfinished artifact."""
+    """The journal of one unfinished artifact. `finished`: digests of finished files, by path in the directory."""
 
     def __init__(self, root: Path, finished: dict[str, str]) -> None:
         self._root = root
         self._finished = finished
 
     @classmethod
-    def open(cls, root: Path, making: str | None) -> Journal:
-        """Go on with what is there if it is the same conversion; every file that is not noted as finished goes."""
-        finished = _noted(root / JOURNAL, making) if making else {}
+    def open(cls, root: Path, conversion: str | None) -> Journal:
+        """Keep the finished files of the same conversion in the directory, and remove every other file there."""
+        finished = _read(root / JOURNAL, conversion) if conversion else {}
         _remove_all_but(root, {JOURNAL, *finished})
-        _replace(root / JOURNAL, [{"making": making or ""}, *({"file": it, "sha256": finished[it]} for it in finished)])
-        return cls(root, {name: sha for name, sha in finished.items() if (root / name).is_file()})
+        # The journal is written anew, since its last line may be incomplete.
+        entries = [{"conversion": conversion or ""}, *({"file": name, "sha256": finished[name]} for name in finished)]
+        replace_file(root / JOURNAL, "".join(map(_line, entries)).encode())
+        return cls(root, {name: sha256 for name, sha256 in finished.items() if (root / name).is_file()})
 
     @property
     def is_empty(self) -> bool:
@@ -56,59 +58,51 @@ class Journal:
         return not self._finished
 
     def sha256(self, path: Path) -> str | None:
-        """The digest of a finished file, as noted."""
+        """The digest of a finished file in the journal."""
         return self._finished.get(self._name(path))
 
     def holds(self, path: Path) -> bool:
         """Whether the file is finished: its bytes are hashed. One with other bytes is removed."""
-        noted = self.sha256(path)
-        if noted is None:
+        expected = self.sha256(path)
+        if expected is None:
             return False
-        if file_sha256(path) != noted:
+        if file_sha256(path) != expected:
             del self._finished[self._name(path)]
             path.unlink()
             return False
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync(path)
         return True
 
-    def note(self, path: Path, sha256: str) -> None:
-        """This file is finished and has this digest."""
+    def add(self, path: Path, sha256: str) -> None:
+        """Record that a file is finished, with its digest."""
         self._finished[self._name(path)] = sha256
         with (self._root / JOURNAL).open("a") as stream:
             stream.write(_line({"file": self._name(path), "sha256": sha256}))
 
     def remove(self) -> None:
-        """The artifact is complete."""
+        """Remove the journal of a complete artifact."""
         (self._root / JOURNAL).unlink()
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._root).as_posix()
 
 
-def _noted(path: Path, making: str) -> dict[str, str]:
-    """Finished files and their digests; none where another conversion was at work."""
+def _read(path: Path, conversion: str) -> dict[str, str]:
+    """Finished files and their digests; none where the journal is of another conversion."""
     try:
         head, *lines = path.read_text().splitlines()
-        if json.loads(head) != {"making": making}:
+        if json.loads(head) != {"conversion": conversion}:
             return {}
     except (OSError, ValueError):
         return {}
-    noted = {}
+    finished = {}
     for line in lines:
         try:
             entry = json.loads(line)
-            noted[str(entry["file"])] = str(entry["sha256"])
+            finished[str(entry["file"])] = str(entry["sha256"])
         except (ValueError, KeyError, TypeError):
             break
-    return noted
-
-
-def _replace(path: Path, entries: list[dict[str, str]]) -> None:
-    """Written anew, since its last line may be torn; at once, since a kill must not lose what was noted."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text("".join(map(_line, entries)))
-    fresh.replace(path)
+    return finished
 
 
 def _line(entry: dict[str, str]) -> str:
@@ -120,20 +114,20 @@ def _remove_all_but(root: Path, names: set[str]) -> None:
         if path.is_dir() and not path.is_symlink():
             with suppress(OSError):  # not empty
                 path.rmdir()
-        elif path.relative_to(root).as_posix() not in names:
+        elif path.is_symlink() or path.relative_to(root).as_posix() not in names:
             path.unlink()
 
 
 def _code() -> str:
-    """A digest of this package's modules: other code may write other bytes."""
+    """A digest of the modules of `convert`, since other code may write other bytes."""
     sha = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         sha.update(path.read_bytes())
     return sha.hexdigest()
 
 
 def _processor() -> str:
-    """What the arithmetic runs on: another instruction set may round a sum otherwise."""
+    """The instruction set that torch uses: with another one a sum may be rounded otherwise."""
     import torch
 
     return str(torch.backends.cpu.get_cpu_capability())

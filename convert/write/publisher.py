@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from convert.artifact import MANIFEST, Artifact, Manifest, file_sha256
+from convert.artifact.durable_files import sync
 from convert.errors import OutputBusy, OutputExists, OutputUnwritable
-from convert.files import sync
-from convert.journal import Journal
+from convert.write.files import write_json
+from convert.write.journal import Journal
 
 
 def require_absent(destination: Path) -> None:
-    """Raises OutputExists. Nothing is ever overwritten: someone may be serving from it."""
+    """Raises OutputExists. Nothing is ever overwritten, since a server may read from it."""
     if destination.exists() or destination.is_symlink():
         raise OutputExists(f"{destination} is already there. Choose another --out, or remove it first.")
 
@@ -26,25 +26,26 @@ def require_absent(destination: Path) -> None:
 class ArtifactWriter:
     """A hidden directory `.NAME.partial` beside the destination, locked while it is being written.
 
-    `making` is the identity of the conversion (`journal.identity`): what an earlier process of the same identity
-    finished and left there is kept, anything else that lies there is removed. None: nothing is kept.
+    `conversion_id` (`journal.conversion_id`): files that an earlier process of the same conversion finished there are
+    kept, everything else there is removed. None: nothing is kept. A directory that somebody else put there is refused,
+    and no link in it is followed.
 
-    Leaving the context without `publish` removes the directory: an error, a failed quality gate and Ctrl-C leave
-    nothing behind. Only SystemExit, which is how a supervisor's SIGTERM arrives, keeps what is finished, as kill -9
-    and a power cut do: whoever stops a conversion that way starts it again.
+    Leaving the context without `publish` removes the directory, so an error, a failed quality gate and Ctrl-C leave
+    nothing behind. SystemExit keeps the finished files: a supervisor's SIGTERM arrives as SystemExit, and whoever stops
+    a conversion with it starts the conversion again. kill -9 and a power cut leave the directory as it is.
     """
 
-    def __init__(self, destination: Path, making: str | None = None) -> None:
+    def __init__(self, destination: Path, conversion_id: str | None = None) -> None:
         require_absent(destination)
         self.destination = destination
-        self.root = partial(destination)
-        self._making = making
+        self.root = partial_directory(destination)
+        self._conversion_id = conversion_id
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
         try:
             self._lock = self._locked_root()
-            self.journal = Journal.open(self.root, self._making)
+            self.journal = Journal.open(self.root, self._conversion_id)
         except OSError as error:
             raise OutputUnwritable(f"{self.destination.parent} can't be written to: {error.strerror}.") from error
         return self
@@ -60,13 +61,13 @@ class ArtifactWriter:
             raise OutputUnwritable(f"{self.destination} could not be written: {error}.") from error
 
     def directory(self, name: str) -> Path:
-        """A directory of the artifact, `model` or `adapter`. What is in it are finished files of the journal."""
+        """The directory `model`, `adapter` or `checkpoint` of the artifact, with the files that the journal kept."""
         path = self.root / name
         path.mkdir(exist_ok=True)
         return path
 
     def digests(self, name: str) -> dict[str, str]:
-        """SHA-256 of every file of such a directory, by path in it; those in the journal are not read again."""
+        """SHA-256 of every file in such a directory, by its path there. Files in the journal are not read again."""
         directory = self.root / name
         files = (path for path in sorted(directory.rglob("*")) if path.is_file())
         return {
@@ -86,45 +87,46 @@ class ArtifactWriter:
         return Artifact.open(self.destination)
 
     def _locked_root(self) -> int:
-        """Raises OutputBusy when a living process has it."""
+        """Create and lock the directory. Raises OutputBusy while another process has the lock."""
         while True:
             require_absent(self.destination)
+            if self.root.is_symlink():
+                raise _not_ours(self.root, "is a symbolic link")
             self.root.mkdir(parents=True, exist_ok=True)
             lock = _lock(self.root)
             if lock is None:
                 raise OutputBusy(
                     f"Another process is writing {self.destination}. Wait until it is done, or choose another --out."
                 )
-            if _is_at(lock, self.root):
+            if not _is_at(lock, self.root):
+                os.close(lock)  # another process renamed or removed the directory after it was opened here
+            elif os.fstat(lock).st_uid != _owner_of_new_files(self.root.parent):
+                os.close(lock)
+                raise _not_ours(self.root, "belongs to another user")
+            else:
                 return lock
-            os.close(lock)  # its owner published or removed it since it was opened
 
 
-def partial(destination: Path) -> Path:
-    """Where an artifact lies until it is published."""
+def partial_directory(destination: Path) -> Path:
+    """Where an artifact is written until it is published."""
     return destination.parent / f".{destination.name}.partial"
 
 
-def write_json(path: Path, document: Mapping[str, object]) -> None:
-    """Readable JSON, durable when this returns."""
-    _durably(path, lambda: (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+def _not_ours(root: Path, what: str) -> OutputUnwritable:
+    return OutputUnwritable(
+        f"{root} {what}: what is written there would go where somebody else chose. Remove it, or choose another --out."
+    )
 
 
-def copy_file(source: Path, directory: Path) -> None:
-    """The same bytes under the same name, durable when this returns."""
-    _durably(directory / source.name, source.read_bytes)
-
-
-def _durably(path: Path, content: Callable[[], bytes]) -> None:
-    with path.open("xb") as stream:
-        stream.write(content())
-        stream.flush()
-        os.fsync(stream.fileno())
+def _owner_of_new_files(directory: Path) -> int:
+    """The user that a new file belongs to: a network file system may map this process's user to another one."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        return os.fstat(file.fileno()).st_uid
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds the directory's lock; None when a living process has it."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    """A descriptor that holds the directory's lock; None while another process has it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -134,7 +136,8 @@ def _lock(directory: Path) -> int | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the path still leads to the open directory."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False

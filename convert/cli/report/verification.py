@@ -1,4 +1,4 @@
-"""A verification report for people."""
+"""The screen of a verification."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from convert.cli.report.screen import Page
 from convert.verification.verify import VerificationReport
 
-_VERDICTS = {True: "[green]passed[/]", False: "[bold red]FAILED[/]", None: "told"}
+_VERDICTS = {True: "[green]passed[/]", False: "[bold red]FAILED[/]", None: "no limit"}
 
 
-def verification_page(report: VerificationReport) -> tuple[RenderableType, ...]:
-    """A table of the checks, what they add, and the verdict last."""
+def verification_screen(report: VerificationReport) -> Page:
+    """A table of the checks, then their details, then the verdict."""
     table = Table(title=f"{escape(report.name)} in vLLM {report.vllm}", title_justify="left", title_style="bold")
     for heading in ("check", "", "found", "expected"):
         table.add_column(heading, overflow="fold")
@@ -21,11 +22,11 @@ def verification_page(report: VerificationReport) -> tuple[RenderableType, ...]:
         table.add_row(check.name, _VERDICTS[check.passed], escape(check.found), escape(check.expected))
     parts: list[RenderableType] = [table]
     parts += [Text(f"  {check.name}: {detail}") for check in report.checks for detail in check.details]
-    parts += [Text(f"  decode, {it.streams} at once: {it.tokens_per_s:.1f} tokens/s") for it in report.speed]
+    parts += [Text(f"  decode, {speed.streams} at once: {speed.tokens_per_s:.1f} tokens/s") for speed in report.speed]
     failed = len(report.failures)
     parts.append(
         Text(f"{failed} of {len(report.checks)} checks failed: don't serve it.", style="bold red")
         if failed
-        else Text(f"{report.artifact} is what its manifest says, and vLLM answers as its golden answers say.")
+        else Text(f"{report.artifact} matches its manifest, and vLLM gives its golden answers.")
     )
     return tuple(parts)

@@ -1,4 +1,4 @@
-"""A comparison for programs."""
+"""A comparison as JSON, for programs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from convert.comparison.rows import Comparison, Row
+from convert.pipeline.comparison.rows import Comparison, Row
 from convert.quality import Answer
 
 SCHEMA = "graft.comparison/1"
 
 
 def comparison_document(comparison: Comparison) -> dict[str, Any]:
-    """Everything the page shows, as JSON knows it."""
+    """Everything that the page shows, in types that JSON has."""
     return {
         "schema": SCHEMA,
         "name": comparison.name,

@@ -1,4 +1,4 @@
-"""The pictures of a comparison, as SVG to be put into a page: text takes the page's colour, light or dark."""
+"""The pictures of a comparison, as SVG to embed in a page. Text has the colour of the page's text, light or dark."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from convert.comparison.rows import Row
-from convert.formats import LAYER_LINEAR, LAYER_LINEARS
+from convert.inputs.architecture import LAYER_LINEAR, LAYER_LINEARS
+from convert.pipeline.comparison.rows import Row
 
 if TYPE_CHECKING:
-    from convert.quality import Retained
+    from convert.quality import ModelRetention
 
-# Told apart by people who see colours in any way, on white and on black; shapes say the same.
+# Two colours that differ for every kind of colour vision, on white and on black. The markers differ in shape, too.
 PASSED = "#2a78d6"
 FAILED = "#eb6834"
 _BETWEEN = "#b3b1aa"
-# Stands for the page's own text colour until the SVG is text.
+# A placeholder: in the finished SVG it is replaced by the page's own text colour.
 _INK = "#010203"
 
 _LEAST_KL = 1e-7
@@ -42,18 +42,18 @@ _SETTINGS: dict[str, Any] = {
 
 
 def trade_off(rows: Sequence[Row]) -> str:
-    """Size against mean KL, one labelled point a way; the area of a point is its decode speed, where it is known."""
+    """Size against mean KL, one labelled point a row. The area of a point is its decode speed, where known."""
     return _svg(lambda figure: _draw_trade_off(figure, rows), 8.6, 4.6, "trade-off")
 
 
-def layers(rows: Sequence[tuple[str, Retained]]) -> str:
-    """Retention of every module by layer, a strip for each way."""
+def layers(rows: Sequence[tuple[str, ModelRetention]]) -> str:
+    """Retention of every module by layer, a strip for each row."""
     height = 0.75 + 1.15 * len(rows)
     return _svg(lambda figure: _draw_layers(figure, rows), 8.6, height, "layers")
 
 
 def _svg(draw: Callable[[Any], None], width: float, height: float, key: str) -> str:
-    """The same drawing gives the same text; ids are made the picture's own."""
+    """The drawing as SVG, the same text each time. `key` is put before every id, so that ids don't collide."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ def _draw_trade_off(figure: Any, rows: Sequence[Row]) -> None:
 
 
 def _floor(rows: Sequence[Row]) -> float:
-    """Where a KL of nothing is drawn: a decade below the smallest that is something."""
+    """The height at which a KL of zero is drawn: a decade below the smallest KL above zero."""
     positive = [row.quality.kl_mean for row in rows if row.quality.kl_mean > _LEAST_KL]
     exponent = math.floor(math.log10(min(positive))) - 1 if positive else -7
     return max(_LEAST_KL, float(10.0**exponent))
@@ -114,7 +114,7 @@ def _name_zero(axes: Any, rows: Sequence[Row], floor: float) -> None:
 
 
 def _area(row: Row, rows: Sequence[Row]) -> float:
-    speeds = [other.decode_tokens_per_s for other in rows if other.decode_tokens_per_s]
+    speeds = [measured.decode_tokens_per_s for measured in rows if measured.decode_tokens_per_s]
     if not speeds:
         return _PLAIN
     return _SLOWEST + (_FASTEST - _SLOWEST) * (row.decode_tokens_per_s or 0.0) / max(speeds)
@@ -123,7 +123,7 @@ def _area(row: Row, rows: Sequence[Row]) -> float:
 def _label(
     figure: Any, axes: Any, labels: Sequence[str], places: Sequence[tuple[float, float]], bold: Sequence[bool]
 ) -> None:
-    """Each label beside its point, at the first of several places where it covers nothing."""
+    """Draw each label beside its point, at the first of `_SPOTS` where it covers no point and no other label."""
     renderer = figure.canvas.get_renderer()
     taken = []
     for place in places:
@@ -146,12 +146,12 @@ def _label(
             text.set_va(upright)
             box = text.get_window_extent(renderer).extents
             inside = frame.x0 <= box[0] and box[2] <= frame.x1 and frame.y0 <= box[1] and box[3] <= frame.y1
-            if inside and not any(_overlap(box, other) for other in taken):
+            if inside and not any(_overlap(box, taken_box) for taken_box in taken):
                 break
         taken.append(tuple(box))
 
 
-# Right, left, above, below, then the same a little further and aslant.
+# Right, left, above, below and diagonally; then the same further away.
 _SPOTS: tuple[tuple[tuple[float, float], str, str], ...] = tuple(
     spot
     for far in (0.0, 12.0, 24.0)
@@ -166,11 +166,13 @@ _SPOTS: tuple[tuple[tuple[float, float], str, str], ...] = tuple(
 )
 
 
-def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _overlap(box: Sequence[float], taken_box: Sequence[float]) -> bool:
+    """Whether two boxes (left, bottom, right, top) share an area."""
+    left, bottom, right, top = taken_box
+    return box[0] < right and left < box[2] and box[1] < top and bottom < box[3]
 
 
-def _draw_layers(figure: Any, rows: Sequence[tuple[str, Retained]]) -> None:
+def _draw_layers(figure: Any, rows: Sequence[tuple[str, ModelRetention]]) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     scale = LinearSegmentedColormap.from_list("kept", [FAILED, _BETWEEN, PASSED])
@@ -198,12 +200,12 @@ def _draw_layers(figure: Any, rows: Sequence[tuple[str, Retained]]) -> None:
     bar.outline.set_visible(False)
 
 
-def _grid(retained: Retained) -> list[list[float]]:
+def _grid(retained: ModelRetention) -> list[list[float]]:
     """Retention by kind of module and layer; NaN, which stays blank, where there is no delta."""
-    found = {}
+    retention = {}
     for tensor in retained.tensors:
         if match := LAYER_LINEAR.fullmatch(tensor.module):
             kind = tensor.module.split(f"layers.{match['layer']}.", 1)[1]
-            found[kind, int(match["layer"])] = tensor.retention
-    count = max((layer for _, layer in found), default=0) + 1
-    return [[found.get((kind, layer), math.nan) for layer in range(count)] for kind in LAYER_LINEARS]
+            retention[kind, int(match["layer"])] = tensor.retention
+    count = max((layer for _, layer in retention), default=0) + 1
+    return [[retention.get((kind, layer), math.nan) for layer in range(count)] for kind in LAYER_LINEARS]

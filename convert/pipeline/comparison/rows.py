@@ -1,4 +1,4 @@
-"""What is compared."""
+"""The values that a comparison holds: one row for each variant."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from convert.artifact import Base, Origin, Quality, QuantizationName, Recovery, RouteName
-from convert.quality import Answer, Retained
+from convert.quality import Answer, ModelRetention
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way, made and measured. `failures`: the gate's sentences, none where it is passed."""
+    """One variant, built and measured. `failures`: the gate's sentences, none where the variant passes."""
 
     label: str
     command: str
@@ -23,7 +23,7 @@ class Row:
     chosen: bool = False
     decode_tokens_per_s: float | None = None
     recovery: Recovery | None = None
-    retained: Retained | None = None
+    retained: ModelRetention | None = None
     answers: tuple[Answer, ...] = ()
 
     @property
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ways of one checkpoint on one text. `answers`: of the function as trained, to the canaries."""
+    """Variants of one checkpoint, measured on one text. `answers`: by the function as trained, to the canaries."""
 
     name: str
     origin: Origin

@@ -1,0 +1,28 @@
+"""Names of the files that trainers and model libraries write.
+
+Sources: `save_pretrained` of peft 0.21 and of transformers.
+"""
+
+from __future__ import annotations
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_STEM = "adapter_model"
+MODEL_STEM = "model"
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+# Templates for other uses than plain chats, such as tools: NAME.jinja.
+OTHER_CHAT_TEMPLATES = "additional_chat_templates"
+GENERATION_CONFIG = "generation_config.json"
+# One of these is a tokenizer; the other files only accompany it.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")

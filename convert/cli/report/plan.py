@@ -1,0 +1,120 @@
+"""The screen and the document of a dry run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import RenderableType
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from convert.cli.report.screen import Page, facts_table, training_words
+from convert.pipeline.dry_run import DryRun, PlannedVariant
+from convert.pipeline.request import PreparedRequest
+from convert.plan.conversion_plan import CastStep, CopyStep, LinearStep, ModelPlan, Step, UpdateStep
+from convert.safetensors_io.tensors import TensorSpec
+
+# The word for each kind of step in the table and in the JSON document.
+_ORIGINS: dict[type[Step], str] = {CopyStep: "copied", CastStep: "cast", LinearStep: "made", UpdateStep: "edited"}
+
+
+def plan_screen(dry_run: DryRun) -> Page:
+    """The variants that would be tried, and every kind of tensor of the first."""
+    parts: list[RenderableType] = [_facts(dry_run.prepared), Text(), *_variants(dry_run.variants)]
+    first = next((plan for planned in dry_run.variants if planned.candidate and (plan := planned.candidate.plan)), None)
+    if first:
+        parts += [Text(), _tensors(first), *(Text(f"\nNote: {note}") for note in first.notes)]
+    parts.append(Text("\nNothing was written. Memory and time in brackets: for measuring. --json lists every tensor."))
+    return tuple(parts)
+
+
+def _facts(prepared: PreparedRequest) -> Table:
+    facts = facts_table()
+    facts.add_row("checkpoint", escape(str(prepared.checkpoint.root)))
+    facts.add_row("training", training_words(prepared.detection.training, prepared.detection.confidence))
+    facts.add_row("evidence", escape("\n".join(prepared.detection.sources)))
+    facts.add_row("base", escape(f"{prepared.base.root} ({prepared.base.quantization_name})"))
+    facts.add_row("target", escape(prepared.target))
+    for warning in prepared.checkpoint.warnings:
+        facts.add_row("note", escape(warning))
+    return facts
+
+
+def _variants(variants: Sequence[PlannedVariant]) -> list[RenderableType]:
+    """A table of what each variant takes; below it the options that ask for each, and why some are not possible."""
+    table = Table(title="Tried in this order", title_justify="left", title_style="bold")
+    for heading in ("", "way", "output", "memory", "time", "loss"):
+        table.add_column(heading, no_wrap=heading not in ("way", "loss"))
+    options: list[Text] = []
+    obstacles: list[Text] = []
+    for number, planned in enumerate(variants, 1):
+        variant = planned.variant
+        table.add_row(str(number), f"{variant.route}, {variant.storage_name}", *_costs(planned), variant.loss)
+        options.append(Text(f"{number}  {variant.flags}"))
+        if planned.obstacle:
+            obstacles.append(Text(f"\n{number} is not possible: {planned.obstacle}", style="yellow"))
+    return [table, Text(), *options, *obstacles]
+
+
+def _costs(planned: PlannedVariant) -> tuple[str, str, str]:
+    """Size of the output, memory and time; measuring in brackets on a second line."""
+    if planned.candidate is None or planned.estimate is None:
+        return "not possible", "", ""
+    costs = planned.estimate
+    return (
+        decimal(costs.output_bytes),
+        f"{decimal(costs.writing_memory_bytes)}\n({decimal(costs.measuring_memory_bytes)})",
+        f"{costs.writing_s:.0f} s\n({costs.measuring_s:.0f} s)",
+    )
+
+
+def _tensors(plan: ModelPlan) -> RenderableType:
+    """A table with one line for the weights that have the same name in every layer."""
+    groups: dict[tuple[str, str], list[tuple[TensorSpec, ...]]] = {}
+    for step in plan.steps:
+        name = re.sub(r"\.\d+\.", ".*.", step.outputs[0].name)
+        groups.setdefault((name, _ORIGINS[type(step)]), []).append(step.outputs)
+    table = Table(title="Weights of the first", title_justify="left", title_style="bold")
+    for heading in ("name", "how", "stored\nas", "weights", "tensors", "bytes"):
+        table.add_column(heading, no_wrap=heading != "name", overflow="fold")
+    for (name, how), outputs in groups.items():
+        specs = [spec for group in outputs for spec in group]
+        size = decimal(sum(spec.nbytes for spec in specs))
+        table.add_row(name, how, outputs[0][0].dtype, str(len(outputs)), str(len(specs)), size)
+    return table
+
+
+def plan_document(dry_run: DryRun) -> dict[str, Any]:
+    """The dry run as JSON, for programs, with every tensor."""
+    return {
+        "checkpoint": str(dry_run.prepared.checkpoint.root),
+        "training": dry_run.prepared.detection.training.value,
+        "evidence": list(dry_run.prepared.detection.sources),
+        "confidence": dry_run.prepared.detection.confidence,
+        "target": dry_run.prepared.target,
+        "notes": list(dry_run.prepared.checkpoint.warnings),
+        "ways": [_planned_document(planned) for planned in dry_run.variants],
+    }
+
+
+def _planned_document(planned: PlannedVariant) -> dict[str, Any]:
+    model = planned.candidate.plan if planned.candidate else None
+    tensors = [
+        {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "how": _ORIGINS[type(step)]}
+        for step in (model.steps if model else ())
+        for spec in step.outputs
+    ]
+    return {
+        "flags": planned.variant.flags,
+        "obstacle": planned.obstacle,
+        "reason": planned.candidate.choice.reason if planned.candidate else None,
+        "estimate": asdict(planned.estimate) if planned.estimate else None,
+        "files": list(model.stop_tokens.files) if model else [],
+        "notes": list(model.notes) if model else [],
+        "tensors": tensors,
+    }

@@ -1,0 +1,60 @@
+"""The chat templates of a directory, in every place where a version of transformers saves them:
+
+chat_template.jinja, additional_chat_templates/NAME.jinja     one file for each
+tokenizer_config.json, "chat_template"                        one text, or a list of names and texts
+chat_template.json, "chat_template"                           one text; saved with a processor
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.artifact.file_names import CHAT_TEMPLATE, OTHER_CHAT_TEMPLATES, TOKENIZER_CONFIG
+from convert.errors import ConvertError
+from convert.inputs.links import is_contained
+from convert.safetensors_io.tensors import read_json
+
+INLINE = "chat_template"
+_OF_PROCESSOR = "chat_template.json"
+_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+
+
+def chat_templates(directory: Path, error: type[ConvertError]) -> dict[str, bytes]:
+    """The templates by the name of the file for each; empty where there are none.
+
+    Files win over what stands in tokenizer_config.json, as in transformers. Raises `error` for a damaged file.
+    """
+    others = directory / OTHER_CHAT_TEMPLATES
+    files = [directory / CHAT_TEMPLATE, *sorted(others.glob("*.jinja"))]
+    if others.is_dir() and not (is_contained(others) and all(map(is_contained, files))):
+        raise error(f"{others} leads out of its directory by a symbolic link, which is not read. Copy the files there.")
+    templates = {path.relative_to(directory).as_posix(): path.read_bytes() for path in files if path.is_file()}
+    for name in (TOKENIZER_CONFIG, _OF_PROCESSOR):
+        path = directory / name
+        if not templates and path.is_file():
+            templates = inline_templates(read_json(path, error), path, error)
+    return templates
+
+
+def inline_templates(document: Mapping[str, Any], path: Path, error: type[ConvertError]) -> dict[str, bytes]:
+    """The templates in the JSON object of the file `path`, by the name of the file for each."""
+    value = document.get(INLINE)
+    try:
+        named = (
+            {"default": value} if isinstance(value, str) else {each["name"]: each["template"] for each in value or ()}
+        )
+        return {_file_name(name): text.encode() for name, text in named.items()}
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise error(f"{path}: chat_template is neither a text nor a list of templates with their names.") from None
+
+
+def _file_name(name: str) -> str:
+    """Raises ValueError where the name would leave the directory."""
+    if name == "default":
+        return CHAT_TEMPLATE
+    if not _NAME.fullmatch(name):
+        raise ValueError
+    return f"{OTHER_CHAT_TEMPLATES}/{name}.jinja"

@@ -1,0 +1,81 @@
+"""Settings of a model's config.json; where the file leaves one out, transformers' default for the model type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+CONFIG = "config.json"
+
+
+def setting(config: Mapping[str, Any], name: str) -> Any:
+    """The value in config.json, else transformers' default; None where transformers doesn't know the model type."""
+    if name in config:
+        return config[name]
+    return getattr(_defaults(str(config.get("model_type"))), name, None)
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding."""
+    return bool(setting(config, "tie_word_embeddings"))
+
+
+def head_dim(config: Mapping[str, Any]) -> int | None:
+    """The size of an attention head, None where the settings are no valid numbers.
+
+    As in transformers' Llama: `head_dim`, or hidden_size / num_attention_heads where it is missing or null.
+    """
+    size = config.get("head_dim")
+    if size is None:
+        hidden, heads = setting(config, "hidden_size"), setting(config, "num_attention_heads")
+        size = hidden // heads if type(hidden) is int and type(heads) is int and heads > 0 else None
+    return size if type(size) is int and size > 0 else None
+
+
+def rope_note(config: Mapping[str, Any]) -> str:
+    """A sentence where the settings of the rotary embedding contradict each other; empty where they don't.
+
+    transformers before 5 reads rope_theta and rope_scaling, later ones rope_parameters, and each ignores the others.
+    """
+    given = {name: config[name] for name in ("rope_theta", "rope_scaling", "rope_parameters") if config.get(name)}
+    objects = [value for value in given.values() if isinstance(value, dict)]
+    thetas = [given.get("rope_theta"), *(value.get("rope_theta") for value in objects)]
+    is_conflict = len({repr(theta) for theta in thetas if theta is not None}) > 1 or (
+        len(objects) == 2 and _without_theta(objects[0]) != _without_theta(objects[1])
+    )
+    if not is_conflict:
+        return ""
+    stated = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return (
+        f"{CONFIG} contradicts itself about the rotary embedding: {stated}. Everything was measured with "
+        f"{_rope_of_transformers(config)}, which transformers takes from it; another engine may take the other values."
+    )
+
+
+def _without_theta(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"type": "rope_type"}
+    return {names.get(name, name): value for name, value in parameters.items() if name != "rope_theta"}
+
+
+def _rope_of_transformers(config: Mapping[str, Any]) -> object:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**dict(config)).rope_parameters
+    except Exception:  # as in _defaults
+        return "the values"
+
+
+@cache
+def _defaults(model_type: str) -> Any:
+    """transformers' configuration of a model type with nothing set; None for an unknown type.
+
+    It is made from transformers' own classes: no file is read, and no code of a model is run.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(model_type)
+    except Exception:  # ValueError for an unknown type; types without defaults raise errors of many kinds
+        return None

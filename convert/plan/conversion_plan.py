@@ -1,0 +1,269 @@
+"""The plan of a conversion: every tensor that will be written, known and checked before the first byte.
+
+A model is written step by step, with one tensor of the base in memory at a time:
+
+    CopyStep      the stored bytes are copied
+    CastStep      the tensor is cast to the 16-bit type of the output
+    LinearStep    a linear layer's weight: read as the adapter was trained on it, updated, stored in the output's format
+    UpdateStep    any other weight that the checkpoint changes: read, updated, rounded once
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from convert.errors import BaseMismatch, OutputUnwritable
+from convert.inputs.adapter_checkpoint import Checkpoint
+from convert.inputs.architecture import EMBEDDING, HEAD_WEIGHT
+from convert.inputs.base_model import BaseModel, Linear
+from convert.inputs.model_config import rope_note
+from convert.plan.side_files import SideFiles, side_files
+from convert.plan.stop_tokens import StopTokens
+from convert.plan.weight_updates import WeightUpdate, WeightUpdates
+from convert.quantization.format import QuantizationFormat
+from convert.quantization.nf4 import Nf4
+from convert.safetensors_io.tensors import DTYPES, TensorSpec
+
+MergedOnto = Literal["original", "dequantized"]
+
+# Header and manifest of a few hundred modules, with room to spare.
+_SMALL_FILES_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """How the written model is made: which weights the delta is added to, and how its linear layers are stored.
+
+    `merged_onto`: None where no delta is merged. `quantization_format`: None where linear layers are stored as floats.
+    `quantizer`: of training; a full-precision base is quantized and dequantized by it before the delta is added.
+    `dtype`: the 16-bit type of everything that is not quantized; None for the base's own.
+    """
+
+    merged_onto: MergedOnto | None
+    quantization_format: QuantizationFormat | None
+    quantizer: Nf4 | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class CopyStep:
+    spec: TensorSpec
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (self.spec,)
+
+
+@dataclass(frozen=True)
+class CastStep:
+    """`spec`: the tensor as it is written."""
+
+    spec: TensorSpec
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (self.spec,)
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    linear: Linear
+    update: WeightUpdate
+    quantization_format: QuantizationFormat | None
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class UpdateStep:
+    """`source`: the weight in the base, which for the new head of a tied model is the embedding."""
+
+    source: TensorSpec
+    update: WeightUpdate
+    spec: TensorSpec
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return (self.spec,)
+
+
+Step = CopyStep | CastStep | LinearStep | UpdateStep
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model directory to be written. `files`, `config`: before the stop tokens are in them."""
+
+    output_format: OutputFormat
+    steps: tuple[Step, ...]
+    files: SideFiles
+    config: Mapping[str, Any]
+    update_notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is corrected or added besides the weights, in sentences. Loads the tokenizer."""
+        return self.update_notes + self.stop_tokens.notes
+
+    @cached_property
+    def stop_tokens(self) -> StopTokens:
+        """The files and config.json as they are written. Loads the tokenizer. Raises BaseUnreadable."""
+        return StopTokens.of(self.files, self.config)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(spec.nbytes for step in self.steps for spec in step.outputs)
+
+
+def plan_model(
+    base: BaseModel, output_format: OutputFormat, checkpoint: Checkpoint, updates: WeightUpdates | None = None
+) -> ModelPlan:
+    """Every tensor and file of the model directory.
+
+    Raises BaseUnreadable when no tokenizer is anywhere, BaseMismatch for an update of a weight that is not written.
+    """
+    if updates is None:
+        updates = WeightUpdates.of(checkpoint, base, separate=output_format.merged_onto is None)
+    steps = sorted(_Planner(base, output_format).steps(updates), key=lambda step: step.outputs[0].name)
+    changed = {_changed_weight(step) for step in steps}
+    if left := sorted(updates.by_weight.keys() - changed):
+        raise BaseMismatch(f"{base.root} has no weight of its own for what was trained of {', '.join(left[:3])}.")
+    config = _output_config(base, output_format, updates)
+    notes = tuple(_update_notes(base, updates))
+    return ModelPlan(output_format, tuple(steps), side_files(checkpoint, base), config, notes)
+
+
+def _changed_weight(step: Step) -> str | None:
+    """The name of the base's weight that a step may update."""
+    match step:
+        case LinearStep(linear):
+            return linear.weight
+        case UpdateStep():
+            return step.spec.name
+        case _:
+            return None
+
+
+def _output_config(base: BaseModel, output_format: OutputFormat, updates: WeightUpdates) -> dict[str, Any]:
+    """config.json of the written model."""
+    # _name_or_path is a path on the disk of whoever saved the base.
+    config = {name: value for name, value in base.config.items() if name != "_name_or_path"}
+    config.update(_config_changes(base, updates))
+    planner = _Planner(base, output_format)
+    if planner.keeps_base:
+        return _with_dtype(config, config.get("dtype") or config.get("torch_dtype"))
+    config.pop("quantization_config", None)
+    if output_format.quantization_format:
+        config["quantization_config"] = output_format.quantization_format.config()
+    return _with_dtype(config, DTYPES[planner.dtype][1])
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: object) -> dict[str, Any]:
+    """Under both names: readers older than transformers 4.56 know only torch_dtype."""
+    return {**config, "dtype": dtype, "torch_dtype": dtype} if dtype else dict(config)
+
+
+def require_room(needed_bytes: int, destination: Path) -> None:
+    """Raises OutputUnwritable when the destination's disk can't hold that much."""
+    parent = next(path for path in destination.absolute().parents if path.exists())
+    free, needed = shutil.disk_usage(parent).free, needed_bytes + _SMALL_FILES_BYTES
+    if needed > free:
+        raise OutputUnwritable(
+            f"{parent} has {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB. "
+            "Free some, or choose another --out."
+        )
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Plans the steps of a model that is written from a base in an output format."""
+
+    base: BaseModel
+    output_format: OutputFormat
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base's tensors are copied as they are, except those that an update changes."""
+        output_format = self.output_format
+        return output_format.merged_onto is None and output_format.quantization_format == self.base.quantization_format
+
+    @property
+    def dtype(self) -> str:
+        """The type of the written floats."""
+        return self.output_format.dtype or self.base.dtype
+
+    def steps(self, updates: WeightUpdates) -> Iterator[Step]:
+        for spec in self.base.other_specs:
+            yield self._float_step(spec, updates.by_weight.get(spec.name))
+        for linear in self.base.linears.values():
+            # Some tied models store the head a second time; the embedding is what counts.
+            if not (linear.is_head and self.base.is_tied and updates.changes_embedding):
+                yield from self._linear_steps(linear, updates.by_weight.get(linear.weight))
+        if updates.untie_head:
+            yield self._update_step(self.base.tensors.specs[EMBEDDING], updates.by_weight[HEAD_WEIGHT], HEAD_WEIGHT)
+
+    def _linear_steps(self, linear: Linear, update: WeightUpdate | None) -> Sequence[Step]:
+        specs = self.base.stored_specs(linear)
+        if update is None and self.keeps_base:
+            return [CopyStep(spec) for spec in specs]
+        stays_float = linear.quantization_format is None and (linear.is_head or not self._changes_linears)
+        if stays_float and (linear.is_head or update is None):
+            return [self._float_step(specs[0], update)]
+        return [self._linear_step(linear, update or WeightUpdate())]
+
+    def _linear_step(self, linear: Linear, update: WeightUpdate) -> LinearStep:
+        quantization_format = None if linear.is_head else self.output_format.quantization_format
+        if quantization_format:
+            outputs = quantization_format.specs(linear.module, linear.shape)
+        else:
+            outputs = (TensorSpec(linear.weight, self.dtype, linear.shape),)
+        return LinearStep(linear, update, quantization_format, outputs)
+
+    @property
+    def _changes_linears(self) -> bool:
+        """Whether linear layers without an update change too: they are quantized, or dequantized NF4 is written."""
+        return self.output_format.quantization_format is not None or self.output_format.merged_onto == "dequantized"
+
+    def _float_step(self, spec: TensorSpec, update: WeightUpdate | None) -> Step:
+        if update:
+            return self._update_step(spec, update, spec.name)
+        dtype = self._written_dtype(spec)
+        return CopyStep(spec) if spec.dtype == dtype else CastStep(TensorSpec(spec.name, dtype, spec.shape))
+
+    def _update_step(self, source: TensorSpec, update: WeightUpdate, name: str) -> UpdateStep:
+        shape = update.saved.shape if update.saved else source.shape
+        return UpdateStep(source, update, TensorSpec(name, self._written_dtype(source), shape))
+
+    def _written_dtype(self, spec: TensorSpec) -> str:
+        """The type of a tensor that is no quantized weight. It changes only where the whole model's type changes.
+
+        A float32 model is written in 16 bits; a single float32 tensor in a 16-bit model is float32 on purpose.
+        """
+        if self.keeps_base or spec.dtype != self.base.tensors.specs[EMBEDDING].dtype:
+            return spec.dtype
+        return self.dtype
+
+
+def _config_changes(base: BaseModel, updates: WeightUpdates) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    if updates.untie_head:
+        changes["tie_word_embeddings"] = False
+    if updates.vocabulary != base.vocabulary:
+        changes["vocab_size"] = updates.vocabulary
+    return changes
+
+
+def _update_notes(base: BaseModel, updates: WeightUpdates) -> Iterator[str]:
+    if updates.untie_head:
+        yield (
+            "Embedding and head shared one weight in the base, and differ after training: "
+            f"{HEAD_WEIGHT} is written, and tie_word_embeddings is false."
+        )
+    if updates.vocabulary != base.vocabulary:
+        yield f"The vocabulary was resized in training: from {base.vocabulary} to {updates.vocabulary} rows."
+    if note := rope_note(base.config):
+        yield note

@@ -1,0 +1,171 @@
+"""The function as trained, built by PEFT from the checkpoint: every measurement compares with it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from convert.errors import CheckpointUnsupported
+from convert.inputs.adapter_checkpoint import Checkpoint
+from convert.inputs.architecture import EMBEDDING, HEAD_WEIGHT
+from convert.inputs.base_model import BaseModel
+from convert.inputs.keys import PEFT_PREFIX
+from convert.quantization.format import QuantizationFormat
+
+if TYPE_CHECKING:
+    import torch
+
+
+def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
+    """`model` with everything the checkpoint trained, in eval mode. Raises CheckpointUnsupported where PEFT can't.
+
+    The settings come from adapter_config.json. Keys of other layouts are translated to those of PEFT.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    _resize(model, checkpoint)
+    with warnings.catch_warnings():
+        # PEFT warns of names and settings that Graft has checked already.
+        warnings.simplefilter("ignore")
+        try:
+            adapted = get_peft_model(model, _config(checkpoint))
+            state = _state(checkpoint)
+            result = set_peft_model_state_dict(adapted, state)
+            expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error) as cause:
+            raise CheckpointUnsupported(
+                f"{checkpoint.root}: PEFT can't apply its adapter_config.json: {cause}. Save it with save_pretrained."
+            ) from cause
+    if result.unexpected_keys:
+        raise CheckpointUnsupported(
+            f"{checkpoint.root}: PEFT finds no place for {', '.join(sorted(result.unexpected_keys)[:3])}: "
+            "target_modules of adapter_config.json doesn't fit the weights"
+        )
+    # A target without LoRA weights keeps B = 0, which changes nothing; anything else was trained and is lost.
+    if missing := sorted(name for name in expected.keys() - state.keys() if ".lora_" not in name):
+        raise CheckpointUnsupported(
+            f"{checkpoint.root}: its adapter_config.json trains {', '.join(missing[:3])}, which the file does not "
+            "hold: save it again with PEFT's save_pretrained"
+        )
+    return adapted.eval()
+
+
+@contextmanager
+def base_alone(
+    model: Any, checkpoint: Checkpoint, base: BaseModel, quantizer: QuantizationFormat | None
+) -> Iterator[None]:
+    """Until the context ends, `model` of `with_adapter` is the base that it was loaded from, without what was trained.
+
+    PEFT switches off what it added. The base's own weights and biases that the checkpoint replaced are put back here,
+    except those of a resized vocabulary, whose new rows the base does not have.
+    """
+    weights, replaced = model.state_dict(), []
+    for name, saved in checkpoint.adapter_state.saved_weights.items():
+        weight = weights.get(PEFT_PREFIX + _base_layer_key(name, checkpoint))
+        if weight is None or saved.is_trained_copy:
+            continue
+        own = _weight_of_base(name, base, quantizer)
+        if own.shape == weight.shape:
+            replaced.append((weight, weight.clone()))
+            weight.copy_(own)
+    with warnings.catch_warnings():
+        # PEFT warns of the biases that are put back above.
+        warnings.simplefilter("ignore")
+        with model.disable_adapter():
+            yield
+    for weight, trained in reversed(replaced):
+        weight.copy_(trained)
+
+
+def _weight_of_base(name: str, base: BaseModel, quantizer: QuantizationFormat | None) -> torch.Tensor:
+    if name == HEAD_WEIGHT and base.is_tied:
+        name = EMBEDDING
+    linear = base.linears.get(name.removesuffix(".weight"))
+    return base.read_as_trained(linear, quantizer) if linear else base.tensors.read(name)
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    known = {field.name for field in fields(LoraConfig) if field.init}
+    settings = {name: value for name, value in checkpoint.peft_settings.items() if name in known}
+    settings |= _settings_of_mended_paths(checkpoint)
+    # PEFT's own initialisation is B = 0; the checkpoint's may be another, which is not that of its weights.
+    return LoraConfig(**settings | {"inference_mode": True, "init_lora_weights": True})
+
+
+def _settings_of_mended_paths(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings that name modules, where the adapter was trained on a model in which these have other paths.
+
+    Whatever they matched there is known: these modules, ranks and alphas are named one by one.
+    """
+    state = checkpoint.adapter_state
+    all_weights = (*state.lora_weights.values(), *state.embedding_lora_weights.values())
+    if all(weights.trained_path == weights.module for weights in all_weights):
+        return {}
+    return {
+        "target_modules": [weights.module for weights in all_weights],
+        "rank_pattern": {f"^{re.escape(weights.module)}": weights.rank for weights in all_weights},
+        "alpha_pattern": {f"^{re.escape(weights.module)}": weights.alpha for weights in all_weights},
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _resize(model: Any, checkpoint: Checkpoint) -> None:
+    """Give the model the vocabulary that the adapter was trained with."""
+    saved_weights = checkpoint.adapter_state.saved_weights
+    saved = saved_weights.get(EMBEDDING) or saved_weights.get(HEAD_WEIGHT)
+    if saved and saved.spec.shape[0] != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(saved.spec.shape[0], mean_resizing=False)
+
+
+def _state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    adapter_state, read = checkpoint.adapter_state, checkpoint.tensors.read
+    state: dict[str, torch.Tensor] = {}
+    for module, weights in adapter_state.lora_weights.items():
+        a, b = checkpoint.read(weights)
+        state |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        if weights.magnitude:
+            state[f"{module}.lora_magnitude_vector"] = read(weights.magnitude.name)
+    for module, weights in adapter_state.embedding_lora_weights.items():
+        state |= {
+            f"{module}.lora_embedding_A": read(weights.b.name),
+            f"{module}.lora_embedding_B": read(weights.a.name),
+        }
+    shared = isinstance(checkpoint.config.get("trainable_token_indices"), list)
+    for name, rows in adapter_state.trained_rows.items():
+        if shared and name != EMBEDDING:
+            _require_rows_of_embedding(name, checkpoint)
+            continue
+        state[f"{name.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"] = read(rows.values.name)
+    for name, saved in adapter_state.saved_weights.items():
+        key = name if saved.is_trained_copy else _base_layer_key(name, checkpoint)
+        state[key] = read(saved.spec.name)
+    return {PEFT_PREFIX + name: tensor for name, tensor in state.items()}
+
+
+def _require_rows_of_embedding(name: str, checkpoint: Checkpoint) -> None:
+    """PEFT takes the rows of a tied head from the embedding, so those in the file must be the same."""
+    rows, of_embedding = (checkpoint.adapter_state.trained_rows.get(weight) for weight in (name, EMBEDDING))
+    tensors = checkpoint.tensors
+    if not (rows and of_embedding and tensors.has_bytes_of(rows.values.name, tensors, of_embedding.values.name)):
+        raise CheckpointUnsupported(
+            f"{checkpoint.root}: its trained rows of {name} are not those of {EMBEDDING}, which "
+            "trainable_token_indices shares with it: save it again with PEFT's save_pretrained"
+        )
+
+
+def _base_layer_key(name: str, checkpoint: Checkpoint) -> str:
+    """PEFT's key of the base's own weight or bias in a module that it may have wrapped."""
+    (module, _, part), state = name.rpartition("."), checkpoint.adapter_state
+    if name in state.trained_rows:
+        return f"{module}.token_adapter.base_layer.{part}"
+    adapted = module in state.lora_weights or module in state.embedding_lora_weights
+    return f"{module}.base_layer.{part}" if adapted else name
