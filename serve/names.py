@@ -1,13 +1,13 @@
-"""What a model is called: by clients, in the catalogue, and inside the engine."""
+"""The names of a model: for clients, in the catalogue, and inside the engine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Between a name and a revision. Names can't contain it (convert.artifact.Name), so a split is exact;
-# `:` was left alone because fine-tune ids of other APIs use it, `/` because hub ids do.
+# Separates a name from a revision. Names can't contain it (convert.artifact.Name), so no text can be read in two ways.
+# It is not `:`, which fine-tune ids of other APIs contain, and not `/`, which hub ids contain.
 SEPARATOR = "@"
-SHORT_REVISION = 12  # hex digits: 48 bits, and a clash of two revisions of ONE name is all that could matter
+SHORT_REVISION = 12  # hex digits, 48 bits: enough, because only revisions of the same name could clash
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -19,8 +19,8 @@ class AdapterRevision:
 
     @property
     def engine_name(self) -> str:
-        """The name the engine knows it by. The engine keys its prefix cache by name, so no two different
-        weights may ever share one: that is why the digest is part of it."""
+        """The name of the adapter in the engine. It contains the digest, because the engine keys its prefix cache by
+        name: two different weights must never have the same name."""
         return f"{self.name}{SEPARATOR}{self.revision[:SHORT_REVISION]}"
 
     def __str__(self) -> str:
@@ -36,6 +36,6 @@ class RequestedModel:
 
     @classmethod
     def parse(cls, text: str) -> RequestedModel:
-        """`pirate` or `pirate@0123456789ab`. Anything else stays a name that nobody has."""
+        """Parses `pirate` or `pirate@0123456789ab`. Any other text becomes a name that no model has."""
         name, separator, revision = text.partition(SEPARATOR)
         return cls(name, revision) if separator else cls(text)

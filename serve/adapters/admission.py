@@ -1,4 +1,4 @@
-"""What an adapter must be before an engine sees it."""
+"""Checks that an adapter must pass before it reaches an engine: base model, name, rank, signature, size and files."""
 
 from __future__ import annotations
 
@@ -6,65 +6,77 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from convert.signature import is_signed, public_key
-from serve.adapter_files import largest_rank, linear_shapes, problems
-from serve.candidate import Candidate
-from serve.config import AdmissionSettings, EngineSettings
+from convert.artifact.signature import is_signed, public_key
+from serve.adapters.file_validation import adapter_problems, largest_rank, linear_shapes
+from serve.catalogue.candidate import Candidate
 from serve.errors import AdapterRejected
+from serve.settings import AdmissionSettings, EngineSettings
 
-_SHOWN = 5
+_SHOWN_PROBLEMS = 5
 
 
 class Admission:
-    """The checks of one server: what it is for, and what its base model is made of."""
+    """The admission checks of one server, for its base model and its settings."""
 
     def __init__(self, engine: EngineSettings, settings: AdmissionSettings) -> None:
         """Raises SigningKeyInvalid."""
         self._engine = engine
         self._settings = settings
-        self._trusted = [public_key(path) for path in settings.trusted_keys]
+        self._trusted_keys = [public_key(path) for path in settings.trusted_keys]
 
     def check(self, candidate: Candidate, directory: Path) -> None:
-        """Raises AdapterRejected with every reason why the files in `directory` can't be served as `candidate`."""
-        if found := objections(candidate, self._engine):
-            raise AdapterRejected(f"{candidate.adapter} can't be served here: {'; '.join(found)}.")
-        if self._trusted and not is_signed(candidate.signature, candidate.statement, self._trusted):
+        """Raises AdapterRejected, with the reason, if the files in `directory` can't be served as `candidate`."""
+        if reasons := incompatibilities(candidate, self._engine):
+            raise AdapterRejected(f"{candidate.adapter} can't be served here: {'; '.join(reasons)}.")
+        self._check_signature(candidate)
+        self._check_size(candidate, directory)
+        if (rank := largest_rank(directory)) > candidate.rank:
+            raise AdapterRejected(f"{candidate.adapter} has rank {rank}, not {candidate.rank} as it was announced.")
+        self._check_files(candidate, directory)
+
+    def _check_signature(self, candidate: Candidate) -> None:
+        if self._trusted_keys and not is_signed(candidate.signature, candidate.statement, self._trusted_keys):
             raise AdapterRejected(
                 f"{candidate.adapter} is not signed by a key that this server trusts: `python -m convert sign` it with "
                 "one of them, and publish it again."
             )
-        size = sum(it.stat().st_size for it in directory.iterdir())
+
+    def _check_size(self, candidate: Candidate, directory: Path) -> None:
+        size = sum(path.stat().st_size for path in directory.iterdir())
         if size > self._settings.max_adapter_bytes:
             raise AdapterRejected(
                 f"{candidate.adapter} has {size} bytes, more than this server's {self._settings.max_adapter_bytes} "
                 "(max_adapter_bytes)."
             )
-        if (rank := largest_rank(directory)) > candidate.rank:
-            raise AdapterRejected(f"{candidate.adapter} has rank {rank}, not {candidate.rank} as it was announced.")
-        if found := problems(directory, self._modules):
-            more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-            raise AdapterRejected(f"{candidate.adapter} can't be served: {'; '.join(found[:_SHOWN])}{more}.")
+
+    def _check_files(self, candidate: Candidate, directory: Path) -> None:
+        if problems := adapter_problems(directory, self._base_shapes):
+            hidden = len(problems) - _SHOWN_PROBLEMS
+            more = f"; and {hidden} more" if hidden > 0 else ""
+            raise AdapterRejected(
+                f"{candidate.adapter} can't be served: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}."
+            )
 
     @cached_property
-    def _modules(self) -> Mapping[str, tuple[int, int] | None]:
+    def _base_shapes(self) -> Mapping[str, tuple[int, int] | None]:
         return linear_shapes(self._engine.model_path)
 
 
-def objections(candidate: Candidate, engine: EngineSettings) -> list[str]:
-    """Why this engine can't serve the adapter, each with what to do; empty if it can."""
-    found = []
+def incompatibilities(candidate: Candidate, engine: EngineSettings) -> list[str]:
+    """The reasons why this engine can't serve the adapter, each with a remedy; empty if it can."""
+    reasons = []
     if candidate.base != engine.fingerprint:
-        found.append(
+        reasons.append(
             f"it was made for the base model {candidate.base[:12]}, but {engine.model_name} here is "
             f"{engine.fingerprint[:12]}; convert it for this base"
         )
     if candidate.name == engine.model_name:
-        found.append(f"its name is the name of the base model, {engine.model_name}; give it another with --name")
+        reasons.append(f"its name is the name of the base model, {engine.model_name}; give it another with --name")
     if engine.max_lora_rank == 0:
-        found.append("this server runs without adapters; start one with the artifact of an adapter")
+        reasons.append("this server runs without adapters; start one with the artifact of an adapter")
     elif candidate.rank > engine.max_lora_rank:
-        found.append(
+        reasons.append(
             f"its rank {candidate.rank} is above this server's {engine.max_lora_rank}; "
             f"start the server with --max-lora-rank {candidate.rank} or more"
         )
-    return found
+    return reasons

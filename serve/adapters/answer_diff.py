@@ -1,4 +1,4 @@
-"""Two answers to one request, compared: what a shadow said against what the caller was told."""
+"""Compares two answers to one request: the one of a shadow with the one that the caller got."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 @dataclass(frozen=True)
 class Comparison:
-    same: bool  # the very same text
-    agreeing_words: int  # from the beginning, before they part
-    words: int  # of the longer one
+    same: bool  # the texts are equal
+    agreeing_words: int  # from the beginning to the first difference
+    words: int  # of the longer answer
 
 
-def compare(told: str, shadowed: str) -> Comparison:
-    one, other = _WORD.findall(told), _WORD.findall(shadowed)
-    agreeing = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-    return Comparison(told == shadowed, agreeing, max(len(one), len(other)))
+def compare(answer: str, shadow_answer: str) -> Comparison:
+    words, shadow_words = _WORD.findall(answer), _WORD.findall(shadow_answer)
+    pairs = zip(words, shadow_words, strict=False)
+    agreeing_words = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return Comparison(answer == shadow_answer, agreeing_words, max(len(words), len(shadow_words)))
 
 
 def text_of(body: bytes) -> str | None:
-    """What a model said, from the body of a completion, streamed or not; None if there is no text in it."""
+    """The text in the body of a completion, streamed or not; None if the body has no text."""
     try:
-        pieces = [_said(json.loads(event)) for event in _events(body)]
+        texts = [_text_of_event(json.loads(event)) for event in _events(body)]
     except ValueError:
         return None
-    found = [piece for piece in pieces if piece is not None]
-    return "".join(found) if found else None
+    known_texts = [text for text in texts if text is not None]
+    return "".join(known_texts) if known_texts else None
 
 
 def _events(body: bytes) -> list[bytes]:
+    """The JSON documents of a body: the data of server-sent events, or the whole body."""
     if not body.startswith((b"data:", b"event:", b":")):
         return [body]
-    lines = (line[5:].strip() for line in body.splitlines() if line.startswith(b"data:"))
-    return [line for line in lines if line != b"[DONE]"]
+    data = (line[5:].strip() for line in body.splitlines() if line.startswith(b"data:"))
+    return [document for document in data if document != b"[DONE]"]
 
 
-def _said(event: Any) -> str | None:
-    """The text of a whole answer or of one chunk: OpenAI's choices only, all of them in order."""
+def _text_of_event(event: Any) -> str | None:
+    """The text of a whole answer or of one chunk: all OpenAI `choices` in their order."""
     choices = event.get("choices") if isinstance(event, dict) else None
     if not isinstance(choices, list) or not choices:
         return None

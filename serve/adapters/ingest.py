@@ -1,5 +1,5 @@
-"""From a directory that someone names to a candidate whose files are in the store: an artifact, or a plain PEFT
-adapter as other servers take it."""
+"""Puts the adapter in a directory into the store and returns it as a candidate. The directory holds an artifact, or a
+plain PEFT adapter as other servers take it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from convert.artifact import GOLDEN, MANIFEST, Artifact, digest, file_sha256, problems_of
+from convert.artifact.signature import signature_of
 from convert.errors import ArtifactInvalid
-from convert.signature import signature_of
-from serve.adapter_files import ADAPTER_FILES, CONFIG, WEIGHTS, largest_rank, read_config
-from serve.candidate import Candidate, Lineage
-from serve.config import AdmissionSettings, EngineSettings
+from serve.adapters.file_validation import ADAPTER_FILES, CONFIG, WEIGHTS, largest_rank, read_config
+from serve.catalogue.adapter_store import AdapterStore, copy_from
+from serve.catalogue.candidate import Candidate, Lineage
 from serve.errors import AdapterRejected, ArtifactRefused, PathRefused
-from serve.store import AdapterStore, copy_from
+from serve.settings import AdmissionSettings, EngineSettings
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MAX_GOLDEN_BYTES = 16 << 20
 
 
-def take_artifact(artifact: Artifact, name: str | None, store: AdapterStore) -> Candidate:
-    """Put a verified artifact's adapter into the store. Raises ArtifactRefused if it has none, or if the name can't
-    be one."""
+def ingest_artifact(artifact: Artifact, name: str | None, store: AdapterStore) -> Candidate:
+    """Puts the adapter of a verified artifact into the store, under `name` or the artifact's own. Raises
+    ArtifactRefused if the artifact has no adapter, or if the name is not valid."""
     adapter, source = artifact.manifest.adapter, artifact.adapter_path
     candidate = candidate_of(artifact, name)
     if adapter is None or source is None:
         raise ArtifactRefused(f"{artifact.root} holds no adapter.")
-    if strange := sorted(set(adapter.files) - set(ADAPTER_FILES)):
-        raise ArtifactRefused(f"{artifact.root} has other files in its adapter than it should: {', '.join(strange)}.")
+    if unexpected := sorted(set(adapter.files) - set(ADAPTER_FILES)):
+        raise ArtifactRefused(
+            f"{artifact.root} has other files in its adapter than it should: {', '.join(unexpected)}."
+        )
     if candidate.golden:
         store.put_golden(candidate.golden, _read_golden(artifact.root / GOLDEN))
     store.put(adapter.revision, adapter.files, copy_from(source))
@@ -40,7 +42,8 @@ def take_artifact(artifact: Artifact, name: str | None, store: AdapterStore) -> 
 
 
 def candidate_of(artifact: Artifact, name: str | None) -> Candidate:
-    """Raises ArtifactRefused for a merged model, or a name that can't be one."""
+    """The artifact's adapter as a candidate. Raises ArtifactRefused for a merged model, or for a name that is not
+    valid."""
     try:
         candidate = Candidate.of(artifact.manifest, name, signature_of(artifact.root))
     except ValidationError as error:
@@ -54,18 +57,29 @@ def candidate_of(artifact: Artifact, name: str | None) -> Candidate:
     return candidate
 
 
-def take_path(
+def open_verified(root: Path) -> Artifact:
+    """The artifact in a directory, with all its digests checked. Raises ArtifactRefused."""
+    try:
+        artifact = Artifact.open(root)
+        artifact.verify()
+    except ArtifactInvalid as error:
+        raise ArtifactRefused(str(error)) from error
+    return artifact
+
+
+def ingest_path(
     path: Path, name: str | None, store: AdapterStore, engine: EngineSettings, admission: AdmissionSettings
 ) -> Candidate:
-    """Put what lies at a path that a caller of the API named into the store.
+    """Puts the adapter at a path that a caller of the API named into the store.
 
     Raises PathRefused for a path outside `adapter_roots` or with symbolic links in it, AdapterRejected or
-    ArtifactRefused for what can't be served.
+    ArtifactRefused for an adapter that can't be served.
     """
-    root = allowed(path, admission.adapter_roots)
+    root = check_allowed(path, admission.adapter_roots)
     if (root / MANIFEST).is_file():
-        return _take_verified(root, name, store)
-    _refuse_what_is_no_adapter(root, admission.max_adapter_bytes)
+        return ingest_artifact(open_verified(root), name, store)
+    _check_adapter_files(root)
+    _check_size(root, admission.max_adapter_bytes)
     if not admission.allow_other_template:
         _check_tokenizer(root, engine.model_path)
     files = {file: file_sha256(root / file) for file in ADAPTER_FILES}
@@ -74,9 +88,9 @@ def take_path(
     return candidate
 
 
-def allowed(path: Path, roots: Sequence[Path]) -> Path:
-    """The directory itself. Raises PathRefused unless it lies below one of the roots, with no symbolic link inside it
-    and none on the way there that leads out."""
+def check_allowed(path: Path, roots: Sequence[Path]) -> Path:
+    """The real path of a directory. Raises PathRefused unless it is below one of the roots, after all symbolic links
+    on the way to it are resolved, and holds no symbolic link itself."""
     if not roots:
         raise PathRefused(
             "This server takes no paths from callers: start it with --adapter-root DIR, or publish with "
@@ -84,8 +98,8 @@ def allowed(path: Path, roots: Sequence[Path]) -> Path:
         )
     real = Path(os.path.realpath(path))
     if not path.is_absolute() or not any(real.is_relative_to(os.path.realpath(root)) for root in roots):
-        told = ", ".join(map(str, roots))
-        raise PathRefused(f"{path} is not below a directory that this server takes adapters from ({told}).")
+        allowed = ", ".join(map(str, roots))
+        raise PathRefused(f"{path} is not below a directory that this server takes adapters from ({allowed}).")
     if not real.is_dir():
         raise PathRefused(f"{path} is not a directory on the server's machine.")
     for entry in real.rglob("*"):
@@ -94,25 +108,20 @@ def allowed(path: Path, roots: Sequence[Path]) -> Path:
     return real
 
 
-def _take_verified(root: Path, name: str | None, store: AdapterStore) -> Candidate:
-    try:
-        artifact = Artifact.open(root)
-        artifact.verify()
-    except ArtifactInvalid as error:
-        raise ArtifactRefused(str(error)) from error
-    return take_artifact(artifact, name, store)
-
-
-def _refuse_what_is_no_adapter(root: Path, max_bytes: int) -> None:
+def _check_adapter_files(root: Path) -> None:
+    """Raises AdapterRejected if a file of a PEFT adapter is missing."""
     missing = [file for file in ADAPTER_FILES if not (root / file).is_file()]
+    pickles = sorted(path.name for path in root.iterdir() if path.suffix in _PICKLES)
+    if WEIGHTS in missing and pickles:
+        raise AdapterRejected(
+            f"{root} holds {', '.join(pickles)} but no {WEIGHTS}: pickled files can run code and are never read. "
+            "Save the adapter as safetensors."
+        )
     if missing:
-        pickles = sorted(it.name for it in root.iterdir() if it.suffix in _PICKLES)
-        if WEIGHTS in missing and pickles:
-            raise AdapterRejected(
-                f"{root} holds {', '.join(pickles)} but no {WEIGHTS}: pickled files can run code and are never read. "
-                "Save the adapter as safetensors."
-            )
         raise AdapterRejected(f"{root} is no PEFT adapter: it has no {', '.join(missing)}.")
+
+
+def _check_size(root: Path, max_bytes: int) -> None:
     size = sum((root / file).stat().st_size for file in ADAPTER_FILES)
     if size > max_bytes:
         raise AdapterRejected(f"{root} has {size} bytes, more than this server's {max_bytes} (max_adapter_bytes).")
@@ -133,35 +142,36 @@ def _plain_candidate(root: Path, name: str, revision: str, engine: EngineSetting
 
 
 def _check_tokenizer(root: Path, model: Path) -> None:
-    """Raises AdapterRejected if the adapter brings another vocabulary or chat template than the base has: it was
-    trained on other prompts than it would get here."""
-    other = [
-        what
-        for what, read in (("tokenizer", _vocabulary), ("chat template", _template))
+    """Raises AdapterRejected if the adapter comes with another vocabulary or chat template than the base model has:
+    here it would get other prompts than it was trained on."""
+    differences = [
+        part
+        for part, read in (("tokenizer", _read_vocabulary), ("chat template", _read_template))
         if (own := read(root)) is not None and own != read(model)
     ]
-    if other:
+    if differences:
         raise AdapterRejected(
-            f"{root} was trained with another {' and another '.join(other)} than the base model has, so that it would "
-            "be asked otherwise than it was taught. Convert it with its own, or allow it (--allow-other-template)."
+            f"{root} was trained with another {' and another '.join(differences)} than the base model has, so that it "
+            "would get other prompts than in training. Convert it with its own, or allow it (--allow-other-template)."
         )
 
 
-def _vocabulary(directory: Path) -> object:
-    """What decides which ids a text becomes; trainers save padding and truncation with it, which don't."""
-    document = _json(directory / "tokenizer.json")
-    return None if document is None else {it: document.get(it) for it in ("model", "added_tokens", "normalizer")}
+def _read_vocabulary(directory: Path) -> object:
+    """The parts of tokenizer.json that decide which ids a text becomes. Trainers also save padding and truncation in
+    that file, which do not."""
+    tokenizer = _read_json(directory / "tokenizer.json")
+    return None if tokenizer is None else {key: tokenizer.get(key) for key in ("model", "added_tokens", "normalizer")}
 
 
-def _template(directory: Path) -> object:
+def _read_template(directory: Path) -> object:
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(errors="replace").strip()
-    template = (_json(directory / "tokenizer_config.json") or {}).get("chat_template")
+    template = (_read_json(directory / "tokenizer_config.json") or {}).get("chat_template")
     return template.strip() if isinstance(template, str) else None
 
 
-def _json(path: Path) -> dict[str, object] | None:
+def _read_json(path: Path) -> dict[str, object] | None:
     if not path.is_file():
         return None
     try:

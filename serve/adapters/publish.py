@@ -1,4 +1,5 @@
-"""Every change that replicas must hold before callers see it, and those that only move an alias."""
+"""Changes of the catalogue: those that all replicas must hold before a caller sees them, and those that only move an
+alias."""
 
 from __future__ import annotations
 
@@ -11,9 +12,12 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-from serve.candidate import Candidate
-from serve.catalogue import AdapterState, Catalogue, Revision
-from serve.entry import Cause
+from serve.adapters.reconcile import ReplicaReport
+from serve.catalogue.adapter_state import AdapterState, Revision
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.catalogue import Catalogue
+from serve.catalogue.entry import Audit
+from serve.catalogue.log import CatalogueLog
 from serve.errors import (
     PublishFailed,
     PublishUnconfirmed,
@@ -21,204 +25,219 @@ from serve.errors import (
     TransitionRefused,
     UnknownModel,
 )
-from serve.log import CatalogueLog
 from serve.names import AdapterRevision
-from serve.reconcile import ReplicaReport
 
-# A coordinator that has not finished after so many times the replicas' own limit is gone.
-_LEASE_TIMEOUTS = 3
-_NOBODY = Cause()
+# A coordinator that needs longer than this many timeouts of the replicas must have died.
+_STAGE_TIMEOUTS = 3
+_NO_AUDIT = Audit()
 
 
 class Replicas(Protocol):
     """All running replicas of the base model."""
 
     async def sync(self, awaited: str | None = None) -> Sequence[ReplicaReport]:
-        """Have every one follow the catalogue now, and finish staging the revision of that engine name.
+        """Has every replica follow the catalogue now, and finish staging the revision with the engine name `awaited`.
         Raises ReplicaUnreachable if one does not answer."""
         ...
 
 
 class Published(BaseModel):
-    """The answer to what moves an alias or stages for it."""
+    """The result of a change that moved an alias, or staged a revision for one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str  # the alias
-    revision: str  # the engine name it points to now, or that is staged
+    revision: str  # the engine name that the alias points to now, or that is staged
     epoch: int
     replicas: int
-    staged_s: float  # until every replica held it
-    promoted_s: float  # until every replica answered with it; 0 if it is staged only
+    staged_s: float  # until every replica held the revision
+    promoted_s: float  # from then until every replica answered with it; 0 if it is only staged
 
 
 @dataclass(frozen=True)
 class Control:
-    """Whoever may change the catalogue does it through this, on behalf of one caller at a time."""
+    """Changes the catalogue and has the replicas follow. Every change names who wants it and why (`audit`)."""
 
     log: CatalogueLog
     replicas: Replicas
     sync_timeout_s: float = 60.0
-    most_pinned: int = 8
+    max_pinned: int = 8
 
-    async def publish(self, candidate: Candidate, cause: Cause = _NOBODY) -> Published:
-        """Stage on all, then move the alias. If one replica can't hold or prove it nothing changes for users.
+    async def publish(self, candidate: Candidate, audit: Audit = _NO_AUDIT) -> Published:
+        """Stages the candidate on all replicas, then moves the alias. If one replica can't hold or verify it, nothing
+        changes for callers.
 
-        Raises PublishFailed with each replica's reason, or PublishUnconfirmed if the alias moved but not every
-        replica could be asked whether it follows.
+        Raises PublishFailed with the reason of each replica, or PublishUnconfirmed if the alias moved but not every
+        replica confirmed it.
         """
         started = time.monotonic()
-        await self.hold(candidate, cause, self.lease())
+        await self.stage_on_all(candidate, audit, self.stage_deadline())
         staged = time.monotonic()
-        catalogue = await asyncio.to_thread(self.log.promote, candidate, cause)
-        return await self._moved(candidate, catalogue, "is published", started, staged)
+        catalogue = await asyncio.to_thread(self.log.promote, candidate, audit)
+        return await self._confirm_move(candidate, catalogue, "is published", started, staged)
 
-    async def stage(self, candidate: Candidate, cause: Cause = _NOBODY) -> Published:
-        """Have every replica hold and prove it, reachable as NAME@REVISION; the alias stays where it is until a
-        promote. Raises PublishFailed."""
+    async def stage(self, candidate: Candidate, audit: Audit = _NO_AUDIT) -> Published:
+        """Has every replica hold and verify the candidate, which callers reach as NAME@REVISION. The alias does not
+        move before a `promote`. Raises PublishFailed."""
         started = time.monotonic()
-        catalogue, reports = await self.hold(candidate, cause, None)
+        catalogue, reports = await self.stage_on_all(candidate, audit, None)
         return _published(candidate, catalogue, reports, time.monotonic() - started, 0)
 
-    async def promote(self, name: str, revision: str, cause: Cause = _NOBODY) -> Published:
-        """Point the alias to a revision that is staged, or that served before. Raises as `publish` does."""
+    async def promote(self, name: str, revision: str, audit: Audit = _NO_AUDIT) -> Published:
+        """Points the alias to a revision that is staged, or that served before and is published again then. Raises
+        TransitionRefused, UnknownModel, and what `publish` raises."""
         started = time.monotonic()
-        found = await self._find(name, revision)
-        if not found.staged:
-            if not found.is_promoted:
-                raise TransitionRefused(f"{found.candidate.adapter} is {found.state}: publish it again.")
-            return await self.publish(found.candidate, cause)
+        target = await self._find(name, revision)
+        candidate = target.candidate
+        if not target.staged:
+            if not target.is_promoted:
+                raise TransitionRefused(f"{candidate.adapter} is {target.state}: publish it again.")
+            return await self.publish(candidate, audit)
         try:
-            check_holding(await self.replicas.sync(found.candidate.adapter.engine_name), found.candidate.adapter)
+            check_holding(await self.replicas.sync(candidate.adapter.engine_name), candidate.adapter)
         except (PublishFailed, ReplicaUnreachable) as error:
-            raise PublishFailed(f"{found.candidate.adapter} was not promoted and stays staged. {error}") from error
+            raise PublishFailed(f"{candidate.adapter} was not promoted and stays staged. {error}") from error
         staged = time.monotonic()
-        catalogue = await asyncio.to_thread(self.log.promote, found.candidate, cause)
-        return await self._moved(found.candidate, catalogue, "is promoted", started, staged)
+        catalogue = await asyncio.to_thread(self.log.promote, candidate, audit)
+        return await self._confirm_move(candidate, catalogue, "is promoted", started, staged)
 
-    async def roll_back(self, name: str, revision: str | None = None, cause: Cause = _NOBODY) -> Published:
-        """Point the alias back: to the revision it pointed to before, or to one that served earlier. One entry, and
-        nothing is loaded where every replica still holds it; else it is staged first. Raises as `publish` does."""
+    async def roll_back(self, name: str, revision: str | None = None, audit: Audit = _NO_AUDIT) -> Published:
+        """Points the alias back to the revision before the current one, or to one that served earlier.
+
+        Where every replica still holds that revision this is one entry of the catalogue, and nothing is loaded;
+        otherwise it is staged first. Raises TransitionRefused, UnknownModel, and what `publish` raises.
+        """
         started = time.monotonic()
-        target = await self._find(name, revision) if revision else await self._before(name)
+        target = await self._find(name, revision) if revision else await self._previous(name)
         candidate = target.candidate
         if not target.is_promoted:
             raise TransitionRefused(f"{candidate.adapter} is {target.state}, it never served: promote it.")
         try:
             check_holding(await self.replicas.sync(), candidate.adapter)
         except PublishFailed:
-            await self.hold(candidate, cause, self.lease())
+            await self.stage_on_all(candidate, audit, self.stage_deadline())
         except ReplicaUnreachable as error:
             raise PublishFailed(f"{name} was not rolled back. {error}") from error
         staged = time.monotonic()
-        catalogue = await asyncio.to_thread(self.log.roll_back, candidate, cause)
-        return await self._moved(candidate, catalogue, "is rolled back to", started, staged)
+        catalogue = await asyncio.to_thread(self.log.roll_back, candidate, audit)
+        return await self._confirm_move(candidate, catalogue, "is rolled back to", started, staged)
 
-    async def abandon(self, name: str, revision: str, cause: Cause = _NOBODY) -> Sequence[ReplicaReport]:
-        """Give a staged revision up everywhere. Raises TransitionRefused if it is not staged."""
-        found = await self._find(name, revision)
-        if not found.staged:
-            raise TransitionRefused(f"{found.candidate.adapter} is {found.state}, not staged: nothing to abandon.")
-        catalogue = await asyncio.to_thread(self.log.abandon, found.candidate, cause)
-        return await self.confirm(f"{found.candidate.adapter} is abandoned", catalogue.epoch)
+    async def abandon(self, name: str, revision: str, audit: Audit = _NO_AUDIT) -> Sequence[ReplicaReport]:
+        """Gives up a staged revision on all replicas. Raises TransitionRefused if it is not staged, UnknownModel, or
+        PublishUnconfirmed."""
+        target = await self._find(name, revision)
+        candidate = target.candidate
+        if not target.staged:
+            raise TransitionRefused(f"{candidate.adapter} is {target.state}, not staged: nothing to abandon.")
+        catalogue = await asyncio.to_thread(self.log.abandon, candidate, audit)
+        return await self.confirm(f"{candidate.adapter} is abandoned", catalogue.epoch)
 
-    async def retire(self, name: str, cause: Cause = _NOBODY) -> Sequence[ReplicaReport]:
-        """Take an alias away everywhere; running requests finish. Its files and its history stay.
+    async def retire(self, name: str, audit: Audit = _NO_AUDIT) -> Sequence[ReplicaReport]:
+        """Removes an alias from all replicas; running requests finish. Its files and its history stay.
 
         Raises UnknownModel, TransitionRefused while a revision is pinned, or PublishUnconfirmed if not every replica
-        could be asked whether it follows.
+        confirmed it.
         """
-        catalogue = await asyncio.to_thread(self.log.retire, name, cause)
+        catalogue = await asyncio.to_thread(self.log.retire, name, audit)
         return await self.confirm(f"{name} is retired", catalogue.epoch)
 
-    async def pin(self, name: str, revision: str | None, cause: Cause = _NOBODY) -> AdapterRevision:
-        """Keep a revision, or the current one, resident on every replica until it is unpinned. If one replica can't
-        hold it, it is unpinned again and PublishFailed raised."""
-        adapter = (await self._find(name, revision)).candidate.adapter
-        await asyncio.to_thread(self.log.pin, adapter, self.most_pinned, cause)
+    async def pin(self, name: str, revision: str | None, audit: Audit = _NO_AUDIT) -> AdapterRevision:
+        """Keeps a revision, by default the current one, resident on every replica until it is unpinned. If one replica
+        can't hold it, PublishFailed is raised, and it is unpinned again unless it was pinned before."""
+        target = await self._find(name, revision)
+        adapter = target.candidate.adapter
+        await asyncio.to_thread(self.log.pin, adapter, self.max_pinned, audit)
         try:
             check_holding(await self.replicas.sync(adapter.engine_name), adapter)
         except (PublishFailed, ReplicaUnreachable) as error:
-            await asyncio.to_thread(self.log.unpin, adapter, Cause(cause.by, str(error)))
+            if target.pinned:
+                raise PublishFailed(f"{adapter} stays pinned, but not every replica confirmed it. {error}") from error
+            await asyncio.to_thread(self.log.unpin, adapter, Audit(audit.by, str(error)))
             raise PublishFailed(f"{adapter} was not pinned. {error}") from error
         return adapter
 
-    async def unpin(self, name: str, revision: str | None, cause: Cause = _NOBODY) -> AdapterRevision:
+    async def unpin(self, name: str, revision: str | None, audit: Audit = _NO_AUDIT) -> AdapterRevision:
+        """Raises UnknownModel, or PublishUnconfirmed."""
         adapter = (await self._find(name, revision)).candidate.adapter
-        catalogue = await asyncio.to_thread(self.log.unpin, adapter, cause)
+        catalogue = await asyncio.to_thread(self.log.unpin, adapter, audit)
         await self.confirm(f"{adapter} is unpinned", catalogue.epoch)
         return adapter
 
-    async def hold(
-        self, candidate: Candidate, cause: Cause, until: datetime | None
+    async def stage_on_all(
+        self, candidate: Candidate, audit: Audit, until: datetime | None
     ) -> tuple[Catalogue, Sequence[ReplicaReport]]:
-        """Every replica holds it when this returns. Raises PublishFailed after giving it up with the reason."""
+        """Stages the candidate and returns when every replica holds it. `until`: see `stage_deadline`; None for no
+        deadline. If a replica fails, the revision is abandoned and PublishFailed raised with the reason."""
         adapter = candidate.adapter
-        catalogue = await asyncio.to_thread(self.log.stage, candidate, cause, until)
+        catalogue = await asyncio.to_thread(self.log.stage, candidate, audit, until)
         try:
             reports = await self.replicas.sync(adapter.engine_name)
             check_holding(reports, adapter)
         except (PublishFailed, ReplicaUnreachable) as error:
-            await asyncio.to_thread(self.log.abandon, candidate, Cause(cause.by, str(error)))
+            await asyncio.to_thread(self.log.abandon, candidate, Audit(audit.by, str(error)))
             raise PublishFailed(f"{adapter} was not published, the alias still points where it did. {error}") from error
         return catalogue, reports
 
-    async def _moved(
-        self, candidate: Candidate, catalogue: Catalogue, done: str, started: float, staged: float
-    ) -> Published:
-        reports = await self.confirm(f"{candidate.adapter} {done}", catalogue.epoch)
-        return _published(candidate, catalogue, reports, staged - started, time.monotonic() - staged)
+    def stage_deadline(self) -> datetime:
+        """The time after which the replicas abandon a revision that is still staged: its coordinator has died."""
+        return datetime.now(UTC) + timedelta(seconds=_STAGE_TIMEOUTS * self.sync_timeout_s)
 
-    async def confirm(self, done: str, epoch: int) -> Sequence[ReplicaReport]:
-        """Have every replica follow to `epoch`. Raises PublishUnconfirmed, saying what was `done` nevertheless."""
+    async def confirm(self, change: str, epoch: int) -> Sequence[ReplicaReport]:
+        """Has every replica follow the catalogue up to `epoch`. Raises PublishUnconfirmed, whose message says that
+        the `change` was made nevertheless."""
         try:
             reports = await self.replicas.sync()
         except ReplicaUnreachable as error:
-            raise PublishUnconfirmed(f"{done}, but not every replica confirmed it: {error}") from error
+            raise PublishUnconfirmed(f"{change}, but not every replica confirmed it: {error}") from error
         behind = sorted(report.replica for report in reports if report.epoch < epoch)
         if behind:
-            raise PublishUnconfirmed(f"{done}, but these replicas do not follow yet: {', '.join(behind)}.")
+            raise PublishUnconfirmed(f"{change}, but these replicas do not follow yet: {', '.join(behind)}.")
         return reports
+
+    async def _confirm_move(
+        self, candidate: Candidate, catalogue: Catalogue, change: str, started: float, staged: float
+    ) -> Published:
+        reports = await self.confirm(f"{candidate.adapter} {change}", catalogue.epoch)
+        return _published(candidate, catalogue, reports, staged - started, time.monotonic() - staged)
 
     async def _find(self, name: str, revision: str | None) -> Revision:
         """A revision of a name; the current one for None. Raises UnknownModel."""
         catalogue = await asyncio.to_thread(self.log.read)
         state = catalogue.adapters.get(name, AdapterState())
-        found = state.find(revision) if revision else state.current
-        if found is None:
-            asked = f"{name}@{revision}" if revision else name
-            raise UnknownModel(
-                asked, {str(it.candidate.adapter) for it in state.revisions.values()} or catalogue.adapters
-            )
-        return found
+        target = state.find(revision) if revision else state.current
+        if target is None:
+            requested = f"{name}@{revision}" if revision else name
+            revisions = {str(existing.candidate.adapter) for existing in state.revisions.values()}
+            raise UnknownModel(requested, revisions or catalogue.adapters)
+        return target
 
-    async def _before(self, name: str) -> Revision:
+    async def _previous(self, name: str) -> Revision:
         await self._find(name, None)
         catalogue = await asyncio.to_thread(self.log.read)
-        before = catalogue.adapters[name].previous()
-        if not before:
+        previous = catalogue.adapters[name].previous()
+        if not previous:
             raise TransitionRefused(f"{name} has no revision before the current one: there is nothing to go back to.")
-        return before[0]
-
-    def lease(self) -> datetime:
-        """Until when a revision stays staged whose coordinator dies."""
-        return datetime.now(UTC) + timedelta(seconds=_LEASE_TIMEOUTS * self.sync_timeout_s)
+        return previous[0]
 
 
-def most_pinned(resident: int) -> int:
-    """Of that many places of a replica: a publish needs one for the new revision beside the old one."""
-    return max(0, resident - 2)
+def max_pinned(capacity: int) -> int:
+    """How many of the `capacity` adapters of a replica may be pinned: a publish needs room for the new revision beside
+    the old one."""
+    return max(0, capacity - 2)
 
 
 def check_holding(reports: Sequence[ReplicaReport], adapter: AdapterRevision) -> None:
-    """Raises PublishFailed with the reason of each replica that does not hold it, or if there is none."""
+    """Raises PublishFailed with the reason of each replica that does not hold the adapter, or if there is no
+    replica."""
     name = adapter.engine_name
     if not reports:
         raise PublishFailed("No replica is running.")
     lacking = [report for report in reports if name not in report.resident or name in report.failures]
     if lacking:
         raise PublishFailed(
-            "; ".join(f"Replica {it.replica}: {it.failures.get(name, 'it is not resident')}" for it in lacking)
+            "; ".join(
+                f"Replica {report.replica}: {report.failures.get(name, 'it is not resident')}" for report in lacking
+            )
         )
 
 

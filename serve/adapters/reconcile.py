@@ -1,4 +1,5 @@
-"""Bring a replica to what the catalogue says: a pure diff, and a loop body that acts on it."""
+"""Brings a replica to the state in the catalogue: a pure plan of the revisions that should be resident, and the loop
+body that follows the plan."""
 
 from __future__ import annotations
 
@@ -13,63 +14,66 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from serve.candidate import Candidate
-from serve.catalogue import Catalogue
-from serve.engine import Engine
-from serve.entry import Cause
+from serve.adapters.pool import AdapterPool
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.catalogue import Catalogue
+from serve.catalogue.entry import Audit
+from serve.catalogue.log import CatalogueLog
+from serve.engine.protocol import Engine
 from serve.errors import ServeError, StoreUnavailable
-from serve.events import NOBODY, Events
-from serve.log import CatalogueLog
-from serve.names import AdapterRevision, RequestedModel
-from serve.residency import AdapterPool
+from serve.names import AdapterRevision
+from serve.observability.events import NO_EVENTS, Events
 
 _RETRY_S = 2.0
 _SHOWN_REPAIRS = 20
 
 logger = logging.getLogger(__name__)
 
-# Raises a ServeError if a resident revision is not what it should be.
-Prove = Callable[[Candidate], Awaitable[None]]
+# Raises a ServeError if a resident revision does not answer as it should.
+Verify = Callable[[Candidate], Awaitable[None]]
 
 
 @dataclass(frozen=True)
-class Plan:
-    stage: tuple[AdapterRevision, ...]
+class ResidencyPlan:
+    """The steps from the revisions that are resident in an engine to those that should be."""
+
+    stage: tuple[AdapterRevision, ...]  # to load and to verify
     load: tuple[AdapterRevision, ...]
     retire: frozenset[AdapterRevision]
 
 
-def diff(
+def plan_residency(
     catalogue: Catalogue,
     resident: Set[AdapterRevision],
     free: int,
     keep_previous: int = 1,
-    unproven: Set[AdapterRevision] = frozenset(),
-) -> Plan:
-    """What to load and what to let go; `unproven` are resident revisions that are still to be proven.
+    unverified: Set[AdapterRevision] = frozenset(),
+) -> ResidencyPlan:
+    """Plans which revisions to load and which to retire.
 
-    Staged and pinned revisions are loaded whatever it takes, since a publish waits for them and a pin says so; current
-    ones and those before them only into free places, what changed last first, since a request would load them anyway.
-    Many registered adapters cost no more than few, beyond one look at which names there are.
+    `free` is the number of adapters that can be loaded without an eviction; `unverified` are the resident revisions
+    that are still to be verified. Staged and pinned revisions are loaded in any case, because a publish waits for them
+    or a pin demands it. Current and previous revisions are loaded only as far as `free` goes, the latest change
+    first, because a request would load them anyway. The plan looks at each name of the catalogue once.
     """
-    staged = sorted(catalogue.staged - (resident - unproven))
+    staged = sorted(catalogue.staged - (resident - unverified))
     pinned = sorted(catalogue.pinned - catalogue.staged - resident)
-    asked = {*staged, *pinned, *resident}
-    others = (it for it in _loaded_ahead(catalogue, keep_previous) if it not in asked)
-    return Plan(
+    covered = {*staged, *pinned, *resident}
+    optional = (adapter for adapter in _loaded_ahead(catalogue, keep_previous) if adapter not in covered)
+    return ResidencyPlan(
         stage=tuple(staged),
-        load=(*pinned, *islice(others, max(0, free - len(staged) - len(pinned)))),
-        retire=frozenset(it for it in resident if not _is_wanted(catalogue, it, keep_previous)),
+        load=(*pinned, *islice(optional, max(0, free - len(staged) - len(pinned)))),
+        retire=frozenset(adapter for adapter in resident if not _is_wanted(catalogue, adapter, keep_previous)),
     )
 
 
 def _loaded_ahead(catalogue: Catalogue, keep_previous: int) -> Iterator[AdapterRevision]:
-    """Current ones, then those before them, each with what changed last first."""
-    latest = list(catalogue.adapters)[::-1]
-    for name in latest:
+    """All current revisions, then all previous ones, each in the order of the latest change."""
+    names = list(catalogue.adapters)[::-1]
+    for name in names:
         if current := catalogue.adapters[name].current:
             yield current.candidate.adapter
-    for name in latest:
+    for name in names:
         for revision in catalogue.adapters[name].previous(keep_previous):
             yield revision.candidate.adapter
 
@@ -83,7 +87,7 @@ def _is_wanted(catalogue: Catalogue, adapter: AdapterRevision, keep_previous: in
 
 
 class ReplicaReport(BaseModel):
-    """What one replica says of itself after following the catalogue."""
+    """The state of one replica after it has followed the catalogue."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -92,86 +96,114 @@ class ReplicaReport(BaseModel):
     resident: tuple[str, ...]  # engine names, as the engine itself lists them
     running_requests: int  # as the engine itself counts them
     waiting_requests: int = 0  # that wait for an adapter slot
-    failures: dict[str, str]  # engine name → reason, of loads and proofs that did not work
-    repairs: tuple[str, ...] = ()  # when the engine was found to hold something else than it should, latest last
-    address: str | None = None  # where it listens itself, once it has answered a request
-    passed_on_requests: int = 0  # that a replica which holds their adapter has answered
-    splits: dict[str, dict[str, Any]] = {}  # name → what it saw of a canary or shadow
+    failures: dict[str, str]  # engine name → reason, of revisions that could not be loaded or verified
+    repairs: tuple[str, ...] = ()  # differences between engine and catalogue that were repaired, the latest last
+    address: str | None = None  # where the replica itself listens, once it has answered a request
+    passed_on_requests: int = 0  # answered by another replica, which holds their adapter
+    splits: dict[str, dict[str, Any]] = {}  # name → what the replica saw of its canary or shadow
 
 
 @dataclass
 class Reconciler:
-    """Follows the catalogue on behalf of one replica. `catalogue` is the copy that requests are resolved with: it
-    moves on only after everything promoted was loaded, or failed to. Staged revisions are loaded and proven beside
-    that: a slow one holds up nobody else."""
+    """Follows the catalogue on behalf of one replica.
+
+    Requests are resolved with `catalogue`: a copy that moves on only after every promoted revision was loaded or
+    failed to load. Staged revisions are loaded and verified in tasks of their own, so that a slow one delays no other.
+    """
 
     replica: str
     log: CatalogueLog
     engine: Engine
     pool: AdapterPool
-    prove: Prove
+    verify: Verify
     keep_previous: int = 1
     catalogue: Catalogue = field(default_factory=Catalogue)
     address: Callable[[], str | None] = lambda: None
-    passed_on: Callable[[], int] = int
+    forwarded: Callable[[], int] = int
     splits: Callable[[], dict[str, dict[str, Any]]] = dict
-    events: Events = NOBODY
-    _latest: Catalogue = field(default_factory=Catalogue)  # what is being followed right now
-    _proven: set[AdapterRevision] = field(default_factory=set)  # on this engine
+    events: Events = NO_EVENTS
+    _latest: Catalogue = field(default_factory=Catalogue)  # the one that is being followed right now
+    _verified: set[AdapterRevision] = field(default_factory=set)  # on this engine
     _failures: dict[AdapterRevision, ServeError] = field(default_factory=dict)
     _staging: dict[AdapterRevision, asyncio.Task[None]] = field(default_factory=dict)
+    _steps: dict[AdapterRevision, str] = field(default_factory=dict)  # what a revision that is being staged waits for
     _repairs: deque[str] = field(default_factory=lambda: deque(maxlen=_SHOWN_REPAIRS))
     _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def failing(self) -> int:
-        """Revisions that could not be loaded or proven here."""
-        return len(self._failures)
+        """The number of revisions that could not be loaded or verified here."""
+        return len(self._all_failures())
 
     async def start(self) -> None:
-        """Return when the replica holds what the catalogue asks for, as far as its engine can. Waits for a store that
-        is out of reach; an adapter that can't be loaded is reported and blocks no other."""
+        """Returns when the replica holds what the catalogue asks for, as far as its engine can.
+
+        Waits for a store that can't be reached. An adapter that can't be loaded is reported and blocks no other.
+        """
         while True:
             try:
                 await self.sync()
                 await asyncio.gather(*self._staging.values())
-                if not any(isinstance(it, StoreUnavailable) for it in self._failures.values()):
+                if not any(isinstance(error, StoreUnavailable) for error in self._failures.values()):
                     return
             except StoreUnavailable:
-                logger.warning("the catalogue is out of reach; trying again", exc_info=True)
+                logger.warning("the catalogue can't be read, trying again", exc_info=True)
             await asyncio.sleep(_RETRY_S)
 
-    async def sync(self, awaited: str | None = None) -> ReplicaReport:
-        """Catch up with the catalogue and report, after the staged revision of that engine name was loaded or failed
-        to. Never raises for an adapter; StoreUnavailable if the catalogue is out of reach."""
-        async with self._syncing:
-            latest = await asyncio.to_thread(self.log.follow, self.catalogue)
-            self.events.followed(latest.epoch)
-            await self._apply(latest)
-        for adapter, task in list(self._staging.items()):
-            if adapter.engine_name == awaited:
-                await asyncio.shield(task)
+    async def sync(self, awaited: str | None = None, within_s: float | None = None) -> ReplicaReport:
+        """Catches up with the catalogue and reports. `awaited` is the engine name of a staged revision: the report
+        comes after that one was loaded and verified, or failed. After `within_s` seconds it comes anyway, and says
+        what the awaited revision waits for; the work goes on.
+
+        Raises StoreUnavailable if the catalogue can't be reached, but nothing for an adapter that fails.
+        """
+        try:
+            async with asyncio.timeout(within_s) as limit:
+                # Shielded: half of a change of the engine is worse than a late one.
+                await asyncio.shield(self._catch_up())
+                for adapter, task in list(self._staging.items()):
+                    if adapter.engine_name == awaited:
+                        await asyncio.shield(task)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            report = await self.report()
+            if awaited is None or awaited in report.failures:
+                return report
+            reason = f"after {within_s:g} s it still waits for {self._awaited_step(awaited)}"
+            return report.model_copy(update={"failures": report.failures | {awaited: reason}})
         return await self.report()
 
+    async def _catch_up(self) -> None:
+        async with self._syncing:
+            await self._apply(await self._read_catalogue())
+
+    def _awaited_step(self, engine_name: str) -> str:
+        adapter = next((staged for staged in self._staging if staged.engine_name == engine_name), None)
+        if adapter is None:
+            return "other adapters that the catalogue asks for"
+        if self.pool.is_fetching(adapter):
+            return "the adapter store to send its files"
+        return self._steps.get(adapter, "its turn")
+
     async def follow(self) -> None:
-        """`sync` if the catalogue has something new; costs one look if it hasn't. Gives up what is overdue."""
-        latest = await asyncio.to_thread(self.log.follow, self.catalogue)
-        self.events.followed(latest.epoch)
+        """Abandons staged revisions whose deadline has passed, and does a `sync` if the catalogue has changed."""
+        latest = await self._read_catalogue()
         for revision in latest.overdue(datetime.now(UTC)):
             why = f"its publish did not come to an end by {revision.until}: whoever coordinated it is gone"
-            await asyncio.to_thread(self.log.abandon, revision.candidate, Cause("graft", why), revision.until)
+            await asyncio.to_thread(self.log.abandon, revision.candidate, Audit("graft", why), revision.until)
         if latest.epoch != self.catalogue.epoch or latest.overdue(datetime.now(UTC)):
             await self.sync()
 
-    async def audit(self) -> None:
-        """Find and mend what differs between the engine and what it should hold."""
-        found = await self.pool.audit()
+    async def repair_drift(self) -> None:
+        """Finds and repairs differences between what the engine holds and what it should hold."""
+        differences = await self.pool.repair_drift()
         async with self._syncing:
-            surplus = diff(self.catalogue, self.pool.resident, 0, self.keep_previous).retire
+            surplus = plan_residency(self.catalogue, self.pool.resident, 0, self.keep_previous).retire
             await self.pool.retire(surplus)
-        for what in found:
-            logger.warning("drift: %s", what)
-            self._repairs.append(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {what}")
+        for difference in differences:
+            logger.warning("drift: %s", difference)
+            self._repairs.append(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {difference}")
 
     async def report(self) -> ReplicaReport:
         resident = await self.engine.resident_adapters()
@@ -180,24 +212,30 @@ class Reconciler:
             epoch=self.catalogue.epoch,
             resident=tuple(sorted(adapter.engine_name for adapter in resident)),
             running_requests=self.engine.running_requests,
-            waiting_requests=self.pool.turns.waiting,
-            failures={adapter.engine_name: str(error) for adapter, error in sorted(self._failures.items())},
+            waiting_requests=self.pool.slots.waiting,
+            failures={adapter.engine_name: str(error) for adapter, error in sorted(self._all_failures().items())},
             repairs=tuple(self._repairs),
             address=self.address(),
-            passed_on_requests=self.passed_on(),
+            passed_on_requests=self.forwarded(),
             splits=self.splits(),
         )
+
+    async def _read_catalogue(self) -> Catalogue:
+        latest = await asyncio.to_thread(self.log.follow, self.catalogue)
+        self.events.followed(latest.epoch)
+        return latest
 
     async def _apply(self, latest: Catalogue) -> None:
         self._latest = latest
         resident = self.pool.resident
-        plan = diff(latest, resident, self.pool.free, self.keep_previous, resident - self._proven)
+        plan = plan_residency(latest, resident, self.pool.free, self.keep_previous, resident - self._verified)
         self.pool.keep(latest.pinned | latest.staged)
         for adapter in plan.stage:
             if adapter not in self._staging:
                 self._start_staging(latest.candidate(adapter))
         await self._load(plan.load)
-        self._forget_failures_except(latest.staged | {it for it in plan.load if it in self._failures})
+        self._forget_failures_except({*latest.staged, *plan.load})
+        self.pool.forget_unavailable_except(latest.is_reachable)
         self.catalogue = latest
         await self.pool.retire(plan.retire)
 
@@ -212,32 +250,50 @@ class Reconciler:
     def _start_staging(self, candidate: Candidate) -> None:
         task = asyncio.create_task(self._stage(candidate))
         self._staging[candidate.adapter] = task
-        task.add_done_callback(lambda _: self._staging.pop(candidate.adapter))
+
+        def ended(_: asyncio.Task[None]) -> None:
+            del self._staging[candidate.adapter]
+            self._steps.pop(candidate.adapter, None)
+
+        task.add_done_callback(ended)
 
     async def _stage(self, candidate: Candidate) -> None:
         adapter = candidate.adapter
         self._failures.pop(adapter, None)
         try:
-            await self.pool.load(adapter)
-            async with self.pool.use(adapter, patient=True):
-                await self._prove(candidate)
-            self._proven.add(adapter)
+            await self._load_and_verify(candidate)
+            self._verified.add(adapter)
         except ServeError as error:
             self._failures[adapter] = error
-        except Exception as error:  # whatever it is, it must be this revision's reason and nobody else's trouble
+        except Exception as error:  # any error is the reason of this revision, and must not disturb another one
             logger.exception("could not stage %s", adapter)
             self._failures[adapter] = ServeError(f"{type(error).__name__}: {error}")
-        known = self._latest.resolve(RequestedModel(adapter.name, adapter.revision))
-        serves = self._latest.was_promoted(adapter)  # published again: what it is does not depend on this
-        if known is None or (adapter in self._failures and not serves):
+        if not self._stays_resident(adapter):
             await self.pool.retire([adapter])
 
-    async def _prove(self, candidate: Candidate) -> None:
-        try:
-            await self.prove(candidate)
-        except ServeError as error:
-            self.events.proof_failed(candidate.adapter, error)
-            raise
+    async def _load_and_verify(self, candidate: Candidate) -> None:
+        adapter = candidate.adapter
+        self._steps[adapter] = "the engine to load it"
+        await self.pool.load(adapter)
+        self._steps[adapter] = "the check of another revision"
+        async with self.pool.use_reserved(adapter):
+            self._steps[adapter] = "the engine's answers to its check"
+            try:
+                await self.verify(candidate)
+            except ServeError as error:
+                self.events.verification_failed(adapter, error)
+                raise
+
+    def _stays_resident(self, adapter: AdapterRevision) -> bool:
+        """Whether a revision that was just staged stays in the engine."""
+        if not self._latest.is_reachable(adapter):
+            return False  # abandoned or retired meanwhile
+        # A revision that serves, and is published once more, goes on serving even if that fails.
+        return adapter not in self._failures or self._latest.was_promoted(adapter)
+
+    def _all_failures(self) -> dict[AdapterRevision, ServeError]:
+        """Also of the adapters that only a request has asked for."""
+        return {**self.pool.unavailable, **self._failures}
 
     def _forget_failures_except(self, adapters: Iterable[AdapterRevision]) -> None:
-        self._failures = {it: self._failures[it] for it in adapters if it in self._failures}
+        self._failures = {adapter: self._failures[adapter] for adapter in adapters if adapter in self._failures}

@@ -1,16 +1,17 @@
-"""Who may run next: adapters take turns in the engine's slots, and their requests wait in fair queues.
+"""Which adapters may run: adapters take turns in the engine's slots, and their requests wait in fair queues.
 
-The engine mixes only so many adapters in one batch. Left alone it keeps the next one waiting for as long as the
-others are asked without a pause: their requests overtake. So no more adapters than it has slots for are let in:
+The engine mixes a limited number of adapters in one batch. By itself it would let the next adapter wait as long as
+requests for the running adapters arrive without a pause, because these requests overtake the waiting ones. So the
+scheduler admits no more adapters than there are slots:
 
-- within an adapter requests go first in, first out; between adapters round robin, by their oldest request;
-- a slot that is handed over takes everything that waits for its new adapter at once, and for `turn_s` what comes;
-- an adapter whose turn is over takes nothing new while another one waits, and its slot is free when its last
-  running request ends. The longer someone waits, the more slots are cleared like this;
-- an idle slot is kept for as long as loading its adapter took, in case its caller only thinks: then giving it away
-  costs at most twice what the best choice in hindsight would have cost.
+- Requests of one adapter run first in, first out. Adapters take turns by their oldest request.
+- When a slot changes hands, all requests that wait for its new adapter start at once, and new ones for `turn_s`.
+- An adapter whose turn is over gets no new request while another adapter waits: its slot is being cleared, and is
+  free when its last running request ends. The longer a request waits, the more slots are cleared for it.
+- An idle slot is kept for as long as loading its adapter took, because the caller may come back. Giving it away
+  afterwards costs at most twice what the best choice in hindsight would have cost.
 
-Nothing here knows an engine; time is the event loop's.
+The module knows no engine; time is the event loop's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from serve.names import AdapterRevision
 
 @dataclass(frozen=True)
 class WaitLimits:
-    """How many requests may wait for a slot, how many of one caller, for how long, and how long a turn is."""
+    """How many requests may wait for a slot in all and of one caller, how long each may wait, how long a turn is."""
 
     max_waiting: int = 128
     max_waiting_per_caller: int = 64
@@ -38,7 +39,7 @@ class WaitLimits:
 
 @dataclass
 class _Slot:
-    since_s: float
+    since_s: float  # the beginning of its adapter's turn
     running: int = 0
     idle_since_s: float = 0.0
 
@@ -48,22 +49,22 @@ class _Waiter:
     caller: str
     since_s: float
     admitted: bool = False
-    told: asyncio.Event = field(default_factory=asyncio.Event)
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Turns:
-    """Slots for adapters that run, queues for those that wait."""
+class SlotScheduler:
+    """The slots of one engine, and a queue for each adapter that waits for one."""
 
     def __init__(
-        self, slots: int, limits: WaitLimits, waits: Callable[[AdapterRevision], None] = lambda _: None
+        self, slots: int, limits: WaitLimits, on_wait: Callable[[AdapterRevision], None] = lambda _: None
     ) -> None:
-        """`waits` is told an adapter that has to wait for a slot: the moment to fetch its files."""
+        """`on_wait` is called with an adapter that has to wait for a slot, so that its files are fetched meanwhile."""
         self._count = slots
         self._limits = limits
-        self._waits = waits
-        self._slots: OrderedDict[AdapterRevision, _Slot] = OrderedDict()  # longest in possession first
-        self._queues: OrderedDict[AdapterRevision, deque[_Waiter]] = OrderedDict()  # oldest request first
-        self._callers: Counter[str] = Counter()
+        self._on_wait = on_wait
+        self._slots: OrderedDict[AdapterRevision, _Slot] = OrderedDict()  # the oldest turn first
+        self._queues: OrderedDict[AdapterRevision, deque[_Waiter]] = OrderedDict()  # the oldest request first
+        self._waiting_by_caller: Counter[str] = Counter()
         self._load_s: dict[AdapterRevision, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
@@ -73,18 +74,18 @@ class Turns:
 
     @property
     def holding(self) -> frozenset[AdapterRevision]:
-        """Adapters that have a slot, whether a request runs on them or not."""
+        """The adapters that have a slot, whether a request runs on them or not."""
         return frozenset(self._slots)
 
     @property
     def waiting_requests(self) -> dict[AdapterRevision, int]:
-        """How many wait for each adapter that is waited for."""
+        """The number of waiting requests of each adapter that has any."""
         return {adapter: len(queue) for adapter, queue in self._queues.items()}
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for a slot."""
-        return self._callers.total()
+        """The number of requests that wait for a slot."""
+        return self._waiting_by_caller.total()
 
     @property
     def waiting_adapters(self) -> frozenset[AdapterRevision]:
@@ -95,115 +96,112 @@ class Turns:
         return frozenset(adapter for adapter, slot in self._slots.items() if slot.running)
 
     def has_slot_for(self, adapter: AdapterRevision) -> bool:
-        """Whether a request for it would begin at once."""
+        """Whether a request for the adapter would start at once."""
         if adapter in self._slots:
-            return self._takes_new(adapter)
+            return self._accepts_requests(adapter)
         return not self._queues and (len(self._slots) < self._count or self._next_idle() is not None)
 
-    def loaded(self, adapter: AdapterRevision, took_s: float) -> None:
-        """Loading it took so long: what is lost if its slot is given away too early."""
-        self._load_s[adapter] = took_s
+    def record_load_time(self, adapter: AdapterRevision, load_s: float) -> None:
+        """How long loading the adapter took: the loss if its slot is given away too early."""
+        self._load_s[adapter] = load_s
 
     def forget(self, adapter: AdapterRevision) -> None:
-        """It left the engine."""
+        """Forgets the load time of an adapter that left the engine."""
         self._load_s.pop(adapter, None)
 
     @asynccontextmanager
-    async def turn(self, adapter: AdapterRevision, caller: str = "", *, patient: bool = False) -> AsyncIterator[None]:
-        """One request of an adapter, from the moment that it may run to its end.
+    async def acquire(self, adapter: AdapterRevision, caller: str = "") -> AsyncIterator[None]:
+        """Waits for a slot of the adapter and holds it for one request.
 
-        Raises CallerQueueFull or AdapterQueueFull at once if the queue has no room for it, and
+        Raises CallerQueueFull or AdapterQueueFull at once if the queue has no room for the request, and
         AdapterWaitTooLong if no slot came free in time. A caller that leaves (cancellation) leaves the queue.
-        The limits don't hold for a `patient` one: a publish has its own, and must not fail because users wait.
         """
-        await self._enter(adapter, caller, patient)
+        await self._wait_for_slot(adapter, caller)
         try:
             yield
         finally:
-            self._leave(adapter)
+            self._finish(adapter)
 
-    async def _enter(self, adapter: AdapterRevision, caller: str, patient: bool) -> None:
+    async def _wait_for_slot(self, adapter: AdapterRevision, caller: str) -> None:
         waiter = _Waiter(caller, _now())
         self._queues.setdefault(adapter, deque()).append(waiter)
-        self._callers[caller] += 1
+        self._waiting_by_caller[caller] += 1
         self._dispatch()
         if waiter.admitted:
             return
         try:
-            if not patient:
-                self._check_room(caller)
-            self._waits(adapter)
-            async with asyncio.timeout(None if patient else self._limits.max_wait_s):
-                await waiter.told.wait()
+            self._check_room(caller)
+            self._on_wait(adapter)
+            async with asyncio.timeout(self._limits.max_wait_s):
+                await waiter.woken.wait()
         except TimeoutError:
-            self._give_up(adapter, waiter)
+            self._cancel(adapter, waiter)
             raise AdapterWaitTooLong(self._limits.max_wait_s, self._retry_after_s()) from None
         except BaseException:
-            self._give_up(adapter, waiter)
+            self._cancel(adapter, waiter)
             raise
 
     def _check_room(self, caller: str) -> None:
-        if self._callers[caller] > self._limits.max_waiting_per_caller:
+        if self._waiting_by_caller[caller] > self._limits.max_waiting_per_caller:
             raise CallerQueueFull(self._limits.max_waiting_per_caller, self._retry_after_s())
         if self.waiting > self._limits.max_waiting:
             raise AdapterQueueFull(self._limits.max_waiting, self._retry_after_s())
 
     def _retry_after_s(self) -> int:
-        """A round of turns: when everyone who waits now had one."""
+        """The length of one round of turns, after which every adapter that waits now had a turn."""
         return max(1, math.ceil(len(self._queues) * self._limits.turn_s / self._count))
 
-    def _give_up(self, adapter: AdapterRevision, waiter: _Waiter) -> None:
-        if waiter.admitted:  # let in and gone at the same moment
-            self._leave(adapter)
+    def _cancel(self, adapter: AdapterRevision, waiter: _Waiter) -> None:
+        if waiter.admitted:  # admitted and cancelled in the same step of the event loop
+            self._finish(adapter)
             return
         queue = self._queues[adapter]
         queue.remove(waiter)
         if not queue:
             del self._queues[adapter]
-        self._uncount(waiter)
-        self._dispatch()  # who waited behind it may have its way free
+        self._remove_from_count(waiter)
+        self._dispatch()  # the next request may have waited only for this one
 
-    def _leave(self, adapter: AdapterRevision) -> None:
+    def _finish(self, adapter: AdapterRevision) -> None:
         slot = self._slots[adapter]
         slot.running -= 1
         slot.idle_since_s = _now()
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """Let in everyone who may; called whenever something changed."""
+        """Starts every request that may run. Called whenever a request came or ended, and by the timer."""
         self._admit_to_held_slots()
-        while (waiting := self._without_slot()) and self._free_one():
+        while (waiting := self._adapters_without_slot()) and self._make_room():
             self._slots[waiting[0]] = _Slot(since_s=_now())
             self._admit_all(waiting[0])
-        self._admit_to_held_slots()  # of those that had to be cleared for someone who has a slot now
+        self._admit_to_held_slots()  # again: fewer slots have to be cleared now
         self._set_timer()
 
     def _admit_to_held_slots(self) -> None:
         for adapter in [adapter for adapter in self._queues if adapter in self._slots]:
-            if self._takes_new(adapter):
+            if self._accepts_requests(adapter):
                 self._admit_all(adapter)
 
-    def _without_slot(self) -> list[AdapterRevision]:
-        """Adapters that wait for a slot, in the order in which they get one."""
+    def _adapters_without_slot(self) -> list[AdapterRevision]:
+        """The adapters that wait for a slot, in the order in which they get one."""
         return [adapter for adapter in self._queues if adapter not in self._slots]
 
-    def _takes_new(self, adapter: AdapterRevision) -> bool:
-        """False while its slot is being cleared for another adapter."""
-        return adapter not in self._clearing()
+    def _accepts_requests(self, adapter: AdapterRevision) -> bool:
+        """False while the slot of the adapter is being cleared for another one."""
+        return adapter not in self._adapters_to_clear()
 
-    def _clearing(self) -> list[AdapterRevision]:
-        """The slots whose turn is over, as many as are needed: one for each adapter that waits for one, and one
-        more for each turn that it has waited already."""
-        now = _now()
-        turn_s = self._limits.turn_s
+    def _adapters_to_clear(self) -> list[AdapterRevision]:
+        """The adapters whose turn is over and whose slot is needed: one slot for each adapter that waits, and one more
+        for each full turn that its oldest request has waited."""
+        now, turn_s = _now(), self._limits.turn_s
         needed = len(self._slots) - self._count
-        for adapter in self._without_slot():
+        for adapter in self._adapters_without_slot():
             needed += 1 + int((now - self._queues[adapter][0].since_s) / turn_s)
-        over = [adapter for adapter, slot in self._slots.items() if now >= slot.since_s + turn_s]
-        return over[: max(0, needed)]
+        turn_is_over = [adapter for adapter, slot in self._slots.items() if now >= slot.since_s + turn_s]
+        return turn_is_over[: max(0, needed)]
 
-    def _free_one(self) -> bool:
-        """Make room for one more adapter if that can be now."""
+    def _make_room(self) -> bool:
+        """Frees a slot if none is free. False if that can't be done now."""
         if len(self._slots) < self._count:
             return True
         if (idle := self._next_idle()) is None:
@@ -212,13 +210,15 @@ class Turns:
         return True
 
     def _next_idle(self) -> AdapterRevision | None:
-        """The slot that may be taken now and was not used for longest."""
+        """Of the adapters whose slot may be taken now, the one that was idle for longest."""
         now = _now()
-        idle = [it for it, slot in self._slots.items() if not slot.running and self._kept_until_s(it) <= now]
-        return min(idle, key=lambda it: self._slots[it].idle_since_s, default=None)
+        idle = [
+            adapter for adapter, slot in self._slots.items() if not slot.running and self._kept_until_s(adapter) <= now
+        ]
+        return min(idle, key=lambda adapter: self._slots[adapter].idle_since_s, default=None)
 
     def _kept_until_s(self, adapter: AdapterRevision) -> float:
-        """When the slot of an idle adapter may go to another one."""
+        """The time from which on the slot of an idle adapter may be given to another one."""
         slot = self._slots[adapter]
         turn_over_s = slot.since_s + self._limits.turn_s
         return min(turn_over_s, slot.idle_since_s + self._load_s.get(adapter, 0.0))
@@ -226,22 +226,22 @@ class Turns:
     def _admit_all(self, adapter: AdapterRevision) -> None:
         for waiter in self._queues.pop(adapter):
             self._slots[adapter].running += 1
-            self._uncount(waiter)
+            self._remove_from_count(waiter)
             waiter.admitted = True
-            waiter.told.set()
+            waiter.woken.set()
 
-    def _uncount(self, waiter: _Waiter) -> None:
-        self._callers[waiter.caller] -= 1
-        if not self._callers[waiter.caller]:
-            del self._callers[waiter.caller]
+    def _remove_from_count(self, waiter: _Waiter) -> None:
+        self._waiting_by_caller[waiter.caller] -= 1
+        if not self._waiting_by_caller[waiter.caller]:
+            del self._waiting_by_caller[waiter.caller]
 
     def _set_timer(self) -> None:
-        """Wake up when the next idle slot may be taken, if someone waits for one."""
+        """Dispatches again when the next idle slot may be taken, if an adapter waits for one."""
         if self._timer:
             self._timer.cancel()
             self._timer = None
         idle = [self._kept_until_s(adapter) for adapter, slot in self._slots.items() if not slot.running]
-        if idle and self._without_slot():
+        if idle and self._adapters_without_slot():
             self._timer = asyncio.get_running_loop().call_at(min(idle), self._dispatch)
 
 

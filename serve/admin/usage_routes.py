@@ -1,4 +1,4 @@
-"""The call of the admin API that tells who used what."""
+"""The call of the admin API that reports usage."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from serve.admin import Admin
+from serve.admin.routes import Admin
+from serve.callers.usage import Meter
 from serve.errors import InvalidBody
-from serve.usage import Meter
 
-_MOST_DAYS = 366
+_MAX_DAYS = 366
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class UsageRoutes:
         return [Route("/admin/v1/usage", self.usage, methods=["GET"])]
 
     async def usage(self, request: Request) -> Response:
-        """`?since=2026-01-31&until=2026-02-28`, days in UTC, both included; default: today."""
+        """Usage from `since` to `until`, days in UTC such as 2026-01-31, both included; by default today."""
         self.admin.caller(request)
         today = datetime.now(UTC).date()
         until = _day(request, "until", today)
         since = _day(request, "since", until)
-        if not 0 <= (until - since).days < _MOST_DAYS:
-            raise InvalidBody(f"`since` must be before `until`, by less than {_MOST_DAYS} days.")
+        if not 0 <= (until - since).days < _MAX_DAYS:
+            raise InvalidBody(f"`since` must be before `until`, by less than {_MAX_DAYS} days.")
         rows = await asyncio.to_thread(self.meter.read, since, until)
         return JSONResponse({"since": str(since), "until": str(until), "usage": rows})
 

@@ -1,4 +1,4 @@
-"""What the admin API shows of the catalogue: plain documents."""
+"""The JSON documents in which the admin API shows the catalogue."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from serve.catalogue import AdapterState, Catalogue, Revision
-from serve.entry import Entry
+from serve.catalogue.adapter_state import AdapterState, Revision
+from serve.catalogue.catalogue import Catalogue
+from serve.catalogue.entry import Entry
 
 
-def listed(catalogue: Catalogue) -> list[dict[str, Any]]:
-    """Every name that serves or is staged, each with what it means now."""
-    states = ((name, state) for name, state in sorted(catalogue.adapters.items()))
-    return [_summary(name, state) for name, state in states if any(_is_alive(it) for it in state.revisions.values())]
+def adapters_view(catalogue: Catalogue) -> list[dict[str, Any]]:
+    """A summary of every name with a revision that serves, served or is staged."""
+    return [
+        _summary(name, state)
+        for name, state in sorted(catalogue.adapters.items())
+        if any(revision.is_promoted or revision.staged for revision in state.revisions.values())
+    ]
 
 
-def shown(name: str, state: AdapterState) -> dict[str, Any]:
-    """One name with all its revisions, latest first."""
-    revisions = [revision_view(it) for it in reversed(state.revisions.values())]  # type: ignore[call-overload]
+def adapter_view(name: str, state: AdapterState) -> dict[str, Any]:
+    """One name with all its revisions, the latest one first."""
+    revisions = [revision_view(revision) for revision in reversed(list(state.revisions.values()))]
     split = state.split.model_dump() if state.split else None
     return _summary(name, state) | {"split": split, "revisions": revisions}
 
@@ -39,11 +43,11 @@ def revision_view(revision: Revision) -> dict[str, Any]:
     }
 
 
-def told(entries: Iterable[tuple[int, Entry]]) -> list[dict[str, Any]]:
-    """History as it was written."""
+def history_view(entries: Iterable[tuple[int, Entry]]) -> list[dict[str, Any]]:
+    """Entries of the catalogue's log with their epochs."""
     return [
         {
-            "epoch": number,
+            "epoch": epoch,
             "at": entry.at.isoformat(timespec="seconds"),
             "by": entry.by,
             "verb": entry.verb,
@@ -51,7 +55,7 @@ def told(entries: Iterable[tuple[int, Entry]]) -> list[dict[str, Any]]:
             "reason": entry.reason,
             "split": entry.split.model_dump() if entry.split else None,
         }
-        for number, entry in entries
+        for epoch, entry in entries
     ]
 
 
@@ -59,16 +63,12 @@ def _summary(name: str, state: AdapterState) -> dict[str, Any]:
     revisions = state.revisions.values()
     return {
         "name": name,
-        "current": _name(state.current),
-        "previous": _name(next(iter(state.previous()), None)),
-        "staged": [_name(it) for it in revisions if it.staged],
-        "pinned": [_name(it) for it in revisions if it.pinned],
+        "current": _engine_name(state.current),
+        "previous": _engine_name(next(iter(state.previous()), None)),
+        "staged": [_engine_name(revision) for revision in revisions if revision.staged],
+        "pinned": [_engine_name(revision) for revision in revisions if revision.pinned],
     }
 
 
-def _name(revision: Revision | None) -> str | None:
+def _engine_name(revision: Revision | None) -> str | None:
     return revision.candidate.adapter.engine_name if revision else None
-
-
-def _is_alive(revision: Revision) -> bool:
-    return revision.is_promoted or revision.staged

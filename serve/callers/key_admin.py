@@ -1,51 +1,54 @@
-"""Changes of a file of keys: each replaces it whole, and two at once come one after the other."""
+"""Creates, rotates and revokes keys: every change replaces the file of keys as a whole, under a lock."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from filelock import FileLock
+
+from serve.callers.keys import Key, KeyFile, Secret, digest_of, new_secret
+from serve.catalogue.atomic_files import replace_file
 from serve.errors import KeysInvalid
-from serve.keys import Key, KeyFile, Secret, digest_of, new_secret
-from serve.objects import fsync_directory
 
 
-def create(path: Path, make: Callable[[tuple[Secret, ...]], Key]) -> str:
-    """Add a key; returns the secret, which is kept nowhere. Raises KeysInvalid if there is one of that id."""
+def create(path: Path, build_key: Callable[[tuple[Secret, ...]], Key]) -> str:
+    """Add the key that `build_key` returns for its secrets. Returns the new secret, of which only the digest is stored.
+    Raises KeysInvalid if the file has a key of that id already, or can't be changed."""
     secret = new_secret()
-    key = make((Secret(sha256=digest_of(secret)),))
-    with _changing(path) as change:
-        if any(it.id == key.id for it in change.keys):
+    key = build_key((Secret(sha256=digest_of(secret)),))
+    with _editing(path) as editor:
+        if any(existing.id == key.id for existing in editor.keys):
             raise KeysInvalid(f"There is a key {key.id!r} already: rotate it, or revoke it first.")
-        change.keys.append(key)
+        editor.keys.append(key)
     return secret
 
 
 def rotate(path: Path, key_id: str, grace: timedelta) -> str:
-    """Give a key a new secret, which is returned; those before it stay good for `grace`."""
+    """Give a key a new secret, and return it. The older secrets stay valid for `grace`, or until they expire if that is
+    earlier. Raises KeysInvalid if there is no key of that id, or the file can't be changed."""
     secret = new_secret()
     now = datetime.now(UTC)
-    with _changing(path) as change:
-        key = change.find(key_id)
-        alive = [it for it in key.secrets if it.expires is None or it.expires > now]
-        ending = [it.model_copy(update={"expires": min(it.expires or now + grace, now + grace)}) for it in alive]
+    with _editing(path) as editor:
+        key = editor.find(key_id)
+        valid = [old for old in key.secrets if old.expires is None or old.expires > now]
+        ending = [old.model_copy(update={"expires": min(old.expires or now + grace, now + grace)}) for old in valid]
         secrets = (*ending, Secret(sha256=digest_of(secret)))
-        change.replace(key, key.model_copy(update={"secrets": secrets}))
+        editor.replace(key, key.model_copy(update={"secrets": secrets}))
     return secret
 
 
 def revoke(path: Path, key_id: str) -> None:
-    """Raises KeysInvalid if there is none of that id."""
-    with _changing(path) as change:
-        change.keys.remove(change.find(key_id))
+    """Remove a key. Raises KeysInvalid if there is no key of that id, or the file can't be changed."""
+    with _editing(path) as editor:
+        editor.keys.remove(editor.find(key_id))
 
 
-class _Change:
+class _KeyEditor:
+    """The keys of a file while they are changed."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self.keys = list(KeyFile.read(path).keys) if path.exists() else []
@@ -61,28 +64,14 @@ class _Change:
 
 
 @contextmanager
-def _changing(path: Path) -> Iterator[_Change]:
+def _editing(path: Path) -> Iterator[_KeyEditor]:
+    """Lock the file, read it, and replace it when the block ends. The file is unchanged if the block raises."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with Path(f"{path}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            change = _Change(path)
-            yield change
-            _write(path, KeyFile(keys=tuple(change.keys)))
+        with FileLock(f"{path}.lock", fallback_to_soft=False):
+            editor = _KeyEditor(path)
+            yield editor
+            file = KeyFile(keys=tuple(editor.keys))
+            replace_file(path, file.model_dump_json(indent=2, exclude_defaults=True).encode())
     except OSError as error:
         raise KeysInvalid(f"Can't write the keys {path}: {error.strerror}.") from error
-
-
-def _write(path: Path, file: KeyFile) -> None:
-    """Readable by its owner only, and never half there."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".keys-")
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(file.model_dump_json(indent=2, exclude_defaults=True))
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)

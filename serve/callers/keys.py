@@ -1,8 +1,9 @@
-"""Keys of callers: who may use which models, within which limits, until when. A file that is followed while it changes.
+"""Keys of callers: who may use which models, within which limits, until when. They are read from a file that may change
+while the server runs.
 
-A key is 256 random bits behind a prefix that secret scanners can look for, and the file holds its SHA-256. A slow hash
-protects what people choose, because that can be guessed; nobody guesses 256 random bits, so a fast one is enough here,
-and it costs a request a microsecond.
+The secret of a key is 256 random bits behind a prefix that secret scanners can look for; the file holds its SHA-256. A
+password needs a slow hash, because people choose passwords that others can guess. Nobody can guess 256 random bits, so
+a fast hash is enough. It adds a microsecond to a request.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from convert.artifact import Sha256, problems_of
+from convert.artifact import problems_of
 from serve.errors import KeysInvalid
+from serve.settings import Grant, SecretDigest
 
 PREFIX = "graft-"
 _POLL_S = 1.0
@@ -31,67 +32,33 @@ logger = logging.getLogger(__name__)
 KeyId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
-class _Entry(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Allowance(_Entry):
-    """What a caller may use; nothing said means no limit."""
+class Secret(_StrictModel):
+    """The digest of what a caller sends to use a key. While a key is rotated it has two valid secrets."""
 
-    requests_per_minute: PositiveInt | None = None
-    tokens_per_minute: PositiveInt | None = Field(None, description="Prompt and completion together.")
-    concurrent_requests: PositiveInt | None = None
-
-    @property
-    def is_unlimited(self) -> bool:
-        return self == _UNLIMITED
-
-
-_UNLIMITED = Allowance()
-
-
-class Secret(_Entry):
-    """One string that stands for a key; a key has two of them while it is rotated."""
-
-    sha256: Sha256
+    sha256: SecretDigest
     expires: AwareDatetime | None = None
 
 
-class Grant(_Entry):
-    """What a caller may do."""
-
-    models: tuple[str, ...] = Field(("*",), description="Patterns of names; * and ? as in a shell.")
-    admin: bool = Field(False, description="May use the admin API.")
-    limits: Allowance = Field(_UNLIMITED, description="For everything that it asks.")
-    limits_per_model: dict[str, Allowance] = Field(
-        {}, description="Pattern → what it may ask of each model of that name by itself; the first that fits holds."
-    )
-
-    def may_use(self, model: str) -> bool:
-        return any(fnmatchcase(model, pattern) for pattern in self.models)
-
-    def limits_of(self, model: str) -> Allowance:
-        """What it may ask of that one model."""
-        fit = (limits for pattern, limits in self.limits_per_model.items() if fnmatchcase(model, pattern))
-        return next(fit, _UNLIMITED)
-
-
 class Key(Grant):
-    """One caller."""
+    """One caller: its secrets, and its grant."""
 
     id: KeyId
     secrets: tuple[Secret, ...]
     expires: AwareDatetime | None = None
 
 
-class KeyFile(_Entry):
-    """The document."""
+class KeyFile(_StrictModel):
+    """The content of a file of keys."""
 
     version: Annotated[int, Field(ge=1, le=1)] = 1
     keys: tuple[Key, ...] = ()
 
     @model_validator(mode="after")
-    def _no_doubles(self) -> KeyFile:
+    def _unique_ids_and_digests(self) -> KeyFile:
         ids = [key.id for key in self.keys]
         digests = [secret.sha256 for key in self.keys for secret in key.secrets]
         if len(set(ids)) < len(ids) or len(set(digests)) < len(digests):
@@ -100,13 +67,13 @@ class KeyFile(_Entry):
 
     @classmethod
     def read(cls, path: Path) -> KeyFile:
-        """Raises KeysInvalid."""
+        """The validated content of the file. Raises KeysInvalid if the file can't be read, or is not a file of keys."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise KeysInvalid(f"Can't read the keys {path}: {error.strerror}.") from error
         except ValidationError as error:
-            # pydantic would quote the input, and that may be a key that someone wrote here by mistake.
+            # pydantic's own message quotes the input, which may be a secret that someone wrote here by mistake.
             raise KeysInvalid(f"{path} is not a file of keys: {problems_of(error)}.") from None
 
 
@@ -119,82 +86,85 @@ def digest_of(secret: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _KnownSecret:
     key: Key
     sha256: str
-    expires_s: float
+    expires_s: float  # since the epoch; inf: never
 
 
 class KeyRing:
-    """The keys of a file, as it is now.
+    """The keys of a file, which is read again when it changes.
 
-    The file is looked at once a second, and whenever a key is unknown, so that one that was just written is good at
-    once. A new file that can't be used changes nothing: the keys before it stay good, and the log says why.
+    The file is checked once a second, and for every unknown secret, so that a new key can be used at once. If the
+    changed file is invalid, the previous keys stay in force, and the reason is logged.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        """Raises KeysInvalid: a server that shall know its callers does not start without."""
+        """Raises KeysInvalid: a server that requires keys does not start without them."""
         self._path = path
         self._clock = clock
-        self._signature = _signature(path)
-        self._known = _index(KeyFile.read(path))
-        self._looked_s = clock()
+        self._version = _file_version(path)
+        self._secrets = _by_digest(KeyFile.read(path))
+        self._checked_s = clock()
 
     def find(self, secret: str) -> Key | None:
-        """The key behind what a caller sent; None if it is unknown or has expired.
+        """The key of a secret; None if the secret is unknown or has expired.
 
-        What is looked up is a digest: a caller that measures how long this takes learns about digests, which it can't
-        choose, and nothing about keys.
+        The key is looked up by the digest of the secret. A caller that measures the time of the lookup can therefore
+        only learn about digests. It can't choose the digest of its guess, and a digest doesn't reveal a secret.
         """
         now = self._clock()
-        if now - self._looked_s >= _POLL_S:
-            self._look(now)
+        if now - self._checked_s >= _POLL_S:
+            self._reload(now)
         digest = digest_of(secret)
-        known = self._known.get(digest)
+        known = self._secrets.get(digest)
         if known is None:
-            self._look(now)
-            known = self._known.get(digest)
+            self._reload(now)
+            known = self._secrets.get(digest)
         if known is None or not hmac.compare_digest(known.sha256, digest) or known.expires_s <= now:
             return None
         return known.key
 
     def expiries(self) -> dict[str, float]:
-        """Of keys that expire: when no secret of theirs is good any more, in seconds since the epoch, by their id."""
-        ends: dict[str, float] = {}
-        for known in self._known.values():
-            ends[known.key.id] = max(known.expires_s, ends.get(known.key.id, 0.0))
-        return {name: end for name, end in ends.items() if end != float("inf")}
+        """When the last secret of each key expires, in seconds since the epoch, by key id. Keys that never expire are
+        left out."""
+        expiries: dict[str, float] = {}
+        for known in self._secrets.values():
+            expiries[known.key.id] = max(known.expires_s, expiries.get(known.key.id, 0.0))
+        return {key_id: expires_s for key_id, expires_s in expiries.items() if expires_s != float("inf")}
 
-    def _look(self, now: float) -> None:
-        self._looked_s = now
-        signature = _signature(self._path)
-        if signature == self._signature:
+    def _reload(self, now: float) -> None:
+        """Read the file if it has changed."""
+        self._checked_s = now
+        version = _file_version(self._path)
+        if version == self._version:
             return
-        self._signature = signature
+        self._version = version
         try:
-            self._known = _index(KeyFile.read(self._path))
-            logger.info("the keys were read again: %d", len(self._known))
+            self._secrets = _by_digest(KeyFile.read(self._path))
+            logger.info("the keys were read again: %d secrets", len(self._secrets))
         except KeysInvalid as error:
-            logger.error("the keys before stay in force: %s", error)
+            logger.error("the changed keys are not used, the previous ones stay in force: %s", error)
 
 
-def _signature(path: Path) -> tuple[int, int, int] | None:
-    """Changes with the file's content, also when a symbolic link on the way to it is turned."""
+def _file_version(path: Path) -> tuple[int, int, int] | None:
+    """A value that differs once the content of the file has changed, or a symbolic link on its path points to another
+    file. None if there is no such file."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ino, found.st_size
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
-def _index(file: KeyFile) -> dict[str, _Known]:
+def _by_digest(file: KeyFile) -> dict[str, _KnownSecret]:
     return {
-        secret.sha256: _Known(key, secret.sha256, _first_end(key, secret))
+        secret.sha256: _KnownSecret(key, secret.sha256, _expires_s(key, secret))
         for key in file.keys
         for secret in key.secrets
     }
 
 
-def _first_end(key: Key, secret: Secret) -> float:
-    """Seconds since the epoch."""
+def _expires_s(key: Key, secret: Secret) -> float:
+    """When the key or the secret expires, whichever is first, in seconds since the epoch."""
     return min((end.timestamp() for end in (key.expires, secret.expires) if end), default=float("inf"))

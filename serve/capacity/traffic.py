@@ -1,4 +1,4 @@
-"""How much each model is asked for: made up, by Zipf's law, or read from a log."""
+"""The traffic of each model: made up by Zipf's law, or read from a log."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import Any
 
 from serve.errors import TrafficLogInvalid
 
-_MOST_LINE_BYTES = 1 << 20
+_MAX_LINE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One model's traffic. Answers take exponentially long around `service_s`."""
+class ModelTraffic:
+    """The traffic of one model. Times in the engine are exponential with the mean `service_s`."""
 
     name: str
     rate: float  # requests a second
     service_s: float  # mean time in the engine, without waiting
-    tokens: float  # generated, of a mean answer
+    tokens: float  # mean number of generated tokens
     adapter: bool = True  # False: the base model, which needs no slot
 
     @property
     def load(self) -> float:
-        """Requests of it that are in an engine at a time."""
+        """The mean number of its requests that are in an engine at a time."""
         return self.rate * self.service_s
 
 
 @dataclass(frozen=True)
-class _Line:
+class _LoggedRequest:
     time_s: float
     name: str
     adapter: bool
@@ -40,67 +40,70 @@ class _Line:
     tokens: float
 
 
-def zipf(adapters: int, rate: float, exponent: float, tokens: float, token_s: float) -> tuple[Asked, ...]:
-    """`rate` requests a second over all; the n-th adapter gets a share that falls as n^-exponent."""
+def zipf(adapters: int, rate: float, exponent: float, tokens: float, token_s: float) -> tuple[ModelTraffic, ...]:
+    """`rate` requests a second over all adapters; the share of the n-th is proportional to n^-exponent."""
     weights = [n**-exponent for n in range(1, adapters + 1)]
     total = sum(weights)
     return tuple(
-        Asked(f"adapter-{n}", rate * weight / total, tokens * token_s, tokens) for n, weight in enumerate(weights, 1)
+        ModelTraffic(f"adapter-{n}", rate * weight / total, tokens * token_s, tokens)
+        for n, weight in enumerate(weights, 1)
     )
 
 
-def read_log(path: Path, token_s: float, sample: float, window_s: float) -> tuple[Asked, ...]:
-    """The busiest `window_s` of a log, most asked for first.
+def read_log(path: Path, token_s: float, sample: float, window_s: float) -> tuple[ModelTraffic, ...]:
+    """The traffic in the busiest `window_s` of a log, the model with the most requests first.
 
-    Lines are those of the access log, of which `sample` is the share that was written down: `time`, `adapter` as
-    NAME@REVISION or the base model, `duration_s` and `waited_s`. Or `time`, `model` and `tokens`. Lines of other events
-    and of requests that failed are passed over. Raises TrafficLogInvalid, with the number of the line.
+    A line is one of the access log (`time`, `adapter` as NAME@REVISION or the base model, `duration_s`, `waited_s`),
+    which holds a `sample` share of the requests; or an object of `time`, `model` and `tokens`. Lines of other events
+    and of failed requests are skipped. Raises TrafficLogInvalid with the number of the line.
     """
     try:
         with path.open("rb") as file:
-            lines = [it for number, raw in enumerate(file, 1) if (it := _line(path, number, raw, token_s))]
+            parsed = (_parse_line(path, number, line, token_s) for number, line in enumerate(file, 1))
+            requests = [request for request in parsed if request]
     except OSError as error:
         raise TrafficLogInvalid(f"Can't read {path}: {error.strerror}.") from error
-    if len(lines) < 2:
+    if len(requests) < 2:
         raise TrafficLogInvalid(
-            f"{path} holds {len(lines)} answered requests; rates need two at least. Expected lines of the access log "
-            '(see docs/monitoring.md), or {"time": …, "model": …, "tokens": …}.'
+            f"{path} holds {len(requests)} answered requests; rates need two at least. Expected lines of the access "
+            'log (see docs/how-to/monitor.md), or {"time": …, "model": …, "tokens": …}.'
         )
-    lines.sort(key=lambda it: it.time_s)
-    busiest, length_s = _busiest(lines, window_s)
-    return _summed(busiest, length_s * sample)
+    requests.sort(key=lambda request: request.time_s)
+    busiest, length_s = _busiest_window(requests, window_s)
+    return _traffic_of(busiest, length_s * sample)
 
 
-def _line(path: Path, number: int, raw: bytes, token_s: float) -> _Line | None:
-    if not raw.strip():
+def _parse_line(path: Path, number: int, line: bytes, token_s: float) -> _LoggedRequest | None:
+    if not line.strip():
         return None
     try:
-        if len(raw) > _MOST_LINE_BYTES:
-            raise ValueError(f"longer than {_MOST_LINE_BYTES} bytes")
-        return _parsed(json.loads(raw), token_s)
+        if len(line) > _MAX_LINE_BYTES:
+            raise ValueError(f"longer than {_MAX_LINE_BYTES} bytes")
+        return _parse_request(json.loads(line), token_s)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise TrafficLogInvalid(f"{path}, line {number}: {what}. Expected one JSON object a line.") from error
+        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise TrafficLogInvalid(f"{path}, line {number}: {reason}. Expected one JSON object a line.") from error
 
 
-def _parsed(line: Any, token_s: float) -> _Line | None:
+def _parse_request(line: Any, token_s: float) -> _LoggedRequest | None:
+    """None for a line that is no answered request. Raises TypeError, KeyError or ValueError."""
     if not isinstance(line, Mapping):
         raise TypeError(f"{type(line).__name__} instead of an object")
     if line.get("event", "request") != "request" or _number(line, "status", 200) >= 400:
         return None
-    logged = "event" in line
-    if logged and not line.get("adapter"):
-        return None  # it ended before its model was known
-    name = line["adapter"] if logged else line["model"]
+    is_access_log = "event" in line
+    if is_access_log and not line.get("adapter"):
+        return None  # the request ended before its model was known
+    name = line["adapter"] if is_access_log else line["model"]
     if not isinstance(name, str) or not name:
         raise TypeError("the model's name is no text")
-    public, _, revision = name.partition("@")
-    service_s, tokens = _work(line, token_s)
-    return _Line(_time(line["time"]), public, bool(revision) or not logged, service_s, tokens)
+    public_name, _, revision = name.partition("@")
+    service_s, tokens = _service_and_tokens(line, token_s)
+    return _LoggedRequest(_seconds(line["time"]), public_name, bool(revision) or not is_access_log, service_s, tokens)
 
 
-def _work(line: Mapping[str, Any], token_s: float) -> tuple[float, float]:
-    """Seconds in the engine, and tokens: where one is missing it follows from the other."""
+def _service_and_tokens(line: Mapping[str, Any], token_s: float) -> tuple[float, float]:
+    """Seconds in the engine, and tokens. A missing one is computed from the other."""
     tokens = _number(line, "tokens", None) if "tokens" in line else None
     if "duration_s" in line:
         seconds = max(_number(line, "duration_s") - _number(line, "waited_s", 0), 1e-6)
@@ -117,41 +120,41 @@ def _number(line: Mapping[str, Any], name: str, default: float | None = None) ->
     return float(value)
 
 
-def _time(value: Any) -> float:
-    """Seconds: from a number, or from text as 2026-01-31T12:00:00+00:00."""
+def _seconds(value: Any) -> float:
+    """A time in seconds, from a number or from a text such as 2026-01-31T12:00:00+00:00."""
     if isinstance(value, str):
         return datetime.fromisoformat(value).timestamp()
     return _number({"time": value}, "time")
 
 
-def _busiest(lines: list[_Line], window_s: float) -> tuple[list[_Line], float]:
-    """The lines of the window with most work in it, and its length; all of a log that is shorter."""
-    length_s = lines[-1].time_s - lines[0].time_s
+def _busiest_window(requests: list[_LoggedRequest], window_s: float) -> tuple[list[_LoggedRequest], float]:
+    """The requests in the window with most work, and its length; all requests if the log is shorter than a window."""
+    length_s = requests[-1].time_s - requests[0].time_s
     if length_s <= window_s:
-        return lines, max(length_s, 1e-3)
-    best, best_work, first, work = (0, 0), -1.0, 0, 0.0
-    for last, line in enumerate(lines):
-        work += line.service_s
-        while lines[first].time_s <= line.time_s - window_s:
-            work -= lines[first].service_s
+        return requests, max(length_s, 1e-3)
+    busiest, most_work_s, first, work_s = (0, 0), -1.0, 0, 0.0
+    for last, request in enumerate(requests):
+        work_s += request.service_s
+        while requests[first].time_s <= request.time_s - window_s:
+            work_s -= requests[first].service_s
             first += 1
-        if work > best_work:
-            best, best_work = (first, last + 1), work
-    return lines[slice(*best)], window_s
+        if work_s > most_work_s:
+            busiest, most_work_s = (first, last + 1), work_s
+    return requests[slice(*busiest)], window_s
 
 
-def _summed(lines: Iterable[_Line], length_s: float) -> tuple[Asked, ...]:
-    found: dict[str, list[_Line]] = defaultdict(list)
-    for line in lines:
-        found[line.name].append(line)
-    asked = [
-        Asked(
+def _traffic_of(requests: Iterable[_LoggedRequest], length_s: float) -> tuple[ModelTraffic, ...]:
+    by_name: dict[str, list[_LoggedRequest]] = defaultdict(list)
+    for request in requests:
+        by_name[request.name].append(request)
+    traffic = [
+        ModelTraffic(
             name,
-            len(of) / length_s,
-            sum(it.service_s for it in of) / len(of),
-            sum(it.tokens for it in of) / len(of),
-            any(it.adapter for it in of),
+            rate=len(group) / length_s,
+            service_s=sum(request.service_s for request in group) / len(group),
+            tokens=sum(request.tokens for request in group) / len(group),
+            adapter=any(request.adapter for request in group),
         )
-        for name, of in found.items()
+        for name, group in by_name.items()
     ]
-    return tuple(sorted(asked, key=lambda it: (-it.rate, it.name)))
+    return tuple(sorted(traffic, key=lambda model: (-model.rate, model.name)))

@@ -2,21 +2,20 @@
 
     DIR/<revision>/adapter_config.json, adapter_model.safetensors
 
-vLLM re-reads an evicted adapter from its path and dies if the files are gone or reads other weights if they
-changed. So a revision's files are written once, never altered, and outlive its last use; before an engine reads them
-their digest is taken again, unless nobody has written to them since.
+vLLM reads an evicted adapter again from its path: it dies if the files are gone, and serves other weights if the files
+changed. So the files of a revision are written once, never changed, and kept after its last use. Before an engine reads
+them, their digest is computed again, unless they were not written to since the last time.
 
-With a bucket the directory is this machine's copy of what all machines share there:
+If a bucket holds the state, the directory is this machine's copy of these objects, which all machines share:
 
     adapters/<revision>/…          the files
-    adapters/<revision>.json       their digests, written last: a revision is there when this is
+    adapters/<revision>.json       the listing: their digests. It is written last, so a revision exists if it does.
 
-Beside them, golden/<sha256>.json: what a server of a revision is compared with.
+The object golden/<sha256>.json beside them holds golden answers, which a server of a revision is compared with.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -27,13 +26,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from convert.artifact import FileDigests, digest, file_digests
-from serve.bucket import Bucket
+from convert.artifact.durable_files import sync
+from serve.catalogue.bucket_store import BucketStore
+from serve.catalogue.object_store import ObjectStore
 from serve.errors import AdapterUnavailable, ArtifactRefused, StoreUnavailable
 from serve.names import AdapterRevision
-from serve.objects import Objects, fsync_directory
 
 _COPY_BYTES = 8 << 20
 _LISTING = TypeAdapter(FileDigests)
@@ -41,43 +42,45 @@ _LISTING = TypeAdapter(FileDigests)
 logger = logging.getLogger(__name__)
 
 # Of every file: name, inode, size in bytes, time of the last change in nanoseconds.
-_Signature = tuple[tuple[str, int, int, int], ...]
-# Writes the content of the named file into a stream.
+_FileStats = tuple[tuple[str, int, int, int], ...]
+# Writes the content of the file with this name to the stream.
 Source = Callable[[str, BinaryIO], None]
 
 
 class AdapterStore:
-    """Adapter files in a directory, of which a bucket may hold the original. Methods wait for disk and network."""
+    """Adapter files in a directory, which may be a cache of a bucket. Methods block on disk and network."""
 
-    def __init__(self, directory: Path, objects: Objects) -> None:
-        """`objects`: the place of the catalogue, where the golden answers lie too; a Bucket holds the files as well."""
+    def __init__(self, directory: Path, objects: ObjectStore) -> None:
+        """`objects`: the store of the catalogue, which holds the golden answers too; a BucketStore also holds the
+        adapter files."""
         self._directory = directory
         self._objects = objects
-        self._bucket = objects if isinstance(objects, Bucket) else None
-        self._whole: dict[str, _Signature] = {}
+        self._bucket = objects if isinstance(objects, BucketStore) else None
+        self._intact: dict[str, _FileStats] = {}  # by revision, as of the last check that succeeded
 
     def path(self, adapter: AdapterRevision) -> Path:
-        """Where the files of a revision lie on this machine, every byte of them as it was published; brings them here
-        once, whoever asks first. Raises AdapterUnavailable if nobody has them, StoreUnavailable if the bucket is out
-        of reach."""
+        """The directory of a revision's files on this machine, which are byte for byte as published. The first call
+        downloads them from the bucket. Raises AdapterUnavailable if the files are missing or damaged, StoreUnavailable
+        if the disk fails or the bucket can't be reached."""
         path = self._directory / adapter.revision
-        with _told_disk_errors(self._directory):
-            if not self._is_whole(path) and self._bucket:
-                with self._alone(adapter.revision):
-                    if not self._is_whole(path):
+        with _disk_errors(self._directory):
+            if self._bucket and not self._is_intact(path):
+                with self._revision_lock(adapter.revision):
+                    if not self._is_intact(path):  # no other process downloaded it while this one waited
                         self._download(self._bucket, adapter)
             if not path.is_dir():
                 raise AdapterUnavailable(f"The files of {adapter} are not in the adapter store; publish it again.")
-            if not self._is_whole(path):
+            if not self._is_intact(path):
                 raise AdapterUnavailable(f"The files of {adapter} in {path} are damaged; publish it again.")
         return path
 
     def put(self, revision: str, files: Mapping[str, str], source: Source) -> None:
-        """Take files in under the digest of what arrives. Idempotent; appears by one rename, and in the bucket
-        by its listing. Raises ArtifactRefused if the bytes are not what `files` says, StoreUnavailable."""
+        """Store a revision: `files` has the SHA-256 of each file by name. Idempotent. The directory appears by one
+        rename, and in the bucket the listing is written last. Raises ArtifactRefused if the bytes have other digests,
+        StoreUnavailable."""
         path = self._directory / revision
-        with _told_disk_errors(self._directory):
-            if not self._is_whole(path):
+        with _disk_errors(self._directory):
+            if not self._is_intact(path):
                 self._write(revision, files, source)
         if self._bucket and self._bucket.read(_listing_key(revision)) is None:
             for name in files:
@@ -85,112 +88,114 @@ class AdapterStore:
             self._bucket.create(_listing_key(revision), _LISTING.dump_json(dict(files)))
 
     def put_golden(self, sha256: str, content: bytes) -> None:
-        """Raises ArtifactRefused if the content has another digest."""
+        """Store golden answers. Raises ArtifactRefused if the content has another digest, StoreUnavailable."""
         if hashlib.sha256(content).hexdigest() != sha256:
             raise ArtifactRefused("golden.json is not the one that the manifest names; convert or copy it again.")
         self._objects.create(f"golden/{sha256}.json", content)
 
     def golden(self, sha256: str) -> bytes:
-        """Raises AdapterUnavailable if it isn't there or is something else."""
+        """The golden answers of this digest. Raises AdapterUnavailable if they are missing or damaged,
+        StoreUnavailable."""
         content = self._objects.read(f"golden/{sha256}.json")
         if content is None or hashlib.sha256(content).hexdigest() != sha256:
             raise AdapterUnavailable(f"The golden answers {sha256[:12]} are not in the store; publish again.")
         return content
 
-    def _download(self, bucket: Bucket, adapter: AdapterRevision) -> None:
+    def _download(self, bucket: BucketStore, adapter: AdapterRevision) -> None:
+        """Does nothing if the bucket lacks the revision. Raises AdapterUnavailable if its files there are damaged."""
         listing = bucket.read(_listing_key(adapter.revision))
         if listing is None:
             return
 
         def fetch(name: str, stream: BinaryIO) -> None:
-            for piece in bucket.pieces(f"adapters/{adapter.revision}/{name}"):
-                stream.write(piece)
+            for chunk in bucket.stream(f"adapters/{adapter.revision}/{name}"):
+                stream.write(chunk)
 
         try:
             self._write(adapter.revision, _LISTING.validate_json(listing), fetch)
         except (ValidationError, ArtifactRefused) as error:
             raise AdapterUnavailable(
-                f"What {bucket.locate('adapters')} holds of {adapter} is damaged: {error}"
+                f"The files of {adapter} in {bucket.locate('adapters')} are damaged: {error}"
             ) from error
 
     def _write(self, revision: str, files: Mapping[str, str], source: Source) -> None:
+        """Write all files of a revision into a new directory, check their digests, and move it into place."""
         if digest(files) != revision:
             raise ArtifactRefused(f"The revision {revision[:12]} is not the digest of its files; convert it again.")
         self._directory.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=self._directory, prefix=".incoming-"))
         try:
-            for name, expected in files.items():
-                if _write_durably(temporary / name, name, source) != expected:
+            for name, expected_sha256 in files.items():
+                if _write_durably(temporary / name, name, source) != expected_sha256:
                     raise ArtifactRefused(
                         f"{name} of {revision[:12]} is not the file that its manifest names: its bytes changed. "
                         "Convert or copy it again."
                     )
             temporary.chmod(0o755)
-            self._put_in_place(temporary, self._directory / revision)
-            fsync_directory(self._directory)
+            self._move_into_place(temporary, self._directory / revision)
+            sync(self._directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _put_in_place(self, temporary: Path, path: Path) -> None:
-        if path.is_dir() and not self._is_whole(path):
+    def _move_into_place(self, temporary: Path, path: Path) -> None:
+        """Rename the new directory to `path`. An intact one that another process put there first stays."""
+        if not path.is_dir():
+            temporary.rename(path)
+        elif not self._is_intact(path):
             logger.warning("replacing damaged files", extra={"event": "adapter damaged", "path": str(path)})
-            aside = Path(tempfile.mkdtemp(dir=self._directory, prefix=".damaged-"))
-            path.rename(aside / path.name)
+            damaged = Path(tempfile.mkdtemp(dir=self._directory, prefix=".damaged-"))
+            path.rename(damaged / path.name)
             temporary.rename(path)
-            shutil.rmtree(aside)
-        elif not path.is_dir():
-            temporary.rename(path)
+            shutil.rmtree(damaged)
 
-    def _is_whole(self, path: Path) -> bool:
-        """Whether these are the bytes that the directory is named after. Once they were, that nothing was written."""
+    def _is_intact(self, path: Path) -> bool:
+        """Whether the files have the digest that their directory is named after. Files that were not written to since
+        the last check are not read again."""
         if not path.is_dir():
             return False
-        signature = _signature(path)
-        if self._whole.get(path.name) != signature:
+        stats = _file_stats(path)
+        if self._intact.get(path.name) != stats:
             if digest(file_digests(path)) != path.name:
                 return False
-            self._whole[path.name] = signature
+            self._intact[path.name] = stats
         return True
 
-    @contextmanager
-    def _alone(self, revision: str) -> Iterator[None]:
-        """One process of this machine at a time; a lock of the system ends with its process."""
+    def _revision_lock(self, revision: str) -> FileLock:
+        """Held by one thread of one process of this machine at a time. The system releases it if the process dies."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        with (self._directory / f".{revision}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        return FileLock(self._directory / f".{revision}.lock", fallback_to_soft=False)
 
 
-def _signature(path: Path) -> _Signature:
-    found = ((it.name, it.stat()) for it in sorted(path.iterdir()))
-    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found)
+def _file_stats(path: Path) -> _FileStats:
+    stats = ((file.name, file.stat()) for file in sorted(path.iterdir()))
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 class _HashingStream:
-    """Hashes what passes on its way to the disk."""
+    """A stream that computes the SHA-256 of what is written to it."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self.sha256 = hashlib.sha256()
 
-    def write(self, piece: bytes) -> int:
-        self.sha256.update(piece)
-        return self._stream.write(piece)
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._stream.write(data)
 
 
 def _write_durably(path: Path, name: str, source: Source) -> str:
-    """The SHA-256 of what `source` gave."""
+    """Write the file `name` of `source` to `path`; returns the SHA-256 of its bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as stream:
         hashing = _HashingStream(stream)
-        source(name, hashing)  # type: ignore[arg-type]  # all that a source does is write
+        source(name, hashing)  # type: ignore[arg-type]  # a source calls nothing but write
         stream.flush()
         os.fsync(stream.fileno())
     return hashing.sha256.hexdigest()
 
 
 def copy_from(directory: Path) -> Source:
-    """Files of a directory; a symbolic link in the file's place is an OSError."""
+    """The files of a directory as a Source; it raises OSError for a symbolic link, which could point anywhere."""
 
     def copy(name: str, stream: BinaryIO) -> None:
         descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW)
@@ -205,7 +210,8 @@ def _listing_key(revision: str) -> str:
 
 
 @contextmanager
-def _told_disk_errors(directory: Path) -> Iterator[None]:
+def _disk_errors(directory: Path) -> Iterator[None]:
+    """Raises OSError as StoreUnavailable."""
     try:
         yield
     except OSError as error:

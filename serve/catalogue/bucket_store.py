@@ -1,8 +1,8 @@
-"""S3, Google Cloud Storage or Azure Blob Storage as the place where servers share catalogue and adapters.
+"""Catalogue and adapters in S3, Google Cloud Storage or Azure Blob Storage, so that several machines share them.
 
-The only importer of obstore. Credentials, region and endpoint come from the environment variables and instance
+This is the only importer of obstore. Credentials, region and endpoint come from the environment variables and instance
 roles that the clouds' own tools read (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS,
-AZURE_STORAGE_ACCOUNT_NAME, …); none is ever written down here.
+AZURE_STORAGE_ACCOUNT_NAME, …); Graft never writes them down.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from serve.errors import StateInvalid, StoreUnavailable
 
 SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
 
-_PIECE_BYTES = 8 << 20
-# A caller of the admin API waits for this: long enough for a hiccup, short enough to be told.
+_CHUNK_BYTES = 8 << 20
+# A caller of the admin API waits for the retries: they bridge a short outage, and end while the caller still waits.
 _RETRIES, _RETRY_TIMEOUT = 3, timedelta(seconds=10)
 
 
-class Bucket:
-    """serve.objects.Objects on an object store, and larger files in pieces."""
+class BucketStore:
+    """`serve.catalogue.object_store.ObjectStore` in a bucket, which takes large files as well."""
 
     def __init__(self, url: str) -> None:
-        """No request is made. Raises StateInvalid if the URL is none of a known store."""
+        """Sends no request. Raises StateInvalid if `url` is not SCHEME://BUCKET/PREFIX with one of SCHEMES."""
         self._url = url.rstrip("/")
         try:
-            # Not every part of the union that from_url returns is an ObjectStore by its type.
+            # from_url is typed as a union of which not every member is an obstore ObjectStore.
             self._store: ObjectStore = from_url(
                 self._url,
                 client_options={"timeout": "30s", "connect_timeout": "3s", "allow_http": _is_http_allowed()},
@@ -46,7 +46,7 @@ class Bucket:
             ) from error
 
     def create(self, key: str, content: bytes) -> bool:
-        with self._told("write", key):
+        with self._store_errors("write", key):
             try:
                 obstore.put(self._store, key, content, mode="create", use_multipart=False)
             except AlreadyExistsError:
@@ -54,50 +54,52 @@ class Bucket:
             return True
 
     def read(self, key: str) -> bytes | None:
-        with self._told("read", key):
+        with self._store_errors("read", key):
             try:
                 return bytes(obstore.get(self._store, key).bytes())
             except FileNotFoundError:
                 return None
 
     def names(self, prefix: str) -> list[str]:
-        with self._told("list", prefix):
+        with self._store_errors("list", prefix):
             listed = obstore.list_with_delimiter(self._store, prefix=f"{prefix}/")
-            return sorted(it["path"].rpartition("/")[2] for it in listed["objects"])
+            return sorted(item["path"].rpartition("/")[2] for item in listed["objects"])
 
     def delete(self, key: str) -> None:
-        with self._told("remove", key):
+        with self._store_errors("remove", key):
             obstore.delete(self._store, key)
 
     def locate(self, key: str) -> str:
         return f"{self._url}/{key}"
 
     def upload(self, key: str, source: Path) -> None:
-        """A file under a key that names its content: whoever else writes it writes the same."""
-        with self._told("write", key):
+        """Write a file under a key that names its content, so that every writer of the key writes the same bytes."""
+        with self._store_errors("write", key):
             obstore.put(self._store, key, source)
 
-    def pieces(self, key: str) -> Iterator[bytes]:
-        """The content of an object in pieces. Raises StoreUnavailable, also if it is not there."""
-        with self._told("read", key):
-            for piece in obstore.get(self._store, key).stream(min_chunk_size=_PIECE_BYTES):
-                yield bytes(piece)
+    def stream(self, key: str) -> Iterator[bytes]:
+        """The object in chunks of about 8 MiB. Raises StoreUnavailable, also if there is no such object."""
+        with self._store_errors("read", key):
+            for chunk in obstore.get(self._store, key).stream(min_chunk_size=_CHUNK_BYTES):
+                yield bytes(chunk)
 
     @contextmanager
-    def _told(self, verb: str, key: str) -> Iterator[None]:
+    def _store_errors(self, verb: str, key: str) -> Iterator[None]:
+        """Raises errors of obstore as StoreUnavailable."""
         try:
             yield
         except (BaseError, OSError, ValueError) as error:
             raise StoreUnavailable(
-                f"Can't {verb} {self.locate(key)}: {_first_line(error)}. What is resident is served on; try again."
+                f"Can't {verb} {self.locate(key)}: {_first_line(error)}. Loaded adapters are still served; try again."
             ) from error
 
 
 def _is_http_allowed() -> bool:
-    """obstore looks for this variable only where no options are given."""
+    """Whether AWS_ALLOW_HTTP allows http:// endpoints. obstore itself reads this variable only if it gets no client
+    options."""
     return os.environ.get("AWS_ALLOW_HTTP", "").lower() == "true"
 
 
 def _first_line(error: Exception) -> str:
-    """Without the dump of internals that follows, which may hold more of the request than is good."""
+    """The message without the dump of internals after it, which may quote secrets of the request."""
     return (str(error).strip() or repr(error)).splitlines()[0]

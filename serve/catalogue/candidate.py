@@ -1,4 +1,4 @@
-"""An adapter revision with what decides whether an engine can take it, and where it came from."""
+"""An adapter revision that may be published: what an engine must know to take it, and where it came from."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ import pydantic
 from pydantic import AfterValidator, ConfigDict, Field
 
 from convert.artifact import Manifest, Name, Sha256
-from convert.signature import MAX_CHARACTERS, statement
+from convert.artifact.signature import MAX_CHARACTERS, statement
 from serve.names import AdapterRevision
 
-# Thousands of adapters have the same one.
+# Interned: thousands of adapters have the same base model.
 _Base = Annotated[Sha256, AfterValidator(sys.intern)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lineage:
-    """What the manifest tells of a revision's making; kept in history. No model of pydantic's: see serve.catalogue."""
+    """How a revision was trained and converted, by its manifest; kept in the history. It is no pydantic model, which
+    would take more memory: see `serve.catalogue.adapter_state`."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     source: str  # the base model as the checkpoint or the user names it
-    layout: str  # the trainer's layout it came in
+    layout: str  # of the checkpoint: the trainer's
     origin: Sha256 | None = None  # digest() of the checkpoint's adapter files
     training: str | None = None  # lora or qlora; None: unknown
-    route: str | None = None  # how it was converted; None: it was not
+    route: str | None = None  # of the conversion; None: not converted
     kl_mean: float | None = None  # measured loss, nats per token
     top1_agreement: float | None = None
 
 
 @pydantic.dataclasses.dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Candidate:
-    """Travels from the artifact through the admin API into the catalogue. Checked whenever it is made."""
+    """Travels from the artifact through the admin API into the catalogue. pydantic validates every instance."""
 
     name: Name
     revision: Sha256
@@ -42,11 +43,13 @@ class Candidate:
     rank: int = Field(ge=1)
     golden: Sha256 | None = Field(default=None, description="SHA-256 of its golden.json, where it has one.")
     lineage: Lineage | None = None
-    signature: str | None = Field(default=None, max_length=MAX_CHARACTERS, description="convert.signature, in Base64.")
+    signature: str | None = Field(
+        default=None, max_length=MAX_CHARACTERS, description="convert.artifact.signature, in Base64."
+    )
 
     @classmethod
     def of(cls, manifest: Manifest, name: str | None = None, signature: str | None = None) -> Candidate | None:
-        """The adapter of an artifact under its own or another name; None for a merged model."""
+        """The adapter of an artifact as a candidate, under its own or another name; None for a merged model."""
         if manifest.adapter is None:
             return None
         return cls(
@@ -65,7 +68,7 @@ class Candidate:
 
     @property
     def statement(self) -> bytes:
-        """What a signature of it signs."""
+        """The bytes that its signature signs."""
         return statement(self.revision, self.base, self.golden)
 
 

@@ -1,4 +1,4 @@
-"""One line of the catalogue's history: what was done to which revision, by whom, when and why."""
+"""One entry of the catalogue's log: what was done to which revision, by whom, when and why."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve.candidate import Candidate
-from serve.split import Split
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.split import Split
 
-CALLER_HEADER = "x-graft-caller"  # what a caller of the admin API says of itself
+CALLER_HEADER = "x-graft-caller"  # the name that a caller of the admin API gives itself
 
 Verb = Literal["stage", "promote", "rollback", "abandon", "retire", "pin", "unpin", "split"]
 
 
 @dataclass(frozen=True)
-class Cause:
-    """Who wants a change, and why."""
+class Audit:
+    """Who makes a change, and why."""
 
     by: str = ""
     reason: str = ""
 
 
 class Entry(BaseModel):
-    """Written once, never changed."""
+    """Written once, never changed. Servers read entries of older versions, so the field names stay."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     verb: Verb = Field(
-        description="stage: replicas shall hold it. promote: the alias points to it. rollback: the alias goes back "
-        "to it. abandon: a staged revision is given up. retire: the alias goes away. pin, unpin: every replica "
-        "holds it, whether it is used or not. split: a staged revision gets a share of the alias's traffic, until the "
-        "alias moves or it is abandoned."
+        description="stage: every replica loads the revision. promote: the alias points to it. rollback: the alias "
+        "points to it again. abandon: its staging ends. retire: the alias is removed. pin: every replica keeps it "
+        "loaded even if it is not used. unpin: no longer. split: the staged revision gets a share of the alias's "
+        "traffic until the alias moves or the revision is abandoned."
     )
     candidate: Candidate
     at: datetime = Field(description="The writer's clock, UTC.")
     by: str = ""
     reason: str = ""
     until: datetime | None = Field(
-        default=None, description="A staged revision that is neither promoted nor abandoned by then is given up."
+        default=None, description="A staged revision that is not promoted by then is abandoned."
     )
     split: Split | None = Field(default=None, description="With the verb `split` only.")
-    id: str = Field(default="", description="Tells a writer whose answer was lost that the entry is its own.")
+    id: str = Field(default="", description="A writer knows its own entry by it if the store's response was lost.")
 
     @classmethod
     def now(
-        cls, verb: Verb, candidate: Candidate, cause: Cause, until: datetime | None = None, split: Split | None = None
+        cls, verb: Verb, candidate: Candidate, audit: Audit, until: datetime | None = None, split: Split | None = None
     ) -> Entry:
         return cls(
             verb=verb,
             candidate=candidate,
             at=datetime.now(UTC),
-            by=cause.by,
-            reason=cause.reason,
+            by=audit.by,
+            reason=audit.reason,
             until=until,
             split=split,
             id=uuid.uuid4().hex,

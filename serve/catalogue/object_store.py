@@ -1,45 +1,46 @@
 """Where the catalogue is kept: small objects under keys, each created once and never changed.
 
-Two places keep the same promises: a directory (here) and an object store (`serve.bucket`).
+There are two implementations: files in a directory (here), and an object store of a cloud
+(`serve.catalogue.bucket_store`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Protocol
 
+from serve.catalogue.atomic_files import create_file
 from serve.errors import StoreUnavailable
 
 
-class Objects(Protocol):
-    """Every method raises StoreUnavailable when the place can't be reached or is full."""
+class ObjectStore(Protocol):
+    """Every method raises StoreUnavailable if the store can't be reached or is full."""
 
     def create(self, key: str, content: bytes) -> bool:
-        """Write it whole if there is nothing under the key, else return False. Durable when it returns; of
-        writers at once one wins, and no reader ever sees a part."""
+        """Create the object if the key is unused; whether it was created. It is durable when this returns. Of several
+        writers at once one succeeds, and no reader ever sees a part of an object."""
         ...
 
-    def read(self, key: str) -> bytes | None: ...
+    def read(self, key: str) -> bytes | None:
+        """The object; None if there is none."""
+        ...
 
     def names(self, prefix: str) -> list[str]:
-        """What lies directly under `prefix/`, sorted, without the prefix."""
+        """The names of the objects directly under `prefix/`, sorted, without the prefix."""
         ...
 
     def delete(self, key: str) -> None:
-        """Nothing happens if it isn't there."""
+        """Remove the object, if it exists."""
         ...
 
     def locate(self, key: str) -> str:
-        """The key as a person can look it up."""
+        """The path or URL of the object, for messages."""
         ...
 
 
-class Directory:
-    """Objects as files. An entry is written under another name and then linked to its own, which fails if that
-    is taken."""
+class DirectoryStore:
+    """`ObjectStore` in a directory: the key of an object is the path of its file."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -48,7 +49,7 @@ class Directory:
         path = self._root / key
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return _link_new(path, content)
+            return create_file(path, content)
         except OSError as error:
             raise StoreUnavailable(
                 f"Can't write {path}: {error.strerror}. Free space or grant access, then try again."
@@ -65,7 +66,8 @@ class Directory:
 
     def names(self, prefix: str) -> list[str]:
         try:
-            return sorted(it.name for it in os.scandir(self._root / prefix) if not it.name.startswith("."))
+            entries = os.scandir(self._root / prefix)
+            return sorted(entry.name for entry in entries if not entry.name.startswith("."))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -79,29 +81,3 @@ class Directory:
 
     def locate(self, key: str) -> str:
         return str(self._root / key)
-
-
-def _link_new(path: Path, content: bytes) -> bool:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".entry-")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        fsync_directory(path.parent)
-        return True
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
-
-
-def fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

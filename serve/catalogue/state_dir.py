@@ -1,43 +1,48 @@
-"""The state of a server: catalogue and adapter store, which an object store may share between machines, and this
-machine's own part: the admin's tokens, and where the server listens."""
+"""The state of a server: its catalogue and adapter store, which machines may share in an object store, and this
+machine's own files: the admin tokens, and the address of the running server."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import psutil
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from serve.bucket import Bucket
+from convert.artifact.durable_files import replace_file
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.admin_tokens import read_token, token_digests
+from serve.catalogue.atomic_files import create_file
+from serve.catalogue.bucket_store import BucketStore
+from serve.catalogue.log import CatalogueLog
+from serve.catalogue.object_store import DirectoryStore, ObjectStore
 from serve.errors import ServerNotRunning, StateInvalid
-from serve.log import CatalogueLog
-from serve.objects import Directory, Objects
-from serve.store import AdapterStore
 
 _TOKEN = "admin.token"  # noqa: S105  (a file name)
 _SERVER = "server.json"
+_LOCK = "server.lock"
 _DEFAULT_LOCAL = Path("graft-state")
 
 
 class RunningServer(BaseModel):
-    """What `publish` needs to find the server of a state directory; `metrics` is where Prometheus may scrape."""
+    """The content of server.json, by which `publish` finds the server of a state directory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: str
     pid: int
-    metrics: str | None = None
-    started: float | None = None  # of that process: in a new container another may soon have its number
+    metrics: str | None = None  # URL for Prometheus
+    started: float | None = None  # start time of the process: another process may get the same pid
 
 
 class StateDir:
-    """`place`: a directory, which is all of the state, or the URL of an object store. Then `local` is the directory
-    that holds what is this machine's."""
+    """`place`: a directory with all of the state, or the URL of an object store. With a URL, `local` is the directory
+    of this machine's own files."""
 
     def __init__(self, place: str | Path, local: Path | None = None) -> None:
         self.url = str(place) if "://" in str(place) else None
@@ -48,9 +53,9 @@ class StateDir:
         return self.url or str(self.root)
 
     @cached_property
-    def objects(self) -> Objects:
-        """Raises StateInvalid if the URL is none of a known object store."""
-        return Bucket(self.url) if self.url else Directory(self.root)
+    def objects(self) -> ObjectStore:
+        """Where catalogue and golden answers are. Raises StateInvalid if the URL is not that of an object store."""
+        return BucketStore(self.url) if self.url else DirectoryStore(self.root)
 
     @property
     def log(self) -> CatalogueLog:
@@ -65,41 +70,59 @@ class StateDir:
         return self.root / "keys.json"
 
     def prepare(self) -> None:
-        """Make the directory. Raises StateInvalid if that can't be."""
+        """Create the directory. Raises StateInvalid if the system refuses."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StateInvalid(f"Can't use {self.root} as state directory: {error.strerror}.") from error
 
     def admin_token(self) -> str:
-        """The token of the admin API: made once, readable by its owner only."""
+        """The token of the admin API. The first call creates it, in a file that only its owner can read. Raises
+        StateInvalid if the file holds no usable token."""
         path = self.root / _TOKEN
         if not path.exists():
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as stream:
-                stream.write(secrets.token_urlsafe(32))
-        return path.read_text().strip()
+            create_file(path, secrets.token_urlsafe(32).encode())
+        return read_token(path)
 
     def admin_tokens(self) -> dict[str, str]:
-        """SHA-256 of every token by its label: LABEL.token in the state directory. One is always there."""
+        """The SHA-256 of every admin token by its label: the file LABEL.token in the state directory. There is always
+        the token with the label `admin`. Raises StateInvalid if one of the files holds no usable token."""
         self.admin_token()
-        return {path.stem: sha256(path.read_text().strip()) for path in sorted(self.root.glob("*.token"))}
+        return token_digests(self.root)
 
-    def require_unused(self) -> None:
-        """Raises StateInvalid if a server runs on this directory: two would write one catalogue for two bases."""
-        with contextlib.suppress(ServerNotRunning):
-            server = self.running_server()
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep every other server off this directory until the block ends, or the process: two servers would mix the
+        adapters of two base models in one catalogue. Raises StateInvalid if another server has the directory."""
+        lock = FileLock(self.root / _LOCK, timeout=0, fallback_to_soft=False)
+        try:
+            lock.acquire()
+        except Timeout:
             raise StateInvalid(
-                f"{self.root} is in use by the server at {server.url} (process {server.pid}). Stop it, choose another "
-                f"--state, or remove {self.root / _SERVER} if that process is something else."
-            )
+                f"{self.root} is in use by {self._other_server()}. Stop it, or choose another --state."
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            raise StateInvalid(f"Can't lock {self.root} as state directory: {error}.") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _other_server(self) -> str:
+        try:
+            server = self.running_server()
+        except ServerNotRunning:
+            return "another server, which is starting or stopping"
+        return f"the server at {server.url} (process {server.pid})"
 
     def announce(self, url: str, metrics: str | None = None) -> None:
+        """Record this process, which has claimed the directory, as its server; `metrics`: the URL for Prometheus."""
         pid = os.getpid()
-        server = RunningServer(url=url, pid=pid, started=_start_of(pid), metrics=metrics)
-        (self.root / _SERVER).write_text(server.model_dump_json())
+        server = RunningServer(url=url, pid=pid, started=_start_time(pid), metrics=metrics)
+        replace_file(self.root / _SERVER, server.model_dump_json().encode())
 
     def withdraw(self) -> None:
+        """Undo `announce`."""
         (self.root / _SERVER).unlink(missing_ok=True)
 
     def running_server(self) -> RunningServer:
@@ -116,16 +139,12 @@ class StateDir:
         return server
 
 
-def sha256(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
 def _is_alive(server: RunningServer) -> bool:
-    started = _start_of(server.pid)
+    started = _start_time(server.pid)
     return started is not None and server.started in (None, started)
 
 
-def _start_of(pid: int) -> float | None:
+def _start_time(pid: int) -> float | None:
     """Seconds since the epoch; None if there is no such process."""
     try:
         return float(psutil.Process(pid).create_time())

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from serve.exporter import DEFAULT_PORT, Exporter, listen
-from serve.output import err, told_errors
+from serve.cli.console import print_line, reported_errors
+from serve.observability.exporter import DEFAULT_PORT, Exporter, listen
 
 
 def add_to(app: typer.Typer) -> None:
+    """Make `metrics` a command of `app`."""
     app.command(name="metrics")(metrics)
 
 
@@ -20,16 +21,17 @@ def metrics(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
     certificate: Annotated[
-        list[Path] | None, typer.Option(help="A PEM file whose end is told, too, for an alert ahead of it. Repeatable.")
+        list[Path] | None,
+        typer.Option(help="A PEM file whose expiry is exported too, so that an alert can precede it. Repeatable."),
     ] = None,
-    timeout_s: Annotated[float, typer.Option(min=0.1, help="A replica that takes longer is told as down.")] = 2.0,
+    timeout_s: Annotated[float, typer.Option(min=0.1, help="A replica that takes longer is reported as down.")] = 2.0,
 ) -> None:
-    """Tell Prometheus the metrics of all replicas of this machine, in one scrape at /metrics.
+    """Offer Prometheus the metrics of all replicas of this machine, in one scrape at /metrics.
 
     A process of its own, which outlives replicas and Ray. `run` starts one by itself; in Kubernetes it is a sidecar
     that shares the directory of `metrics.directory`.
     """
-    with told_errors():
+    with reported_errors():
         server = listen(Exporter(directory, tuple(certificate or ()), timeout_s), host, port)
-    err.print(f"Metrics of {directory} at http://{host}:{port}/metrics")
+    print_line(f"Metrics of {directory} at http://{host}:{port}/metrics")
     server.serve_forever()

@@ -1,4 +1,4 @@
-"""The command that tells who used what."""
+"""`python -m serve usage`: the requests and tokens of each key."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from typing import Annotated
 
 import typer
 
-from serve.commands import DEFAULT_STATE, AsJson, LocalOption, StateOption, UrlOption, client_of
-from serve.output import table, told_errors
+from serve.cli.command import expand_options
+from serve.cli.console import print_rows, reported_errors
+from serve.cli.options import QueryOptions
 
 _COLUMNS = ("day", "key", "model", "requests", "prompt_tokens", "completion_tokens")
 
 
 def add_to(app: typer.Typer) -> None:
+    """Make `usage` a command of `app`."""
     app.command()(usage)
 
 
+@expand_options
 def usage(
+    options: QueryOptions,
     since: Annotated[str | None, typer.Option(help="First day, as 2026-01-31, in UTC; default: --until.")] = None,
     until: Annotated[str | None, typer.Option(help="Last day; default: today.")] = None,
-    state: StateOption = DEFAULT_STATE,
-    local: LocalOption = None,
-    url: UrlOption = None,
-    as_json: AsJson = False,
 ) -> None:
-    """Requests and tokens by day, key and model. What runs now counts when it has ended."""
-    asked = "&".join(f"{name}={day}" for name, day in (("since", since), ("until", until)) if day)
-    with told_errors():
-        found = client_of(state, local, url).call("GET", f"/admin/v1/usage?{asked}")
-    table(found["usage"], _COLUMNS, as_json, found)
+    """Requests and tokens by day, key and model. A request counts when it has ended."""
+    parameters = "&".join(f"{name}={day}" for name, day in (("since", since), ("until", until)) if day)
+    with reported_errors():
+        report = options.client().call("GET", f"/admin/v1/usage?{parameters}")
+    print_rows(report["usage"], _COLUMNS, options.as_json, report)

@@ -6,19 +6,19 @@ from typing import Any
 
 from ray.serve import Application, Deployment
 
-from serve.config import ServeSettings
-from serve.deployed import settings_of
-from serve.replica import DEPLOYMENT, EngineReplica
+from serve.deployment.ray_replicas import DEPLOYMENT
+from serve.deployment.replica import EngineReplica
+from serve.deployment.settings_file import settings_of
+from serve.settings import ServeSettings
 
-IMPORT_PATH = "serve.app:build"
+IMPORT_PATH = "serve.deployment.app:build"
 APP_NAME = "graft"
 # Ray's line for every request costs as much as all of Graft's own work on it, and goes to a file that nobody reads.
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The builder that Ray Serve imports in its own process; `args` are ServeSettings as plain data,
-    or the file that says them."""
+    """The application builder, which Ray Serve imports in a process of its own. `args`: see `settings_of`."""
     settings = settings_of(args)
     deployment: Deployment = EngineReplica  # what the decorator makes of the class
     return deployment.options(
@@ -33,7 +33,8 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def deploy_config(settings: ServeSettings) -> dict[str, Any]:
-    """The same as Ray Serve's declarative configuration, which updates running replicas in place where it can."""
+    """The application as Ray Serve's declarative configuration, with which Ray Serve can update running replicas in
+    place."""
     return {
         "applications": [
             {

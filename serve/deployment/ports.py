@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
+import random
 import socket
 from collections.abc import Iterable
 
 from serve.errors import PortInUse
 
-# Below those that the system lends to outgoing connections: what is free here stays free until it is listened on.
+# Below the ports that the system gives to outgoing connections. So a port that is free now stays free until the server
+# listens on it.
 _SINGLE = range(10_000, 20_000)
 _BLOCKS = range(20_000, 32_000)
 
@@ -27,15 +28,15 @@ def check_port(host: str, port: int, option: str = "--port") -> None:
 
 
 def free_port() -> int:
-    """One that nobody listens on. Raises PortInUse."""
+    """A port that nobody listens on. Raises PortInUse."""
     return free_block(1, _SINGLE).start
 
 
 def free_block(count: int, within: range = _BLOCKS) -> range:
-    """`count` ports in a row that nobody listens on, another row with each call. Raises PortInUse."""
-    starts = within[: -count + 1 or None : count]
-    first = secrets.randbelow(len(starts))
-    for start in (*starts[first:], *starts[:first]):
+    """`count` ports in a row that nobody listens on, chosen at random, so that servers which start at the same time get
+    different ones. Raises PortInUse."""
+    starts = range(within.start, within.stop - count + 1, count)
+    for start in random.SystemRandom().sample(starts, len(starts)):
         block = range(start, start + count)
         if _are_free(block):
             return block

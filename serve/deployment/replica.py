@@ -6,48 +6,48 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
 from ray import serve as ray_serve
 
-from serve import logs
-from serve.admin import Admin
-from serve.admission import Admission
-from serve.config import ServeSettings
-from serve.counted import CountedControl
-from serve.engine import Engine
-from serve.errors import ReplicaUnreachable
-from serve.events import NOBODY, Events
-from serve.exposition import Exposition
-from serve.forward import Peers
-from serve.gateway import Gateway
-from serve.ledger import Ledgers
-from serve.ledger_actor import ActorLedger
-from serve.ledger_redis import RedisLedger
-from serve.listening import on_listening
-from serve.passage import Passages
-from serve.probe import Prover
-from serve.publish import most_pinned
-from serve.reconcile import Reconciler, ReplicaReport
-from serve.recorder import Recorder
-from serve.residency import AdapterPool
-from serve.rollout import Rollouts
-from serve.sentinel import Sentinel
-from serve.snapshot import Snapshot
-from serve.state import StateDir
-from serve.store import AdapterStore
-from serve.tracing import tracer_of
-from serve.usage import Meter
-from serve.waiting import WaitLimits
+from serve.adapters.admission import Admission
+from serve.adapters.change_events import ReportingControl
+from serve.adapters.identity_check import IdentityChecker
+from serve.adapters.pool import AdapterPool
+from serve.adapters.publish import max_pinned
+from serve.adapters.reconcile import Reconciler
+from serve.adapters.rollout import Rollouts
+from serve.adapters.slot_scheduler import WaitLimits
+from serve.adapters.verification import RevisionVerifier
+from serve.admin.routes import Admin
+from serve.callers.ledger import RateLimitBackend
+from serve.callers.ledger_ray import ActorLedger
+from serve.callers.ledger_redis import RedisLedger
+from serve.callers.usage import Meter
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.state_dir import StateDir
+from serve.deployment.metrics_collector import MetricsCollector
+from serve.deployment.metrics_socket import MetricsSocket
+from serve.deployment.ray_patches import keep_replica_on, node_address
+from serve.deployment.ray_replicas import DEPLOYMENT, RayReplicas
+from serve.deployment.uvicorn_patches import patch_uvicorn_startup
+from serve.engine.protocol import Engine
+from serve.gateway.app import Gateway
+from serve.gateway.peer_forwarding import Peers
+from serve.gateway.request_policy import RequestPolicy
+from serve.observability import logs
+from serve.observability.events import NO_EVENTS, Events
+from serve.observability.recorder import MetricsRecorder
+from serve.observability.tracing import tracer_of
+from serve.settings import ServeSettings
 
-DEPLOYMENT = "EngineReplica"
-# Of ray.serve's ReplicaState: one that a restarted controller has not looked at yet goes on answering.
-_SERVING_STATES = frozenset({"RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION"})
-_HANDLE_LAG_S = 0.1
-_ENGINE_LOOK_S = 0.1
-# For the last event of the streams that the engine's death has broken off.
+if TYPE_CHECKING:
+    from serve.engine.vllm_engine import VllmEngine
+
+_ENGINE_POLL_S = 0.1
+# Of the time after which a publish gives up on a replica: the replica itself can say what it waits for.
+_OWN_SHARE_OF_TIMEOUT = 0.9
+# Time to send the last event of the streams that the death of the engine has ended.
 _LAST_EVENTS_S = 0.2
 _LAST_WRITE_S = 1.0
 
@@ -57,55 +57,36 @@ logger = logging.getLogger(__name__)
 @ray_serve.deployment(name=DEPLOYMENT)
 @ray_serve.ingress()  # late-bound: the engine's application exists only after the engine does
 class EngineReplica:
-    """Ready only when it holds what the catalogue asks for; follows it by notification and by a slow poll."""
+    """One engine and its gateway. Ready once the engine holds the adapters that the catalogue asks for; follows the
+    catalogue by notification and by a slow poll."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         self._settings = ServeSettings.model_validate(settings)
-        if not self._settings.gpus_per_replica:
-            # On a CPU nothing is compiled while it runs: vLLM would begin with the first request for log-probabilities,
-            # which takes seconds, and where there is no compiler that request would end the engine.
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        from serve.vllm_engine import VllmEngine  # seconds of import, needed in replicas only
-
+        engine_class = import_engine(self._settings)
         context = ray_serve.get_replica_context()
-        replica = context.replica_id.unique_id
-        await self._begin_telling(replica)
-        self._engine = await VllmEngine.start(
+        self._replica = context.replica_id.unique_id
+        await self._start_observability()
+        self._engine = await engine_class.start(
             self._settings.engine, self._recorder.engine_finished, self._settings.tracing.endpoint
         )
-        state = StateDir(self._settings.state_url or self._settings.state_dir, self._settings.state_dir)
-        self._log, self._store = state.log, state.store
-        self._ledgers = await ledgers_of(self._settings)
-        self._meter = Meter(state.objects, self._settings.gateway.usage_flush_s)
-        self._pool = pool_of(self._engine, self._store, self._settings, self._recorder)
+        await self._open_state()
         self._replicas = RayReplicas(context.app_name, self._settings.sync_timeout_s)
-        self._admin = self._make_admin()
+        self._admin = self._new_admin()
         self._rollouts = Rollouts(self._admin.give_up)
-        self._peers = Peers(replica, node_address(), self._replicas.report)
-        on_listening(replica, self._peers.listens_on)
-        self._reconciler = Reconciler(
-            replica,
-            self._log,
-            self._engine,
-            self._pool,
-            Prover(self._engine, self._store, self._settings.admission).prove,
-            self._settings.keep_previous,
-            address=lambda: self._peers.address,
-            passed_on=lambda: self._peers.passed_on,
-            splits=self._rollouts.summaries,
-            events=self._recorder,
-        )
-        self._tell_of_parts()
+        address = node_address()
+        keep_replica_on(address)
+        self._peers = Peers(self._replica, address, self._replicas.report)
+        patch_uvicorn_startup(self._replica, self._peers.listens_on)
+        self._reconciler = self._new_reconciler()
+        self._collect_all_metrics()
         await self._reconciler.start()
         self._meter.start()
-        self._snapshot.is_ready = True
-        logger.info("the replica is ready", extra={"event": "replica ready", "epoch": self._reconciler.catalogue.epoch})
-        self._following = asyncio.create_task(self._follow())
-        self._watching = asyncio.create_task(self._watch_identity())
-        self._outliving = asyncio.create_task(self._end_with_engine())
+        self._report_ready()
+        tasks = (self._follow(), self._watch_identity(), self._end_with_engine())
+        self._tasks = [asyncio.create_task(task) for task in tasks]
 
     async def __serve_build_asgi_app__(self) -> Gateway:
-        passages = Passages(self._settings.gateway, self._engine, self._ledgers, self._meter)
+        policy = RequestPolicy(self._settings.gateway, self._engine, self._rate_limits, self._meter)
         gateway = Gateway(
             self._settings,
             self._engine,
@@ -114,77 +95,106 @@ class EngineReplica:
             self._admin,
             self._rollouts,
             self._peers if self._settings.replicas > 1 else None,
-            passages,
+            policy,
             self._recorder,
             self._tracer,
         )
-        self._snapshot.places = passages.places
+        self._metrics.engine_queue = policy.engine_queue
         if gateway.keys:
-            self._snapshot.keys = gateway.keys.expiries
+            self._metrics.keys = gateway.keys.expiries
         return gateway
 
-    async def _begin_telling(self, replica: str) -> None:
-        """Logs, metrics and traces, before there is an engine: a replica that never gets ready is seen."""
+    async def _start_observability(self) -> None:
+        """Start logs, metrics and traces before the engine, so that a replica that never becomes ready is observed."""
         settings = self._settings
-        logs.set_up(settings.log, replica)
-        self._recorder = Recorder(settings.metrics.max_adapters)
-        self._snapshot = Snapshot(settings, self._recorder)
-        self._tracer = tracer_of(settings.tracing, replica)
+        logs.set_up(settings.log, self._replica)
+        self._recorder = MetricsRecorder(settings.metrics.max_adapters)
+        self._metrics = MetricsCollector(settings, self._recorder)
+        self._tracer = tracer_of(settings.tracing, self._replica)
         if settings.metrics.directory:
-            self._exposition = Exposition(settings.metrics.directory, replica, self._snapshot)
-            await self._exposition.start()
+            self._metrics_socket = MetricsSocket(settings.metrics.directory, self._replica, self._metrics)
+            await self._metrics_socket.start()
 
-    def _tell_of_parts(self) -> None:
-        snapshot = self._snapshot
-        snapshot.engine, snapshot.pool, snapshot.reconciler = self._engine, self._pool, self._reconciler
-        snapshot.rollouts, snapshot.forwarded = self._rollouts, lambda: self._peers.passed_on
-
-    def _make_admin(self) -> Admin:
+    async def _open_state(self) -> None:
+        """Open the catalogue, the adapters of the state directory, and the usage of callers."""
         settings = self._settings
+        state = StateDir(settings.state_url or settings.state_dir, settings.state_dir)
+        self._log, self._store = state.log, state.store
+        self._rate_limits = await rate_limit_backend_of(settings)
+        self._meter = Meter(state.objects, settings.gateway.usage_flush_s)
+        self._pool = pool_of(self._engine, self._store, settings, self._recorder)
+
+    def _new_admin(self) -> Admin:
+        settings = self._settings
+        control = ReportingControl(
+            self._log,
+            self._replicas,
+            settings.sync_timeout_s,
+            max_pinned(settings.engine.adapter_capacity),
+            self._recorder,
+        )
         return Admin(
             settings.gateway.admin_tokens,
             settings.engine,
             settings.admission,
             Admission(settings.engine, settings.admission),
             self._store,
-            CountedControl(
-                self._log,
-                self._replicas,
-                settings.sync_timeout_s,
-                most_pinned(settings.engine.adapter_capacity),
-                self._recorder,
-            ),
+            control,
         )
 
+    def _new_reconciler(self) -> Reconciler:
+        return Reconciler(
+            self._replica,
+            self._log,
+            self._engine,
+            self._pool,
+            RevisionVerifier(self._engine, self._store, self._settings.admission).verify,
+            self._settings.keep_previous,
+            address=lambda: self._peers.address,
+            forwarded=lambda: self._peers.forwarded,
+            splits=self._rollouts.summaries,
+            events=self._recorder,
+        )
+
+    def _collect_all_metrics(self) -> None:
+        """From now on the metrics also show the engine and what follows the catalogue."""
+        metrics = self._metrics
+        metrics.engine, metrics.pool, metrics.reconciler = self._engine, self._pool, self._reconciler
+        metrics.rollouts, metrics.forwarded = self._rollouts, lambda: self._peers.forwarded
+
+    def _report_ready(self) -> None:
+        self._metrics.is_ready = True
+        logger.info("the replica is ready", extra={"event": "replica ready", "epoch": self._reconciler.catalogue.epoch})
+
     async def sync(self, awaited: str | None = None) -> dict[str, Any]:
-        """Follow the catalogue now; the ReplicaReport as plain data."""
-        report = await self._reconciler.sync(awaited)
+        """Follow the catalogue, then return the ReplicaReport as plain data, in time for the caller's timeout."""
+        report = await self._reconciler.sync(awaited, _OWN_SHARE_OF_TIMEOUT * self._settings.sync_timeout_s)
         return report.model_dump()
 
     async def report(self) -> dict[str, Any]:
-        """What it holds now, without following anything."""
+        """The ReplicaReport as plain data, without following the catalogue first."""
         report = await self._reconciler.report()
         return report.model_dump()
 
     async def check_health(self) -> None:
         await self._engine.check_health()
 
-    async def __del__(self) -> None:
+    async def __del__(self) -> None:  # after a failed start some parts are missing
         logger.info("the replica stops", extra={"event": "replica stops"})
-        for name in ("_following", "_watching", "_outliving"):
-            if task := getattr(self, name, None):
-                task.cancel()
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
         if meter := getattr(self, "_meter", None):
-            await asyncio.to_thread(meter.stop)
-        if exposition := getattr(self, "_exposition", None):
-            exposition.close()
+            await meter.stop()
+        if metrics_socket := getattr(self, "_metrics_socket", None):
+            metrics_socket.close()
         if tracer := getattr(self, "_tracer", None):
             await asyncio.to_thread(tracer.shutdown)
         if engine := getattr(self, "_engine", None):
             engine.shutdown(timeout_s=5)
 
     async def _follow(self) -> None:
-        """Look at the catalogue, and now and then at the engine. An outage is told once, when it begins."""
+        """Follow the catalogue, and compare the engine with it now and then. An outage is logged once, when it
+        begins."""
         failing, audited = False, time.monotonic()
         while True:
             await asyncio.sleep(self._settings.catalogue_poll_s)
@@ -192,9 +202,9 @@ class EngineReplica:
                 await self._reconciler.follow()
                 if time.monotonic() - audited > self._settings.drift_check_s:
                     audited = time.monotonic()
-                    await self._reconciler.audit()
+                    await self._reconciler.repair_drift()
                 failing = False
-            except Exception:  # whatever it is, it may be over the next time
+            except Exception:  # any error may be over at the next attempt
                 self._recorder.follow_failed()
                 if not failing:
                     logger.exception("could not follow the catalogue")
@@ -203,40 +213,45 @@ class EngineReplica:
     async def _watch_identity(self) -> None:
         settings = self._settings
         tolerance_nats = settings.admission.golden_tolerance_nats
-        sentinel = Sentinel(self._engine, self._pool, tolerance_nats, self._recorder)
+        identity_checker = IdentityChecker(self._engine, self._pool, tolerance_nats, self._recorder)
         while period_s := settings.metrics.identity_check_s:
             await asyncio.sleep(period_s)
             try:
-                await sentinel.look()
-            except Exception:  # the engine's or the queue's trouble is told by those who have it
-                logger.debug("could not look at an adapter", exc_info=True)
+                await identity_checker.check()
+            except Exception:  # the engine and the queue report their faults themselves
+                logger.debug("could not check the identity of an adapter", exc_info=True)
 
     async def _end_with_engine(self) -> None:
-        """The process ends when its engine has died, and the proxy has another one answer what this one had not begun
-        to. Waiting for a health check to find it would take seconds."""
-        while not self._engine.is_dead:  # noqa: ASYNC110  (vLLM sets a flag and tells nobody)
-            await asyncio.sleep(_ENGINE_LOOK_S)
+        """Ends the process when its engine has died. The proxy then sends the requests that were not answered yet to
+        another replica. Until a health check finds a dead engine, seconds would pass."""
+        while not self._engine.is_dead:  # noqa: ASYNC110  (vLLM sets a flag, and there is no event to wait for)
+            await asyncio.sleep(_ENGINE_POLL_S)
         logger.error("the engine died, and this replica ends with it", extra={"event": "engine died"})
         await asyncio.sleep(_LAST_EVENTS_S)
         try:
             async with asyncio.timeout(_LAST_WRITE_S):
-                await asyncio.to_thread(self._meter.stop)
+                await self._meter.stop()
             if self._settings.metrics.directory:
-                self._exposition.leave_last_words()
+                self._metrics_socket.leave_final_snapshot()
         except Exception:
-            logger.exception("not everything could be written down at the end")
+            logger.exception("could not save usage and metrics at the end")
         os._exit(1)
 
 
-def node_address() -> str:
-    """Where the other nodes reach this one. Not what ray.util tells: that is the machine's way to the internet, which
-    need not be the address that Ray was started with."""
-    own = ray.get_runtime_context().get_node_id()
-    return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == own)
+def import_engine(settings: ServeSettings) -> type[VllmEngine]:
+    """The engine's class. Importing vLLM takes seconds, and only replicas need it."""
+    if not settings.gpus_per_replica:
+        # On a CPU nothing is compiled while it runs: vLLM would begin with the first request for log-probabilities,
+        # which takes seconds, and where there is no compiler that request would end the engine.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    from serve.engine.vllm_engine import VllmEngine
+
+    return VllmEngine
 
 
-async def ledgers_of(settings: ServeSettings) -> Ledgers:
-    """Where all replicas count what callers use."""
+async def rate_limit_backend_of(settings: ServeSettings) -> RateLimitBackend:
+    """The place where all replicas count the requests and tokens of callers: Redis if the settings name one, else an
+    actor of Ray."""
     gateway = settings.gateway
     if gateway.limits_url:
         return RedisLedger(gateway.limits_url, gateway.lease_s)
@@ -246,7 +261,7 @@ async def ledgers_of(settings: ServeSettings) -> Ledgers:
     return ledger
 
 
-def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings, events: Events = NOBODY) -> AdapterPool:
+def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings, events: Events = NO_EVENTS) -> AdapterPool:
     gateway = settings.gateway
     limits = WaitLimits(
         max_waiting=gateway.max_waiting_requests,
@@ -262,46 +277,3 @@ def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings, events
         limits=limits,
         events=events,
     )
-
-
-class RayReplicas:
-    """serve.publish.Replicas through Ray Serve's broadcast."""
-
-    def __init__(self, app_name: str, timeout_s: float) -> None:
-        self._app_name = app_name
-        self._handle = ray_serve.get_deployment_handle(DEPLOYMENT, app_name)
-        self._timeout_s = timeout_s
-
-    async def sync(self, awaited: str | None = None) -> Sequence[ReplicaReport]:
-        """Broadcasts until every replica that the controller counts has answered: this handle learns of a new one a
-        little later than the callers that it answers."""
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            reports, serving = await asyncio.gather(self._all("sync", awaited), self._serving())
-            if len(reports) >= serving:
-                return reports
-            if time.monotonic() > deadline:
-                raise ReplicaUnreachable(f"{serving} replicas serve, but only {len(reports)} could be asked.")
-            await asyncio.sleep(_HANDLE_LAG_S)
-
-    async def report(self) -> Sequence[ReplicaReport]:
-        """What every one holds, as it is. Raises ReplicaUnreachable if one does not answer."""
-        return await self._all("report")
-
-    async def _all(self, method: str, *args: object) -> Sequence[ReplicaReport]:
-        response = self._handle.broadcast(method, *args)
-        try:
-            reports = await response.results_async(timeout_s=self._timeout_s)
-        except Exception as error:
-            raise ReplicaUnreachable(f"A replica did not answer within {self._timeout_s} s: {error!r}.") from error
-        return [ReplicaReport.model_validate(report) for report in reports]
-
-    async def _serving(self) -> int:
-        """How many replicas may be answering callers, as the controller knows it."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                status = await asyncio.to_thread(ray_serve.status)
-        except Exception as error:
-            raise ReplicaUnreachable(f"Ray Serve's controller did not tell of its replicas: {error!r}.") from error
-        states = status.applications[self._app_name].deployments[DEPLOYMENT].replica_states
-        return sum(count for state, count in states.items() if state in _SERVING_STATES)

@@ -1,4 +1,4 @@
-"""Settings as a deployment's file says them: by an artifact and a mounted secret, not by their digests.
+"""The settings file of a deployment: it names an artifact and a mounted secret, from which digests are computed.
 
     engine:
       artifact: /srv/graft/artifacts/base     # instead of model_path and fingerprint; model_name may be left out
@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
-from serve.bundle import Bundle
-from serve.config import ServeSettings
+from serve.adapters.bundle import Bundle
+from serve.catalogue.admin_tokens import token_digests
 from serve.errors import StateInvalid
-from serve.state import sha256
+from serve.settings import ServeSettings
 
 _FILE = "settings_file"
 
@@ -46,11 +46,17 @@ def read_settings(path: Path) -> ServeSettings:
     return ServeSettings.model_validate(document | {"engine": engine, "gateway": gateway})
 
 
+def artifact_of(path: Path) -> Path | None:
+    """The directory that `engine.artifact` names; None if the file names none. Raises StateInvalid."""
+    artifact = _mapping(_read(path), "engine", path).get("artifact")
+    return _path(artifact, "engine.artifact", path) if artifact else None
+
+
 def _mapping(document: Mapping[str, Any], part: str, path: Path) -> dict[str, Any]:
-    found = document.get(part) or {}
-    if not isinstance(found, dict):
+    settings = document.get(part) or {}
+    if not isinstance(settings, dict):
         raise StateInvalid(f"{part} of the settings file {path} must be a mapping.")
-    return dict(found)
+    return dict(settings)
 
 
 def _path(value: object, name: str, path: Path) -> Path:
@@ -70,8 +76,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _tokens(directory: Path) -> dict[str, str]:
-    """SHA-256 by label. Raises StateInvalid without any: nobody could publish."""
-    found = {path.stem: sha256(path.read_text().strip()) for path in sorted(directory.glob("*.token"))}
-    if not found:
+    """The SHA-256 of each token, by label. Raises StateInvalid if there is no token, or one that can't be used."""
+    tokens = token_digests(directory)
+    if not tokens:
         raise StateInvalid(f"{directory} holds no LABEL.token: without one nobody could publish an adapter.")
-    return found
+    return tokens

@@ -1,4 +1,4 @@
-"""What the rest of the serving side needs of an inference engine."""
+"""The interface between the serving side and an inference engine."""
 
 from __future__ import annotations
 
@@ -8,36 +8,38 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp
 
+from serve.engine.prompt_size import PromptSize
 from serve.names import AdapterRevision
 
 
 class Engine(Protocol):
-    """One base model with room for adapters, speaking the OpenAI API itself."""
+    """An engine with one base model and its LoRA adapters, which has an OpenAI application of its own."""
 
     @property
     def api(self) -> ASGIApp:
-        """The engine's own HTTP application: it takes engine names as `model`, and has routes that must
-        never be reachable from outside."""
+        """The engine's own HTTP application. It takes engine names as `model`, and has routes that callers must not
+        reach."""
         ...
 
     @property
     def openapi(self) -> Mapping[str, Any]:
-        """The OpenAPI document of `api`, with all of its routes."""
+        """The OpenAPI document of `api` with all of its routes."""
         ...
 
     @property
     def is_dead(self) -> bool:
-        """True once the engine can answer nothing any more."""
+        """True once the engine can't answer requests any more; it doesn't recover."""
         ...
 
     @property
     def max_running_requests(self) -> int:
-        """How many it works on at a time; it queues what is beyond."""
+        """How many requests of callers the engine runs at a time. Beside them it has a place for checks of a revision;
+        further requests it queues."""
         ...
 
     @property
     def running_requests(self) -> int:
-        """Requests it is working on or has queued."""
+        """The requests that the engine runs or has queued."""
         ...
 
     @property
@@ -45,33 +47,44 @@ class Engine(Protocol):
 
     @property
     def context_tokens(self) -> int:
-        """The longest request it takes."""
+        """The most tokens of a prompt and its completion together."""
         ...
 
     @property
-    def gives_prompt_logprobs(self) -> bool:
-        """Whether a request may ask for the log-probabilities of its own prompt."""
+    def prompt_size(self) -> PromptSize:
+        """How many tokens the text of a body gives, as it was measured at the start."""
+        ...
+
+    @property
+    def supports_prompt_logprobs(self) -> bool:
+        """Whether a request may ask for log-probabilities of its own prompt."""
+        ...
+
+    @property
+    def runs_tools(self) -> bool:
+        """Whether the engine itself can run tools of a request, such as a web search."""
         ...
 
     async def logprobs(
         self, adapter: AdapterRevision | None, token_ids: Sequence[int], positions: Sequence[int]
     ) -> tuple[float, ...]:
-        """Log-probability, in nats, of the token at each position (1 or more) given all those before it, by a
-        resident adapter or by the base model alone."""
+        """The log-probability, in nats, of the token at each position (1 or more) given all tokens before it, computed
+        with a resident adapter or with the base model alone."""
         ...
 
     async def load_adapter(self, adapter: AdapterRevision, path: Path) -> None:
-        """Make it answer under its engine name. Raises AdapterUnavailable with the engine's reason."""
+        """Loads the adapter, whose files are in `path`, under its engine name. Raises AdapterUnavailable with the
+        engine's reason."""
         ...
 
     async def unload_adapter(self, adapter: AdapterRevision) -> None: ...
 
     async def resident_adapters(self) -> frozenset[AdapterRevision]:
-        """What the engine itself says it holds."""
+        """The adapters that the engine itself reports as loaded."""
         ...
 
-    async def unload_strangers(self) -> int:
-        """Unload what it holds though nobody asked for it, as after an unload that failed; how many."""
+    async def unload_unknown(self) -> int:
+        """Unloads adapters that were not loaded through this object or that failed to unload. Returns their number."""
         ...
 
     async def check_health(self) -> None:

@@ -1,50 +1,4 @@
-"""Every error the serving side tells a user, each knowing its HTTP answer.
-
-ServeError                    500 server_error
-├── UnknownModel              404 model_not_found         no such model or adapter
-├── UnknownRoute              404 route_not_found         no such path
-├── MethodNotAllowed          405 method_not_allowed      the path takes other methods
-├── TaskUnsupported           400 task_unsupported        a public route that this kind of model can't answer
-├── InvalidBody               400 invalid_body            not JSON, or `model` is not a string
-├── BodyTooLarge              413 body_too_large
-├── Unauthorized              401 invalid_admin_token     the admin API without its token
-├── InvalidApiKey             401 invalid_api_key         no key, an unknown one, or one that has expired
-├── BodyTooSlow               408 body_too_slow           the body did not arrive in time
-├── OutputTooLong             400 output_too_long         more tokens asked for than one request may get
-├── RateLimited               429 rate_limit_exceeded     a limit of the caller's key
-├── PathRefused               403 path_refused            a path outside the allowed directories
-├── AdapterRejected           422 adapter_rejected        not for this base, damaged, or more than the engine takes
-├── TransitionRefused         409 transition_refused      the catalogue's state does not allow the step
-├── PublishFailed             409 publish_failed          a replica could not load or prove it; nothing changed
-├── SplitRefused              409 split_refused           a canary or shadow that would change nothing, or isn't there
-├── PublishUnconfirmed        504 publish_unconfirmed     the alias moved; a replica did not confirm in time
-├── AdaptersExhausted         503 adapters_exhausted      no place to load one more: all are in use by requests
-├── AdapterQueueFull          503 adapter_queue_full      too many requests wait for an adapter slot already
-├── AdapterWaitTooLong        503 adapter_wait_too_long   no adapter slot came free in time
-├── CallerQueueFull           429 caller_queue_full       too many requests of this caller wait already
-├── EngineQueueFull           503 engine_queue_full       too many requests wait for the engine already
-├── EngineWaitTooLong         503 engine_wait_too_long    no place in the engine came free in time
-├── IssuerUnavailable         503 issuer_unavailable      the keys of the identity provider can't be fetched
-├── LimitsUnavailable         503 limits_unavailable      whoever counts the requests of all replicas is out of reach
-├── AdapterUnavailable        503 adapter_unavailable     it is in the catalogue, but could not be loaded
-├── StoreUnavailable          503 store_unavailable       catalogue or adapter store out of reach, or full
-├── ReplicaUnreachable        503 replica_unreachable     a replica does not answer the admin API
-├── EngineUnavailable         503 engine_unavailable      the engine died and is being replaced
-└── StartError                                            before there is a server to answer
-    ├── PortInUse             port_in_use
-    ├── ArtifactRefused       artifact_refused            invalid, or it doesn't fit the others
-    ├── StateInvalid          state_invalid               the state directory is not usable
-    ├── DesiredStateInvalid   desired_state_invalid       the file of `apply` says what can't be
-    ├── KeysInvalid           keys_invalid                the file of keys can't be used, or not changed like that
-    ├── KeysMissing           keys_missing                others could reach the server, and it would know no caller
-    ├── TrafficLogInvalid     traffic_log_invalid         `advise` was given a log that it can't read
-    ├── ServerNotRunning      server_not_running          `publish` found nobody to talk to
-    ├── EngineStartFailed     engine_start_failed
-    ├── NodeLost              node_lost                   a process of Ray's own ended under the running server
-    └── AdminRefused                                      what the admin API answered, with its code
-
-`code` is stable. Messages say what was wrong, what was expected and what to do.
-"""
+"""Errors that a running server answers requests with; each knows its HTTP status, code and headers."""
 
 from __future__ import annotations
 
@@ -55,17 +9,39 @@ _NAMED_MODELS = 20
 
 
 class ServeError(Exception):
-    """An answer in OpenAI's error shape: {"error": {"message", "type", "param", "code"}}."""
+    """A response in OpenAI's error shape: {"error": {"message", "type", "param", "code"}}."""
 
     status = 500
     type = "server_error"
     code = "server_error"
     param: str | None = None
     retry_after_s: int | None = None
-    headers: Mapping[str, str] = {}  # of the answer, besides Retry-After
+    headers: Mapping[str, str] = {}  # of the response, besides Retry-After
 
     def body(self) -> dict[str, dict[str, str | None]]:
         return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+class RunTooLong(ServeError):
+    """The official clients of OpenAI and Anthropic obey the header: a retry would run as long."""
+
+    status, type, code = 504, "timeout", "run_too_long"
+    headers = {"x-should-retry": "false"}  # noqa: RUF012  (never changed)
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"The request ran for {limit_s:g} s, which is the limit here. Ask for less output at once.")
+
+
+class EngineError(ServeError):
+    """An error of the engine. The codes follow OpenAI's."""
+
+    def __init__(self, status: int, message: str, param: str | None, code: str) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        if status < 500:
+            self.type = InvalidRequest.type
+        elif status == Unavailable.status:
+            self.type, self.retry_after_s = Unavailable.type, Unavailable.retry_after_s
 
 
 class InvalidRequest(ServeError):
@@ -77,26 +53,29 @@ class UnknownModel(InvalidRequest):
 
     def __init__(self, model: str, known: Collection[str]) -> None:
         named = ", ".join(heapq.nsmallest(_NAMED_MODELS, known))
-        rest = f" and {len(known) - _NAMED_MODELS} more: see GET /v1/models" if len(known) > _NAMED_MODELS else ""
-        super().__init__(f"The model `{model}` does not exist. Models here: {named}{rest}.")
+        hidden = f" and {len(known) - _NAMED_MODELS} more: see GET /v1/models" if len(known) > _NAMED_MODELS else ""
+        super().__init__(f"The model `{model}` does not exist. Models here: {named}{hidden}.")
 
 
 class UnknownRoute(InvalidRequest):
     status, code = 404, "route_not_found"
 
     def __init__(self, method: str, path: str) -> None:
-        super().__init__(f"Unknown request URL: {method} {path}. The API is described in docs/api.md.")
+        super().__init__(f"Unknown request URL: {method} {path}. The API is described in docs/reference/api.md.")
 
 
 class MethodNotAllowed(InvalidRequest):
     status, code = 405, "method_not_allowed"
 
-    def __init__(self, method: str, path: str) -> None:
-        super().__init__(f"Not allowed to {method} on {path}.")
+    def __init__(self, method: str, path: str, allowed: Collection[str]) -> None:
+        methods = ", ".join(sorted(allowed))
+        super().__init__(f"{path} takes {methods}, and not {method}.")
+        self.headers = {"allow": methods}
 
 
 class TaskUnsupported(InvalidRequest):
-    """A 400 and not a 501: clients repeat what a server can't do, and this won't work the next time."""
+    """The kind of the served model can't answer this route. The status is 400 and not 501, because clients retry a 501,
+    and no retry can succeed."""
 
     code, param = "task_unsupported", "model"
 
@@ -104,8 +83,24 @@ class TaskUnsupported(InvalidRequest):
         super().__init__(f"The model that is served here can't answer {path}: it generates text.")
 
 
+class ToolUnsupported(InvalidRequest):
+    code = "tool_unsupported"
+
+    def __init__(self, kind: str, index: int) -> None:
+        super().__init__(
+            f"Tools of the type `{kind[:64]}` are not available here: this server runs no tools. Give a `function`, "
+            "and run it where you call from."
+        )
+        self.param = f"tools[{index}].type"
+
+
 class InvalidBody(InvalidRequest):
     code = "invalid_body"
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        """`field`: the one that is wrong, where one is."""
+        super().__init__(message)
+        self.param = field
 
 
 class PromptLogprobsUnavailable(InvalidRequest):
@@ -252,7 +247,8 @@ class LimitsUnavailable(Unavailable):
 
 
 class RateLimited(ServeError):
-    """A limit of the caller's key; `kind` says which, as OpenAI tells it in `type`."""
+    """The request exceeds a limit of the caller's key. `kind` is the `type` that OpenAI's API gives such an error.
+    `retry_after_s` is None where the time is unknown or waiting would not help."""
 
     status, code = 429, "rate_limit_exceeded"
 
@@ -268,7 +264,8 @@ class AdapterUnavailable(Unavailable):
 
 
 class StoreUnavailable(Unavailable):
-    """What is resident is served on; the same call may work a moment later."""
+    """The store of the catalogue and the adapter files can't be reached. Requests for resident adapters are still
+    served, and a retry of the failed call may succeed."""
 
     code, retry_after_s = "store_unavailable", 5
 
@@ -289,61 +286,3 @@ class WrongReplica(Unavailable):
 
     def __init__(self) -> None:
         super().__init__("This request was passed on to a replica that is not here; try again.")
-
-
-class StartError(ServeError):
-    """A mistake found before there is a server: the command line prints it and exits with 1."""
-
-
-class PortInUse(StartError):
-    code = "port_in_use"
-
-
-class ArtifactRefused(StartError):
-    code = "artifact_refused"
-
-
-class StateInvalid(StartError):
-    code = "state_invalid"
-
-
-class DesiredStateInvalid(StartError):
-    code = "desired_state_invalid"
-
-
-class KeysInvalid(StartError):
-    code = "keys_invalid"
-
-
-class KeysMissing(StartError):
-    code = "keys_missing"
-
-    def __init__(self, host: str) -> None:
-        super().__init__(
-            f"Others may reach {host}, and there are no keys: anyone could use every model. Make one with "
-            "`python -m serve key create ID`, or say --open if that is what you want."
-        )
-
-
-class TrafficLogInvalid(StartError):
-    code = "traffic_log_invalid"
-
-
-class ServerNotRunning(StartError):
-    code = "server_not_running"
-
-
-class EngineStartFailed(StartError):
-    code = "engine_start_failed"
-
-
-class NodeLost(StartError):
-    code = "node_lost"
-
-
-class AdminRefused(StartError):
-    """What the admin API of a running server answered, told to its caller under the code it gave."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code

@@ -1,4 +1,4 @@
-"""The admin API as the command line calls it."""
+"""A client of the admin API, for the command line and for `adapters.yaml`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from urllib.parse import quote
 
 from convert.artifact import Artifact
-from serve.entry import CALLER_HEADER
+from serve.adapters.ingest import ingest_artifact
+from serve.catalogue.entry import CALLER_HEADER
+from serve.catalogue.split import Kind
+from serve.catalogue.state_dir import StateDir
 from serve.errors import AdminRefused, ServerNotRunning
-from serve.intake import take_artifact
-from serve.split import Kind
-from serve.state import StateDir
 
 TOKEN_VARIABLE = "GRAFT_ADMIN_TOKEN"  # noqa: S105  (the name of a variable)
 _TIMEOUT_S = 300  # a publish waits for every replica
@@ -22,8 +22,8 @@ _TIMEOUT_S = 300  # a publish waits for every replica
 
 @dataclass(frozen=True)
 class AdminClient:
-    """One server and the state that it serves from. Every call raises AdminRefused with what the server answered, or
-    ServerNotRunning."""
+    """Calls one server, whose state directory or bucket is `state`. Every call raises AdminRefused with the error that
+    the server answered, or ServerNotRunning."""
 
     state: StateDir
     url: str
@@ -32,63 +32,66 @@ class AdminClient:
     @classmethod
     def of(cls, state: StateDir, url: str | None = None) -> AdminClient:
         """The server of a state directory, or the one at `url`. Raises ServerNotRunning if there is none."""
-        found = url.rstrip("/") if url else state.running_server().url
-        return cls(state, found, os.environ.get(TOKEN_VARIABLE) or state.admin_token())
+        server_url = url.rstrip("/") if url else state.running_server().url
+        return cls(state, server_url, os.environ.get(TOKEN_VARIABLE) or state.admin_token())
 
     def publish(
         self, path: Path, name: str | None = None, *, stage_only: bool = False, reason: str = ""
     ) -> dict[str, Any]:
-        """Send an artifact's adapter into the store and have it published, or only staged. Raises ArtifactInvalid or
-        ArtifactRefused before anything is sent."""
+        """Puts the adapter of an artifact into the store and has it published, or only staged. Raises ArtifactInvalid
+        or ArtifactRefused before anything is sent."""
         artifact = Artifact.open(path)
         artifact.verify()
-        candidate = take_artifact(artifact, name, self.state.store)
+        candidate = ingest_artifact(artifact, name, self.state.store)
         body = {"candidate": asdict(candidate), "stage_only": stage_only, "reason": reason}
         return self.call("POST", "/admin/v1/adapters", body)
 
     def adapters(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.call("GET", "/admin/v1/adapters")["adapters"]
-        return found
+        adapters: list[dict[str, Any]] = self.call("GET", "/admin/v1/adapters")["adapters"]
+        return adapters
 
     def show(self, name: str) -> dict[str, Any]:
-        return self.call("GET", _of(name))
+        return self.call("GET", _path_of(name))
 
     def change(self, verb: str, name: str, revision: str | None, reason: str = "") -> dict[str, Any]:
         """promote, rollback, pin, unpin or abandon."""
-        return self.call("POST", f"{_of(name)}/{verb}", {"revision": revision, "reason": reason})
+        return self.call("POST", f"{_path_of(name)}/{verb}", {"revision": revision, "reason": reason})
 
     def roll_back(self, name: str, revision: str | None, reason: str = "") -> dict[str, Any]:
-        """The revision is settled before the call, so that a proxy which repeats it goes back once."""
+        """Looks up the revision before the call, so that a proxy that repeats the call does not roll back twice."""
         if revision is None and (previous := self.show(name)["previous"]):
             revision = previous.partition("@")[2]
         return self.change("rollback", name, revision, reason)
 
     def begin_split(self, kind: Kind, name: str, body: dict[str, Any]) -> dict[str, Any]:
-        """A canary or shadow; `body` holds the revision, its terms and the reason."""
-        return self.call("POST", f"{_of(name)}/{kind}", body)
+        """Begins a canary or shadow; `body` holds the revision, its policy and the reason."""
+        return self.call("POST", f"{_path_of(name)}/{kind}", body)
 
     def end_split(self, kind: Kind, name: str, reason: str = "") -> dict[str, Any]:
-        told = f"?reason={quote(reason, safe='')}" if reason else ""
-        return self.call("DELETE", f"{_of(name)}/{kind}{told}")
+        query = f"?reason={quote(reason, safe='')}" if reason else ""
+        return self.call("DELETE", f"{_path_of(name)}/{kind}{query}")
 
     def retire(self, name: str, reason: str = "") -> dict[str, Any]:
-        return self.call("DELETE", f"{_of(name)}?reason={quote(reason, safe='')}")
+        return self.call("DELETE", f"{_path_of(name)}?reason={quote(reason, safe='')}")
 
     def history(self, name: str | None, limit: int) -> list[dict[str, Any]]:
-        path = f"{_of(name)}/history" if name else "/admin/v1/history"
-        found: list[dict[str, Any]] = self.call("GET", f"{path}?limit={limit}")["history"]
-        return found
+        path = f"{_path_of(name)}/history" if name else "/admin/v1/history"
+        entries: list[dict[str, Any]] = self.call("GET", f"{path}?limit={limit}")["history"]
+        return entries
 
     def replicas(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self.call("GET", "/admin/v1/replicas")["replicas"]
-        return found
+        reports: list[dict[str, Any]] = self.call("GET", "/admin/v1/replicas")["replicas"]
+        return reports
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        import httpx
+        import httpx  # both are imported here because that takes time, which `--help` need not wait
+
+        from serve.follower.http_client import direct_client
 
         headers = {"authorization": f"Bearer {self.token}", CALLER_HEADER: _user()}
         try:
-            response = httpx.request(method, self.url + path, json=body, headers=headers, timeout=_TIMEOUT_S)
+            with direct_client(headers=headers, timeout=_TIMEOUT_S) as client:
+                response = client.request(method, self.url + path, json=body)
             answer: dict[str, Any] = response.json()
         except (httpx.HTTPError, ValueError) as error:
             raise ServerNotRunning(f"The server at {self.url} gave no usable answer: {error!r}") from error
@@ -97,7 +100,7 @@ class AdminClient:
         return answer
 
 
-def _of(name: str) -> str:
+def _path_of(name: str) -> str:
     return f"/admin/v1/adapters/{quote(name, safe='')}"
 
 

@@ -1,10 +1,10 @@
-"""`adapters.yaml`: which adapters there shall be, and the steps from what there is to that.
+"""`adapters.yaml`: the adapters that a server should have, and the steps that lead there from those that it has.
 
 adapters:
   - artifact: artifacts/pirate      # relative to this file
-    name: pirate                    # default: the artifact's own
+    name: pirate                    # default: the artifact's own name
     pinned: true                    # default: false
-retire_others: false                # true: what is not listed here is retired
+retire_others: false                # true: retire every adapter that is not listed here
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from convert.artifact import MANIFEST, Artifact, Name, problems_of
 from convert.errors import ArtifactInvalid, ConvertError
+from serve.adapters.ingest import candidate_of
 from serve.errors import ArtifactRefused, DesiredStateInvalid, ServeError
-from serve.intake import candidate_of
+from serve.follower.admin_client import AdminClient
 from serve.names import AdapterRevision
-from serve.remote import AdminClient
 
-Verb = Literal["publish", "pin", "unpin", "retire"]
+StepVerb = Literal["publish", "pin", "unpin", "retire"]
 
 
-class _Part(BaseModel):
+class _FileModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DesiredAdapter(_Part):
+class _AdapterEntry(_FileModel):
     artifact: Path
     name: Name | None = None
     pinned: bool = False
 
 
-class _File(_Part):
-    adapters: tuple[DesiredAdapter, ...]
+class _AdaptersFile(_FileModel):
+    adapters: tuple[_AdapterEntry, ...]
     retire_others: bool = False
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One adapter as it shall be."""
+class DesiredAdapter:
+    """One adapter that the server should have."""
 
     adapter: AdapterRevision
     rank: int
@@ -54,79 +54,78 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Desired:
-    """A file that has been read, with what its artifacts are right now."""
+class DesiredState:
+    """The content of the file, with the revision that each artifact has now."""
 
     path: Path
-    wanted: tuple[Wanted, ...]
+    adapters: tuple[DesiredAdapter, ...]
     retire_others: bool
 
     @classmethod
-    def read(cls, path: Path) -> Desired:
-        """Raises DesiredStateInvalid if the file, or an artifact it names, can't be used."""
-        try:
-            document = yaml.safe_load(path.read_text())
-            file = _File.model_validate(document)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise DesiredStateInvalid(f"{path} can't be read: {' '.join(str(error).split())}.") from error
-        except ValidationError as error:
-            raise DesiredStateInvalid(
-                f"{path} does not say what adapters there shall be: {problems_of(error)}."
-            ) from error
-        wanted = tuple(_wanted(path, it) for it in file.adapters)
-        names = [it.adapter.name for it in wanted]
-        if twice := sorted({it for it in names if names.count(it) > 1}):
-            raise DesiredStateInvalid(f"{path} names {', '.join(twice)} more than once.")
-        return cls(path, wanted, file.retire_others)
+    def read(cls, path: Path) -> DesiredState:
+        """Raises DesiredStateInvalid if the file, or an artifact that it names, can't be used."""
+        file = _read_file(path)
+        adapters = tuple(_resolve(path, entry) for entry in file.adapters)
+        names = [desired.adapter.name for desired in adapters]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise DesiredStateInvalid(f"{path} names {', '.join(repeated)} more than once.")
+        return cls(path, adapters, file.retire_others)
 
     @property
     def digest(self) -> str:
-        """Of what is wanted: the same for another file that means the same."""
+        """SHA-256 of the desired state: equal for two files with the same meaning."""
         lines = [
-            f"{it.adapter.name} {it.adapter.revision} {it.pinned}"
-            for it in sorted(self.wanted, key=lambda it: it.adapter)
+            f"{desired.adapter.name} {desired.adapter.revision} {desired.pinned}"
+            for desired in sorted(self.adapters, key=lambda desired: desired.adapter)
         ]
         return hashlib.sha256("\n".join([*lines, str(self.retire_others)]).encode()).hexdigest()
+
+    @property
+    def manifests(self) -> list[Path]:
+        """The files besides `path` that decide the desired state."""
+        return [desired.artifact / MANIFEST for desired in self.adapters]
 
 
 @dataclass(frozen=True)
 class Step:
-    verb: Verb
+    """One call of the admin API."""
+
+    verb: StepVerb
     name: str
-    revision: str | None = None  # digest, or how it begins
+    revision: str | None = None  # the digest, or its first digits
     artifact: Path | None = None
 
     def __str__(self) -> str:
         return f"{self.verb} {self.name}" + (f"@{self.revision[:12]}" if self.revision else "")
 
 
-def diff(desired: Desired, actual: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
-    """The steps from what the admin API lists to what is desired; none if it is that already. What is new comes
-    before what goes."""
-    found = {it["name"]: it for it in actual}
-    publish = [
-        Step("publish", it.adapter.name, it.adapter.revision, it.artifact)
-        for it in desired.wanted
-        if found.get(it.adapter.name, {}).get("current") != it.adapter.engine_name
-    ]
-    pin, unpin = [], []
-    for it in desired.wanted:
-        pinned = found.get(it.adapter.name, {}).get("pinned", ())
-        if it.pinned and it.adapter.engine_name not in pinned:
-            pin.append(Step("pin", it.adapter.name, it.adapter.revision))
-        unpin += [_unpin(name) for name in pinned if not (it.pinned and name == it.adapter.engine_name)]
-    others = [it for it in actual if it["name"] not in {each.adapter.name for each in desired.wanted}]
-    leaving = others if desired.retire_others else []
-    unpin += [_unpin(name) for it in leaving for name in it["pinned"]]
-    return (*publish, *pin, *unpin, *(Step("retire", it["name"]) for it in leaving))
+def diff(desired: DesiredState, actual: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
+    """The steps from `actual`, the adapters that the admin API lists, to the desired state; none if they are equal.
+    New adapters are published before others are retired."""
+    actual_by_name = {listed["name"]: listed for listed in actual}
+    publish, pin, unpin = [], [], []
+    for wanted in desired.adapters:
+        listed = actual_by_name.get(wanted.adapter.name, {})
+        pinned = listed.get("pinned", ())
+        if listed.get("current") != wanted.adapter.engine_name:
+            publish.append(Step("publish", wanted.adapter.name, wanted.adapter.revision, wanted.artifact))
+        if wanted.pinned and wanted.adapter.engine_name not in pinned:
+            pin.append(Step("pin", wanted.adapter.name, wanted.adapter.revision))
+        unpin += [_unpin(name) for name in pinned if not (wanted.pinned and name == wanted.adapter.engine_name)]
+    others = _others(desired, actual) if desired.retire_others else []
+    unpin += [_unpin(name) for listed in others for name in listed["pinned"]]
+    return (*publish, *pin, *unpin, *(Step("retire", listed["name"]) for listed in others))
 
 
-def apply(desired: Desired, steps: Sequence[Step], client: AdminClient) -> dict[Step, ServeError | ConvertError]:
-    """Take the steps in order and tell those that failed with their reasons. A failed one keeps back only those of
-    its own name, so that one bad adapter blocks no other; doing it again takes what is left."""
+def apply(desired: DesiredState, steps: Sequence[Step], client: AdminClient) -> dict[Step, ServeError | ConvertError]:
+    """Takes the steps in their order. Returns those that failed, with the reasons.
+
+    After a failure the later steps of the same name are skipped, but not those of other names, so that one bad adapter
+    blocks no other. A repetition of `diff` and `apply` takes the remaining steps.
+    """
     failed: dict[Step, ServeError | ConvertError] = {}
     for step in steps:
-        if step.name in {it.name for it in failed}:
+        if step.name in {failed_step.name for failed_step in failed}:
             continue
         try:
             _take(step, client, f"as desired by {desired.path.name}")
@@ -144,20 +143,30 @@ def _take(step: Step, client: AdminClient, reason: str) -> None:
         client.change(step.verb, step.name, step.revision, reason)
 
 
-def _wanted(path: Path, adapter: DesiredAdapter) -> Wanted:
-    root = path.parent / adapter.artifact
+def _read_file(path: Path) -> _AdaptersFile:
     try:
-        candidate = candidate_of(Artifact.open(root), adapter.name)
+        return _AdaptersFile.model_validate(yaml.safe_load(path.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DesiredStateInvalid(f"{path} can't be read: {' '.join(str(error).split())}.") from error
+    except ValidationError as error:
+        raise DesiredStateInvalid(f"{path} does not say what adapters there shall be: {problems_of(error)}.") from error
+
+
+def _resolve(path: Path, entry: _AdapterEntry) -> DesiredAdapter:
+    root = path.parent / entry.artifact
+    try:
+        candidate = candidate_of(Artifact.open(root), entry.name)
     except (ArtifactInvalid, ArtifactRefused) as error:
-        raise DesiredStateInvalid(f"{path} names {adapter.artifact}: {error}") from error
-    return Wanted(candidate.adapter, candidate.rank, adapter.pinned, root)
+        raise DesiredStateInvalid(f"{path} names {entry.artifact}: {error}") from error
+    return DesiredAdapter(candidate.adapter, candidate.rank, entry.pinned, root)
+
+
+def _others(desired: DesiredState, actual: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The listed adapters that the file does not name."""
+    names = {wanted.adapter.name for wanted in desired.adapters}
+    return [listed for listed in actual if listed["name"] not in names]
 
 
 def _unpin(engine_name: str) -> Step:
     name, _, revision = engine_name.partition("@")
     return Step("unpin", name, revision)
-
-
-def manifests(desired: Desired) -> list[Path]:
-    """The files besides its own whose change changes what is desired."""
-    return [it.artifact / MANIFEST for it in desired.wanted]

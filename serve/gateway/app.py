@@ -1,4 +1,4 @@
-"""The ASGI application of a replica: the public routes, and nothing else of what the engine offers."""
+"""The ASGI application of a replica: the public routes, and none of the engine's other routes."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve import openapi
-from serve.access import AccessLog
-from serve.admin import Admin
-from serve.authentication import Authentication
-from serve.caller import key_of
-from serve.catalogue import Catalogue
-from serve.config import GatewaySettings, ServeSettings
-from serve.engine import Engine
-from serve.engine_call import EngineCall, known_models
+from serve.adapters.pool import AdapterPool
+from serve.adapters.rollout import Rollouts
+from serve.admin.routes import Admin
+from serve.admin.usage_routes import UsageRoutes
+from serve.admin.vllm_compat import VllmRoutes
+from serve.callers.identity import key_of
+from serve.callers.keys import KeyRing
+from serve.callers.oidc import Issuer
+from serve.catalogue.catalogue import Catalogue
+from serve.engine.protocol import Engine
 from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, TaskUnsupported, UnknownModel, UnknownRoute
-from serve.forward import Peers
-from serve.keys import KeyRing
+from serve.gateway import openapi
+from serve.gateway.auth_middleware import Authentication
+from serve.gateway.dispatch import EngineCall, ModelResolver
+from serve.gateway.peer_forwarding import Peers
+from serve.gateway.public_routes import ENGINE_ROUTES, error_response, model_card, model_list
+from serve.gateway.request_policy import RequestPolicy
+from serve.gateway.telemetry_middleware import TelemetryMiddleware
 from serve.names import AdapterRevision, RequestedModel
-from serve.observed import Observed
-from serve.oidc import Issuer
-from serve.openai import ENGINE_ROUTES, error_response, model_card, model_list
-from serve.passage import Passages
-from serve.recorder import Recorder
-from serve.request_record import record_of
-from serve.residency import AdapterPool
-from serve.rollout import Rollouts
-from serve.tracing import Tracer
-from serve.usage_routes import UsageRoutes
-from serve.vllm_routes import VllmRoutes
+from serve.observability.access_log import AccessLog
+from serve.observability.recorder import MetricsRecorder
+from serve.observability.request_record import record_of
+from serve.observability.tracing import Tracer
+from serve.settings import GatewaySettings, ServeSettings
 
 logger = logging.getLogger(__name__)
 
 _LIMIT_HEADERS = [
-    f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
+    f"x-ratelimit-{value}-{unit}" for value in ("limit", "remaining", "reset") for unit in ("requests", "tokens")
 ]
 
 
 class Gateway:
-    """Hands the engine's application its lifespan, and callers the routes of `_routes`."""
+    """Forwards the ASGI lifespan to the engine's application, and offers callers the routes of `_routes`."""
 
     def __init__(
         self,
@@ -57,30 +57,32 @@ class Gateway:
         admin: Admin,
         rollouts: Rollouts | None = None,
         peers: Peers | None = None,
-        passages: Passages | None = None,
-        recorder: Recorder | None = None,
+        policy: RequestPolicy | None = None,
+        recorder: MetricsRecorder | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        """`rollouts` is what the replica's reports tell of; `peers` are the other replicas, if there are any;
-        `passages` is what they share of limits and usage, by default nothing. Raises KeysInvalid."""
+        """`rollouts`: canaries and shadows, which the replica's reports contain; `peers`: the other replicas, if there
+        are any; `policy`: by default one that shares no limits or usage with other replicas. Raises KeysInvalid."""
         self._engine = engine
         self._catalogue = catalogue
         self._base_model = settings.engine.model_name
-        # Every replica tells the same.
-        self._base_made = int(settings.engine.model_path.stat().st_mtime)
-        self._listed: tuple[int, bytes] = (-1, b"")
-        self.passages = passages or Passages(settings.gateway, engine)
+        # The time of the model's files and not of the start, because it must be the same in every replica.
+        self._base_created = int(settings.engine.model_path.stat().st_mtime)
+        self._model_list: tuple[int, bytes] = (-1, b"")  # catalogue epoch, response body
+        self.policy = policy or RequestPolicy(settings.gateway, engine)
         document = openapi.document(engine.openapi, with_keys=settings.gateway.knows_callers)
         self._openapi = bytes(JSONResponse(document).body)
         rollouts = rollouts or Rollouts(admin.give_up)
-        call = EngineCall(engine, pool, self._base_model, catalogue, settings.gateway, self.passages, rollouts, peers)
+        self._models = ModelResolver(self._base_model, catalogue, rollouts)
+        call = EngineCall(engine, pool, self._models, self.policy, rollouts, peers)
         http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
-        http.router.redirect_slashes = False  # a path is public as it is listed, or not at all
-        direct = EngineRoutes(call, openapi.offered(engine.openapi), http)
-        recorder = recorder or Recorder(settings.metrics.max_adapters)
-        access = AccessLog(settings.log.access_sample)
+        http.router.redirect_slashes = False  # it would redirect to an address made of the `Host` header
+        engine_routes = EngineRoutes(call, openapi.offered_routes(engine.openapi), http)
+        recorder = recorder or MetricsRecorder(settings.metrics.max_adapters)
+        access_log = AccessLog(settings.log.access_sample)
         self.keys = KeyRing(settings.gateway.keys_file) if settings.gateway.keys_file else None
-        self._http = Observed(guarded(direct, settings.gateway, self.keys), recorder, access, tracer)
+        app = with_middleware(engine_routes, settings.gateway, self.keys)
+        self._http = TelemetryMiddleware(app, recorder, access_log, tracer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -91,17 +93,17 @@ class Gateway:
             await send({"type": "websocket.close", "code": 1008})
 
     def _routes(self, call: ASGIApp, admin: Admin) -> list[Route]:
-        offered = openapi.offered(self._engine.openapi)
+        offered = openapi.offered_routes(self._engine.openapi)
         return [
             *(Route(path, call, methods=["POST"]) for path in offered),
-            *(Route(path, _not_offered, methods=["POST"]) for path in ENGINE_ROUTES if path not in offered),
+            *(Route(path, _unsupported_task, methods=["POST"]) for path in ENGINE_ROUTES if path not in offered),
             Route("/openapi.json", self._describe),
             Route("/health", self._health),
             Route("/v1/models", self._list_models),
             Route("/v1/models/{name}", self._get_model),
             *admin.routes(),
             *VllmRoutes(admin, self._base_model).routes(),
-            *(UsageRoutes(admin, self.passages.meter).routes() if self.passages.meter else ()),
+            *(UsageRoutes(admin, self.policy.meter).routes() if self.policy.meter else ()),
         ]
 
     async def _health(self, _: Request) -> Response:
@@ -116,37 +118,44 @@ class Gateway:
         catalogue = self._catalogue()
         if (key := key_of(request.scope)) is not None:
             return JSONResponse(model_list(self._cards(catalogue, key.may_use)))
-        if self._listed[0] != catalogue.epoch:  # thousands of adapters, and seldom a new one
-            everything = self._cards(catalogue, lambda _: True)
-            self._listed = (catalogue.epoch, bytes(JSONResponse(model_list(everything)).body))
-        return Response(self._listed[1], media_type="application/json")
+        if self._model_list[0] != catalogue.epoch:  # there may be thousands of adapters, and they change seldom
+            cards = self._cards(catalogue, lambda _: True)
+            self._model_list = (catalogue.epoch, bytes(JSONResponse(model_list(cards)).body))
+        return Response(self._model_list[1], media_type="application/json")
 
     async def _get_model(self, request: Request) -> Response:
+        """The model of that name; or the revision, under the name that an answer's `model` has."""
         name, key, catalogue = request.path_params["name"], key_of(request.scope), self._catalogue()
-        current = catalogue.resolve(RequestedModel(name))
+        requested = RequestedModel.parse(name)
+        adapter = catalogue.resolve(requested)
         is_base = name == self._base_model
-        if (current is None and not is_base) or (key is not None and not key.may_use(name)):
-            raise UnknownModel(name, known_models(self._base_model, catalogue, key))
-        return JSONResponse(self._base_card() if is_base or current is None else self._card(catalogue, current))
+        if (adapter is None and not is_base) or (key is not None and not key.may_use(requested.name)):
+            raise UnknownModel(name, self._models.known(key))
+        if is_base or adapter is None:
+            return JSONResponse(self._base_card())
+        card = self._card(catalogue, adapter)
+        return JSONResponse(card | {"id": card["root"]} if requested.revision else card)
 
     def _cards(self, catalogue: Catalogue, may_use: Callable[[str], bool]) -> list[dict[str, object]]:
-        """What there is for a caller who may use those names."""
+        """The models whose names a caller may use."""
         base = [self._base_card()] if may_use(self._base_model) else []
-        mine = sorted(it for it in catalogue.current if may_use(it.name))
-        return [*base, *(self._card(catalogue, current) for current in mine)]
+        adapters = sorted(adapter for adapter in catalogue.current if may_use(adapter.name))
+        return [*base, *(self._card(catalogue, adapter) for adapter in adapters)]
 
     def _base_card(self) -> dict[str, object]:
-        return model_card(self._base_model, self._base_model, None, self._base_made)
+        tokens = self._engine.context_tokens
+        return model_card(self._base_model, self._base_model, None, self._base_created, tokens)
 
     def _card(self, catalogue: Catalogue, current: AdapterRevision) -> dict[str, object]:
         revision = catalogue.revision(current)
-        published = int(revision.at.timestamp()) if revision else self._base_made
-        return model_card(current.name, current.engine_name, self._base_model, published)
+        created = int(revision.at.timestamp()) if revision else self._base_created
+        tokens = self._engine.context_tokens
+        return model_card(current.name, current.engine_name, self._base_model, created, tokens)
 
 
 class EngineRoutes:
-    """What an application of routes does for the engine's, without the layers that it puts around each piece of an
-    answer: there is a piece for each token."""
+    """Calls the endpoint of the engine's routes directly. Starlette would wrap `send`, which is called for each token,
+    in layers of its own."""
 
     def __init__(self, call: ASGIApp, paths: Iterable[str], others: ASGIApp) -> None:
         self._call = call
@@ -160,21 +169,21 @@ class EngineRoutes:
         try:
             await self._call(scope, receive, send)
         except Exception as error:
-            is_begun = record_of(scope).status != 0
-            tell = _serve_error if isinstance(error, ServeError) and not is_begun else _bug
-            response = await tell(Request(scope), error)
-            if not is_begun:
+            has_started = record_of(scope).status != 0
+            handle = _serve_error if isinstance(error, ServeError) and not has_started else _unexpected_error
+            response = await handle(Request(scope), error)
+            if not has_started:
                 await response(scope, receive, send)
-            if tell is _bug:
+            if handle is _unexpected_error:
                 raise
 
 
-def guarded(app: ASGIApp, settings: GatewaySettings, keys: KeyRing | None) -> ASGIApp:
-    """The application as the settings let callers reach it."""
+def with_middleware(app: ASGIApp, settings: GatewaySettings, keys: KeyRing | None) -> ASGIApp:
+    """The application behind the authentication and the CORS headers that the settings ask for."""
     if keys or settings.oidc:
         app = Authentication(app, keys, Issuer(settings.oidc) if settings.oidc else None)
     if settings.cors_origins:
-        # Outermost: a browser asks beforehand, without a key.
+        # Outermost: a browser sends its preflight request without a key.
         app = CORSMiddleware(
             app,
             allow_origins=settings.cors_origins,
@@ -185,7 +194,7 @@ def guarded(app: ASGIApp, settings: GatewaySettings, keys: KeyRing | None) -> AS
     return app
 
 
-async def _not_offered(request: Request) -> Response:
+async def _unsupported_task(request: Request) -> Response:
     raise TaskUnsupported(request.url.path)
 
 
@@ -197,14 +206,27 @@ async def _serve_error(request: Request, error: Exception) -> Response:
 
 async def _http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told = MethodNotAllowed if error.status_code == 405 else UnknownRoute
-    return await _serve_error(request, told(request.method, request.url.path))
+    method, path = request.method, request.scope["path"]
+    if allowed := _methods_of(request, path):
+        return await _serve_error(request, MethodNotAllowed(method, path, allowed))
+    if _methods_of(request, without_slash := path.rstrip("/")):
+        # As vLLM does. Relative, because a proxy in front may have another scheme, host or port.
+        query = request.url.query
+        return RedirectResponse(f"{without_slash}?{query}" if query else without_slash, status_code=307)
+    return await _serve_error(request, UnknownRoute(method, path))
 
 
-async def _bug(request: Request, error: Exception) -> Response:
-    # The cause goes to the log, never to the caller.
+def _methods_of(request: Request, path: str) -> set[str]:
+    """The methods of all routes that match a path."""
+    scope = {**request.scope, "path": path}
+    routes = [route for route in request.app.routes if route.matches(scope)[0] is not Match.NONE]
+    return {method for route in routes for method in route.methods}
+
+
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    # The cause is logged and never sent to the caller.
     logger.error("request failed", exc_info=error, extra={"request_id": record_of(request.scope).id})
     return await _serve_error(request, ServeError("The server had an error while processing the request."))
 
 
-_EXCEPTION_HANDLERS = {ServeError: _serve_error, HTTPException: _http_exception, Exception: _bug}
+_EXCEPTION_HANDLERS = {ServeError: _serve_error, HTTPException: _http_exception, Exception: _unexpected_error}

@@ -1,25 +1,25 @@
-"""Lets a request in if its caller is known, and writes down who it is."""
+"""Authentication: finds the key or the identity token of a request's caller, and refuses unknown callers."""
 
 from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.caller import with_key
+from serve.callers.identity import with_key
+from serve.callers.keys import Key, KeyRing
+from serve.callers.oidc import Issuer, looks_like_token
 from serve.errors import InvalidApiKey, ServeError
-from serve.keys import Key, KeyRing
-from serve.oidc import Issuer, looks_like_token
-from serve.openai import error_response
-from serve.request_record import record_of
+from serve.gateway.public_routes import error_response
+from serve.observability.request_record import record_of
 
-# Asked by whatever watches the server; says nothing.
+# Routes that need no key. Kubernetes probes /health without one, and the response of /health has no content.
 _PUBLIC = frozenset({"/health"})
-# Behind tokens of their own, which their endpoints check; a key with `admin` opens them too.
-_ADMIN = ("/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+# Routes whose endpoints authenticate the caller: by an admin token, which is not an API key, or by a key with `admin`.
+_ADMIN_PATHS = ("/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 class Authentication:
-    """ASGI middleware. A caller sends its key as `Authorization: Bearer KEY`, or as `x-api-key: KEY`; or a token of the
-    issuer in its place."""
+    """ASGI middleware. A caller sends its key as `Authorization: Bearer KEY` or as `x-api-key: KEY`, or a token of the
+    OIDC issuer in its place."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing | None, issuer: Issuer | None = None) -> None:
         self._app = app
@@ -36,7 +36,7 @@ class Authentication:
         path: str = scope["path"]
         if key is not None:
             await self._app(with_key(scope, key), receive, send)
-        elif path in _PUBLIC or path.startswith(_ADMIN):
+        elif path in _PUBLIC or path.startswith(_ADMIN_PATHS):
             await self._app(scope, receive, send)
         else:
             await _refuse(InvalidApiKey(given=bool(secret)), scope, receive, send)
@@ -54,13 +54,14 @@ async def _refuse(error: ServeError, scope: Scope, receive: Receive, send: Send)
 
 
 def secret_of(scope: Scope) -> str:
-    """What the caller sent as its key, empty if nothing. The first header of each name counts."""
-    told = ""
+    """The key or token that the caller sent, or an empty string. The first header of each name counts, and
+    `Authorization` before `x-api-key`."""
+    api_key = ""
     for name, value in scope["headers"]:
         if name == b"authorization":
             scheme, _, secret = value.partition(b" ")
             if scheme.lower() == b"bearer":
                 return str(secret.strip().decode("latin-1"))
-        elif name == b"x-api-key" and not told:
-            told = value.strip().decode("latin-1")
-    return told
+        elif name == b"x-api-key" and not api_key:
+            api_key = value.strip().decode("latin-1")
+    return api_key

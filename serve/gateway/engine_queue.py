@@ -1,9 +1,9 @@
-"""A bound in front of the engine: so many requests in it, a fair queue before it, and a quick no beyond that.
+"""The queue in front of the engine: it limits the running requests, is fair to callers, and refuses at once when full.
 
-An engine takes whatever it is given and answers all of it ever more slowly; its own queue knows no callers. Here they
-take turns: round robin between callers, and between the models of one caller; first in, first out within those.
+An engine accepts every request, so that all of them become slower, and its own queue knows no callers. This queue is
+round robin between callers, then between the models of one caller, and first in, first out within those.
 
-Nothing here knows an engine; time is the event loop's.
+Nothing here depends on an engine. Time is that of the event loop.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from serve.errors import CallerQueueFull, EngineQueueFull, EngineWaitTooLong
 
 
 @dataclass(frozen=True)
-class PlaceLimits:
-    """How many requests may wait for a place, how many of one caller, and for how long."""
+class QueueLimits:
+    """How many requests may wait for an engine slot, how many of one caller, and for how long."""
 
     max_waiting: int = 128
     max_waiting_per_caller: int = 64
@@ -30,26 +30,26 @@ class PlaceLimits:
 @dataclass(eq=False)
 class _Waiter:
     admitted: bool = False
-    told: asyncio.Event = field(default_factory=asyncio.Event)
+    was_admitted: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 _Queue = OrderedDict[str, deque[_Waiter]]  # by model, the next to be served first
 
 
-class Places:
-    """Places in one engine."""
+class EngineQueue:
+    """Admits at most as many requests as one engine runs, in fair turns of the callers."""
 
-    def __init__(self, count: int, limits: PlaceLimits) -> None:
-        self._count = count
+    def __init__(self, max_running: int, limits: QueueLimits) -> None:
+        self._max_running = max_running
         self._limits = limits
-        self._taken = 0
+        self._running = 0
         self._queues: OrderedDict[str, _Queue] = OrderedDict()  # by caller, the next to be served first
         self._waiting: Counter[str] = Counter()
-        self._lasting_s = 1.0  # how long a request holds its place, smoothed
+        self._mean_run_s = 1.0  # how long a request holds its engine slot, smoothed exponentially
 
     @property
-    def taken(self) -> int:
-        return self._taken
+    def running(self) -> int:
+        return self._running
 
     @property
     def waiting(self) -> int:
@@ -58,36 +58,36 @@ class Places:
     @property
     def waiting_requests(self) -> Counter[str]:
         """By model."""
-        queues = (it for models in self._queues.values() for it in models.items())
         counts: Counter[str] = Counter()
-        for model, waiters in queues:
-            counts[model] += len(waiters)
+        for models in self._queues.values():
+            for model, waiters in models.items():
+                counts[model] += len(waiters)
         return counts
 
     @asynccontextmanager
-    async def place(self, caller: str, model: str) -> AsyncIterator[Callable[[], None]]:
-        """One place in the engine, and how to leave it before the context ends. Raises CallerQueueFull or
-        EngineQueueFull at once if the queue has no room, and EngineWaitTooLong. A caller that leaves (cancellation)
-        leaves the queue."""
+    async def acquire(self, caller: str, model: str) -> AsyncIterator[Callable[[], None]]:
+        """Holds one engine slot; yields a function that releases it before the context ends. Raises CallerQueueFull or
+        EngineQueueFull at once if the queue is full, and EngineWaitTooLong. A request that is cancelled leaves the
+        queue."""
         await self._enter(caller, model)
         began_s = asyncio.get_running_loop().time()
-        is_left = False
+        is_released = False
 
-        def leave() -> None:
-            nonlocal is_left
-            if not is_left:
-                is_left = True
-                self._lasting_s += 0.1 * (asyncio.get_running_loop().time() - began_s - self._lasting_s)
-                self._leave()
+        def release() -> None:
+            nonlocal is_released
+            if not is_released:
+                is_released = True
+                self._mean_run_s += 0.1 * (asyncio.get_running_loop().time() - began_s - self._mean_run_s)
+                self._release()
 
         try:
-            yield leave
+            yield release
         finally:
-            leave()
+            release()
 
     async def _enter(self, caller: str, model: str) -> None:
-        if self._taken < self._count:  # then nobody waits
-            self._taken += 1
+        if self._running < self._max_running:  # so no request waits
+            self._running += 1
             return
         self._check_room(caller)
         waiter = _Waiter()
@@ -95,7 +95,7 @@ class Places:
         self._waiting[caller] += 1
         try:
             async with asyncio.timeout(self._limits.max_wait_s):
-                await waiter.told.wait()
+                await waiter.was_admitted.wait()
         except TimeoutError:
             self._give_up(caller, model, waiter)
             raise EngineWaitTooLong(self._limits.max_wait_s, self._retry_after_s()) from None
@@ -110,44 +110,44 @@ class Places:
             raise EngineQueueFull(self._limits.max_waiting, self._retry_after_s())
 
     def _retry_after_s(self) -> int:
-        """When all that waits now will have had a place, if requests go on taking as long as they did."""
-        rounds = self.waiting / self._count
-        return max(1, min(60, math.ceil(rounds * self._lasting_s)))
+        """Seconds until every request that waits now has started, if requests take as long as the recent ones."""
+        rounds = self.waiting / self._max_running
+        return max(1, min(60, math.ceil(rounds * self._mean_run_s)))
 
     def _give_up(self, caller: str, model: str, waiter: _Waiter) -> None:
-        if waiter.admitted:  # let in and gone at the same moment
-            self._leave()
+        if waiter.admitted:  # admitted and cancelled in the same turn of the event loop
+            self._release()
             return
         queue = self._queues[caller]
         queue[model].remove(waiter)
-        self._forget_if_empty(caller, model)
-        self._uncount(caller)
+        self._remove_if_empty(caller, model)
+        self._count_down(caller)
 
-    def _leave(self) -> None:
-        """The place goes to the next in turn, or is free."""
+    def _release(self) -> None:
+        """The slot goes to the next waiter in turn, or is free."""
         if not self._queues:
-            self._taken -= 1
+            self._running -= 1
             return
         caller = next(iter(self._queues))
         queue = self._queues[caller]
         model = next(iter(queue))
         waiter = queue[model].popleft()
-        # Whoever was served goes to the end of the line.
+        # A caller or model whose request was admitted goes to the end of the line.
         queue.move_to_end(model)
         self._queues.move_to_end(caller)
-        self._forget_if_empty(caller, model)
-        self._uncount(caller)
+        self._remove_if_empty(caller, model)
+        self._count_down(caller)
         waiter.admitted = True
-        waiter.told.set()
+        waiter.was_admitted.set()
 
-    def _forget_if_empty(self, caller: str, model: str) -> None:
+    def _remove_if_empty(self, caller: str, model: str) -> None:
         queue = self._queues[caller]
         if not queue[model]:
             del queue[model]
         if not queue:
             del self._queues[caller]
 
-    def _uncount(self, caller: str) -> None:
+    def _count_down(self, caller: str) -> None:
         self._waiting[caller] -= 1
         if not self._waiting[caller]:
             del self._waiting[caller]

@@ -1,7 +1,8 @@
-"""A cold request goes to the replica that holds its adapter, if that one isn't busier.
+"""Forwards a request to another replica that holds its adapter, if that replica isn't busier.
 
-HAProxy picks a replica without knowing adapters. A replica that would have to push an adapter out, or let a request
-wait for a slot, passes the request on to a holder: one more hop, for such requests only and never a second one.
+HAProxy picks a replica without knowing adapters. A replica that would have to evict an adapter, or to let the request
+wait for an adapter slot, forwards the request to a holder of the adapter. That is one more hop, for such requests only,
+and a forwarded request is not forwarded again.
 """
 
 from __future__ import annotations
@@ -14,25 +15,28 @@ from dataclasses import dataclass, field
 import httpx
 from starlette.types import Scope, Send
 
+from serve.adapters.reconcile import ReplicaReport
 from serve.errors import ServeError, WrongReplica
+from serve.follower.http_client import direct_async_client
 from serve.names import AdapterRevision
-from serve.reconcile import ReplicaReport
 
 FORWARDED_HEADER = b"x-graft-forwarded"
 
-FRESH_S = 1.0  # what is known of the others may be this old
+MAX_REPORT_AGE_S = 1.0
 _LOOPBACK = "127.0.0.1"
-_ASK_TIMEOUT_S = 0.25
+_REPORT_TIMEOUT_S = 0.25
 _CONNECT_TIMEOUT_S = 1.0
-# A holder with up to this many requests more than twice ours is still better than a load.
+# A holder may have twice the requests of this replica and this many more: loading the adapter here would cost more than
+# the longer wait there.
 _SPARE_REQUESTS = 4
-_REQUEST_ID = b"x-request-id"  # Ray Serve adds it to every answer of every replica
-_OF_ONE_HOP = frozenset({b"host", b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
+_HOP_BY_HOP = frozenset({b"host", b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
+# Of a response: Ray Serve and uvicorn add these to the response of every replica.
+_NOT_FORWARDED = _HOP_BY_HOP | {b"x-request-id", b"date", b"server"}
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Another replica, and where it listens."""
+    """A replica that holds an adapter, and the HOST:PORT where it listens."""
 
     replica: str
     address: str
@@ -40,18 +44,18 @@ class Holder:
 
 @dataclass
 class Peers:
-    """What the other replicas hold, asked for when it matters and at most once a second."""
+    """The other replicas, and which adapters they hold: fetched when a request needs it, at most once a second."""
 
     replica: str
-    host: str  # where the others reach this machine
-    ask: Callable[[], Awaitable[Sequence[ReplicaReport]]]
+    host: str  # where the other replicas reach this machine
+    fetch_reports: Callable[[], Awaitable[Sequence[ReplicaReport]]]
     address: str | None = None
-    passed_on: int = 0  # requests that another replica answered for this one
+    forwarded: int = 0  # requests that another replica answered for this one
     _reports: Sequence[ReplicaReport] = ()
-    _asked_s: float = -FRESH_S
-    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _fetched_s: float = -MAX_REPORT_AGE_S
+    _fetching: asyncio.Lock = field(default_factory=asyncio.Lock)
     _client: httpx.AsyncClient = field(
-        default_factory=lambda: httpx.AsyncClient(
+        default_factory=lambda: direct_async_client(
             timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S), limits=httpx.Limits(max_connections=None)
         )
     )
@@ -60,27 +64,29 @@ class Peers:
         self.address = f"{self.host}:{port}"
 
     async def holder_of(self, adapter: AdapterRevision) -> Holder | None:
-        """A replica that would run it at once; None if there is none, or nobody knows in time."""
+        """A replica that would run a request of the adapter at once; None if there is none, or if the reports don't
+        come in time."""
         await self._refresh()
-        own = next((it.running_requests for it in self._reports if it.replica == self.replica), 0)
-        fit = [
-            (it.running_requests, it.replica, it.address)
-            for it in self._reports
-            if it.address and it.replica != self.replica and adapter.engine_name in it.resident
-            if not it.waiting_requests and it.running_requests <= 2 * own + _SPARE_REQUESTS
+        own_requests = next((report.running_requests for report in self._reports if report.replica == self.replica), 0)
+        candidates = [
+            (report.running_requests, report.replica, report.address)
+            for report in self._reports
+            if report.address and report.replica != self.replica and adapter.engine_name in report.resident
+            if not report.waiting_requests and report.running_requests <= 2 * own_requests + _SPARE_REQUESTS
         ]
-        if not fit:
+        if not candidates:
             return None
-        _, replica, address = min(fit)
-        return Holder(replica, self._from_here(address))
+        _, replica, address = min(candidates)
+        return Holder(replica, self._reachable_address(address))
 
-    async def pass_on(self, holder: Holder, scope: Scope, body: bytes, send: Send) -> bool:
-        """Have that replica answer; False if it can't, and nothing was sent yet."""
+    async def forward(self, holder: Holder, scope: Scope, body: bytes, send: Send) -> bool:
+        """Forwards the request to the holder. Returns whether the holder has answered; if not, nothing was sent to the
+        client."""
         request = self._client.build_request(
             "POST",
             httpx.URL(f"http://{holder.address}{scope['path']}", query=scope.get("query_string", b"")),
             headers=[
-                *(it for it in scope["headers"] if it[0] not in _OF_ONE_HOP),
+                *((name, value) for name, value in scope["headers"] if name not in _HOP_BY_HOP),
                 (FORWARDED_HEADER, holder.replica.encode()),
             ],
             content=body,
@@ -92,44 +98,44 @@ class Peers:
         async with contextlib.aclosing(response):
             if response.status_code == 503:
                 return False
-            self.passed_on += 1
+            self.forwarded += 1
             headers = [(name.lower(), value) for name, value in response.headers.raw]
             await send({
                 "type": "http.response.start",
                 "status": response.status_code,
-                "headers": [it for it in headers if it[0] not in _OF_ONE_HOP and it[0] != _REQUEST_ID],
+                "headers": [header for header in headers if header[0] not in _NOT_FORWARDED],
             })  # fmt: skip
             async for chunk in response.aiter_raw():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         return True
 
-    def _from_here(self, address: str) -> str:
-        """On the same machine by loopback, as Ray Serve's proxy does: the replicas of a server that listens on
-        loopback listen nowhere else."""
+    def _reachable_address(self, address: str) -> str:
+        """The loopback address for a replica on the same machine, as Ray Serve's proxy uses: the replicas of a server
+        that listens on loopback listen nowhere else."""
         host, _, port = address.rpartition(":")
         return f"{_LOOPBACK}:{port}" if host == self.host else address
 
     async def _refresh(self) -> None:
-        async with self._asking:
+        async with self._fetching:
             now = asyncio.get_running_loop().time()
-            if now - self._asked_s < FRESH_S:
+            if now - self._fetched_s < MAX_REPORT_AGE_S:
                 return
-            self._asked_s = now
+            self._fetched_s = now
             self._reports = ()
             with contextlib.suppress(ServeError, TimeoutError):
-                async with asyncio.timeout(_ASK_TIMEOUT_S):
-                    self._reports = await self.ask()
+                async with asyncio.timeout(_REPORT_TIMEOUT_S):
+                    self._reports = await self.fetch_reports()
 
 
 def forwarded_to(scope: Scope) -> bytes | None:
-    """The replica that another one passed this request on to; None if it came from outside."""
+    """The replica that another one forwarded this request to; None if the request came from a client."""
     return next((value for name, value in scope["headers"] if name == FORWARDED_HEADER), None)
 
 
-def check_meant(scope: Scope, replica: str | None) -> None:
-    """Raises WrongReplica for a request that was passed on to another one than `replica`: ports are given away again,
-    and who listens there now may be a replica of another server."""
-    meant = forwarded_to(scope)
-    if meant is not None and (replica is None or meant != replica.encode()):
+def check_addressed_to(scope: Scope, replica: str | None) -> None:
+    """Raises WrongReplica for a request that was forwarded to another replica than `replica`. Ports are reused, so a
+    replica of another server may listen now where the holder listened."""
+    addressee = forwarded_to(scope)
+    if addressee is not None and (replica is None or addressee != replica.encode()):
         raise WrongReplica

@@ -1,7 +1,8 @@
-"""Which of the engine's routes are public, and the answers the gateway gives itself, in OpenAI's shapes."""
+"""The allow-list of the engine's routes, and the gateway's own responses in the shapes of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,28 +32,27 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 
-_NO = frozenset({b"null", b"false"})
-
-
-def wants_prompt_logprobs(fields: Mapping[str, Any]) -> bool:
-    """Whether a request, its top level as JSON by field, asks for log-probabilities of its own prompt.
-
-    Where vLLM 0.32 has adapters it computes them with the batch's sampling positions: on a CPU any second request in
-    the batch stops the engine, on a GPU an adapter of the output layer is left out
-    (https://github.com/vllm-project/vllm/issues/16668, https://github.com/vllm-project/vllm/issues/51594).
-    """
-    said = {name: bytes(fields.get(name, b"null")) for name in ("prompt_logprobs", "echo", "logprobs", "top_logprobs")}
-    # vLLM gives a chat that shall be repeated as many as `top_logprobs` says, and that is 0 where nothing is said; to
-    # it 0 of them, or `false`, is a number.
-    counts = "messages" in fields or {said["logprobs"], said["top_logprobs"]} != {b"null"}
-    return said["prompt_logprobs"] != b"null" or (said["echo"] not in _NO and counts)
-
 
 def error_response(error: ServeError, path: str = "") -> JSONResponse:
-    """The answer in the shape that clients of `path` read."""
+    """The error in the shape that clients of `path` expect."""
     retry = {"retry-after": str(error.retry_after_s)} if error.retry_after_s else {}
     body = anthropic_body(error) if is_anthropic(path) else error.body()
     return JSONResponse(body, status_code=error.status, headers={**error.headers, **retry})
+
+
+def error_event(error: ServeError, path: str, number: int) -> bytes:
+    """The error as the last event of a stream of `path` that has begun; `number`: of the event, for `/v1/responses`."""
+    if is_anthropic(path):
+        return _event(anthropic_body(error), "error")
+    if path == "/v1/responses":
+        own = {"type": "error", "code": error.code, "message": str(error), "param": error.param}
+        return _event({**own, "sequence_number": number}, "error")
+    return _event(error.body()) + b"data: [DONE]\n\n"
+
+
+def _event(content: Mapping[str, Any], kind: str = "") -> bytes:
+    head = f"event: {kind}\n" if kind else ""
+    return f"{head}data: {json.dumps(content)}\n\n".encode()
 
 
 def is_anthropic(path: str) -> bool:
@@ -60,17 +60,18 @@ def is_anthropic(path: str) -> bool:
 
 
 def anthropic_body(error: ServeError) -> dict[str, Any]:
-    """Anthropic's shape, with Graft's own code beside it."""
+    """An error in Anthropic's shape, with Graft's own code besides."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": str(error), "code": error.code}}
 
 
-def model_card(name: str, root: str, parent: str | None, created: int) -> dict[str, Any]:
-    """One model as GET /v1/models lists it, with the fields vLLM adds: root, what it stands for (vLLM tells the
-    path there, which is nobody's business); parent, the base model of an adapter."""
+def model_card(name: str, root: str, parent: str | None, created: int, context_tokens: int) -> dict[str, Any]:
+    """One model as GET /v1/models lists it, with the fields that vLLM adds: `root`, what the name stands for (in vLLM a
+    path, which callers need not know); `parent`, the base model of an adapter; `max_model_len`, the tokens of a prompt
+    and its answer together. `created` is in Unix seconds."""
     return {
         "id": name, "object": "model", "created": created, "owned_by": "graft", "root": root, "parent": parent,
-        "permission": [],
+        "max_model_len": context_tokens, "permission": [],
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Callers that take nothing of their answer: found by one look now and then, with no cost for each token."""
+"""Drops clients that stop reading their response; a periodic check finds them, at no cost for each token."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 from starlette.types import Message, Send
 
-_LOOKS_PER_TIMEOUT = 4
+_CHECKS_PER_TIMEOUT = 4
 
 logger = logging.getLogger(__name__)
 
 
-class _Answer:
-    """One answer on its way out."""
+class _Response:
+    """One response that is being sent."""
 
     def __init__(self, send: Send, loop: asyncio.AbstractEventLoop) -> None:
         task = asyncio.current_task()
@@ -26,50 +26,50 @@ class _Answer:
         self._loop = loop
 
     async def send(self, message: Message) -> None:
-        # Returns at once unless more is on its way than the buffers before the caller hold.
+        # Returns at once, unless the buffers on the way to the client are full.
         self.blocked_since_s = self._loop.time()
         await self._send(message)
         self.blocked_since_s = None
 
 
-class Readers:
-    """Cancels the task of an answer that could not be sent on for `timeout_s`: the engine stops with it, and its
-    places and slots are free. Whoever holds the connection closes it then."""
+class SlowClientGuard:
+    """Cancels the task of a response whose client has read nothing for `timeout_s`. That aborts the request in the
+    engine and frees its slots; the server that holds the connection then closes it."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._answers: set[_Answer] = set()
+        self._responses: set[_Response] = set()
         self._timer: asyncio.TimerHandle | None = None
         self.dropped = 0
 
     @property
-    def watched_now(self) -> int:
-        return len(self._answers)
+    def guarded_responses(self) -> int:
+        return len(self._responses)
 
     @contextmanager
-    def watched(self, send: Send) -> Iterator[Send]:
-        """A `send` that is watched inside. The current task is the one that is cancelled."""
-        answer = _Answer(send, asyncio.get_running_loop())
-        self._answers.add(answer)
+    def guard(self, send: Send) -> Iterator[Send]:
+        """A `send` for the response of the current task, which is the task that may be cancelled."""
+        response = _Response(send, asyncio.get_running_loop())
+        self._responses.add(response)
         if self._timer is None:
-            self._look_later()
+            self._schedule_check()
         try:
-            yield answer.send
+            yield response.send
         finally:
-            self._answers.discard(answer)
+            self._responses.discard(response)
 
-    def _look_later(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._timeout_s / _LOOKS_PER_TIMEOUT, self._look)
+    def _schedule_check(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._timeout_s / _CHECKS_PER_TIMEOUT, self._check)
 
-    def _look(self) -> None:
-        now = asyncio.get_running_loop().time()
-        for answer in list(self._answers):
-            since_s = answer.blocked_since_s
-            if since_s is not None and now - since_s > self._timeout_s:
-                answer.blocked_since_s = None  # told once
+    def _check(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        for response in list(self._responses):
+            since_s = response.blocked_since_s
+            if since_s is not None and now_s - since_s > self._timeout_s:
+                response.blocked_since_s = None  # cancelled once only
                 self.dropped += 1
-                logger.warning("a caller took nothing of its answer for %g s and was dropped", self._timeout_s)
-                answer.task.cancel()
+                logger.warning("a client read nothing of its response for %g s and was dropped", self._timeout_s)
+                response.task.cancel()
         self._timer = None
-        if self._answers:
-            self._look_later()
+        if self._responses:
+            self._schedule_check()

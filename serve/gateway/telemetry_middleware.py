@@ -1,4 +1,4 @@
-"""The outermost part of the gateway: a record for every request, counted and written down when it has ended."""
+"""The outermost middleware: keeps a record of every request, and counts, logs and traces the request at its end."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import asyncio
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.access import AccessLog
-from serve.openai import ENGINE_ROUTES
-from serve.recorder import Recorder
-from serve.request_record import LEFT, begin
-from serve.tracing import Tracer
+from serve.gateway.public_routes import ENGINE_ROUTES
+from serve.observability.access_log import AccessLog
+from serve.observability.recorder import MetricsRecorder
+from serve.observability.request_record import CLIENT_CLOSED_REQUEST, begin
+from serve.observability.tracing import Tracer
 
 _ENGINE_ROUTES = frozenset(ENGINE_ROUTES)
 
 
-class Observed:
-    """An ASGI application that is watched. Adds nothing to the path of a token: whoever answers lets the record see
-    what it sends (`RequestRecord.watching`)."""
+class TelemetryMiddleware:
+    """ASGI middleware. It doesn't wrap `send`, which is called for each token: the code that answers records the
+    status and the first byte in the request's record."""
 
-    def __init__(self, app: ASGIApp, recorder: Recorder, log: AccessLog, tracer: Tracer | None = None) -> None:
+    def __init__(self, app: ASGIApp, recorder: MetricsRecorder, log: AccessLog, tracer: Tracer | None = None) -> None:
         self._app = app
         self._recorder = recorder
         self._log = log
@@ -34,7 +34,7 @@ class Observed:
         try:
             await self._app(scope, receive, send)
         except asyncio.CancelledError:
-            record.status = LEFT
+            record.status = CLIENT_CLOSED_REQUEST
             raise
         finally:
             self._recorder.in_flight -= is_engine_call

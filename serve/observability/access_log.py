@@ -1,4 +1,4 @@
-"""The access log: a sample of what went well, and all that went wrong."""
+"""The access log: a sample of the successful requests, and all that failed."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import logging
 import random
 import time
 
-from serve.request_record import LEFT, RequestRecord
+from serve.observability.request_record import CLIENT_CLOSED_REQUEST, RequestRecord
 
 logger = logging.getLogger(__name__)
 
 
 class AccessLog:
-    """One line for a request that has ended. Says who asked by a digest or an id, never by a key."""
+    """One line for a request that has ended. It names the caller by a digest or an id, never by a key."""
 
     def __init__(self, sample: float) -> None:
-        """`sample`: the share of good answers that is written down, 0 to 1; answers of 500 and more always are."""
+        """`sample`: share of the responses below 500 that get a line, 0 to 1; those of 500 and more always do."""
         self._sample = sample
 
     def request_ended(self, record: RequestRecord) -> None:
@@ -29,7 +29,7 @@ class AccessLog:
             "caller": record.caller,
             "adapter": record.answered_by or record.adapter,
             "status": record.status,
-            "code": "caller_left" if record.status == LEFT else record.error,
+            "code": "caller_left" if record.status == CLIENT_CLOSED_REQUEST else record.error,
             "adapter_level": record.level,
             "forwarded": record.forwarded,
             "streamed": record.streamed,

@@ -1,4 +1,4 @@
-"""What happens to adapters in a replica, told to whoever counts it or writes it down."""
+"""Events of adapters in a replica, for the recorder that counts and logs them."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from typing import Literal
 from serve.names import AdapterRevision
 
 Level = Literal["gpu", "cpu", "disk"]  # a slot of the engine, its host memory, neither
-Left = Literal["evicted", "retired", "lost"]
+UnloadReason = Literal["evicted", "retired", "lost"]
 Drift = Literal["lost", "stranger"]
 
 
 class Events:
-    """Nobody listens. All methods return at once and raise nothing."""
+    """Ignores all events. Methods return at once and raise nothing."""
 
     def loaded(self, adapter: AdapterRevision, fetch_s: float, engine_s: float) -> None:
-        """It is resident: its files were brought here, and into the engine."""
+        """The adapter is resident; seconds that fetching its files and loading them into the engine took."""
 
     def load_failed(self, adapter: AdapterRevision, why: Exception) -> None: ...
 
-    def left(self, adapter: AdapterRevision, reason: Left) -> None:
-        """It is not resident any more."""
+    def unloaded(self, adapter: AdapterRevision, reason: UnloadReason) -> None:
+        """The adapter is no longer resident."""
 
-    def mended(self, kind: Drift, count: int, what: str) -> None:
-        """The engine held something else than it should."""
+    def drift_repaired(self, kind: Drift, count: int, description: str) -> None:
+        """`count` differences between what the engine held and what it should hold were repaired."""
 
-    def proof_failed(self, adapter: AdapterRevision, why: Exception) -> None: ...
+    def verification_failed(self, adapter: AdapterRevision, why: Exception) -> None: ...
 
     def followed(self, epoch: int) -> None:
-        """The catalogue could be read."""
+        """The catalogue was read."""
 
     def follow_failed(self) -> None: ...
 
     def changed(self, verb: str, adapter: str, outcome: str, staged_s: float = 0, promoted_s: float = 0) -> None:
-        """A change that this replica coordinated has come to its end; `outcome`: done, or an error's code."""
+        """A change that this replica coordinated has ended; `outcome`: done, or the code of an error."""
 
     def identity_checked(self, adapter: AdapterRevision, distance_nats: float, is_itself: bool) -> None:
-        """A resident adapter was asked again what it said when it was loaded."""
+        """A resident adapter's answer was compared with the one from when it was loaded."""
 
 
-NOBODY = Events()
+NO_EVENTS = Events()

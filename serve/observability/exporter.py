@@ -1,8 +1,9 @@
-"""One scrape for all replicas of a node, by a process of its own: it outlives every replica, and Ray.
+"""One scrape for all replicas of a node, in a process of its own, which outlives every replica, and Ray.
 
-Each replica tells its metrics on a Unix socket (`serve.exposition`). The exporter asks all of them at once, adds
-`replica` to every sample and puts samples of one metric together. A replica that doesn't answer in time costs its own
-series: `graft_replica_up` is 0, nobody waits longer.
+Each replica serves its metrics on a Unix socket (serve/deployment/metrics_socket.py). The exporter reads all sockets at
+once, adds the label `replica` to every sample and groups the samples by metric. It merges texts: parsing them for an
+application of prometheus_client would take ten times as long. If a replica does not answer in time, only its own series
+are missing, and its `graft_replica_up` is 0.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 
 from serve.errors import PortInUse
-from serve.metrics import EXPIRY, REPLICA_SCRAPE, REPLICA_UP, Families
+from serve.observability.metrics import EXPIRY, REPLICA_SCRAPE, REPLICA_UP, MetricFamilies
 
 DEFAULT_PORT = 9464  # the one that OpenTelemetry took for Prometheus exporters
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_SUFFIX, _LAST_WORDS = ".sock", ".last"  # serve.exposition's, without its imports
+SOCKET_SUFFIX, FINAL_SNAPSHOT_SUFFIX = ".sock", ".last"
 _READ_BYTES = 1 << 16
-_FORGET_S = 600.0  # a replica that is gone is told as down for as long
-_LAST_WORDS_S = 120.0  # and what it said at its end for as long: a few scrapes
+_FORGET_S = 600.0  # for this long a replica that ended is reported as down
+_KEEP_FINAL_SNAPSHOT_S = 120.0  # and its final snapshot for this long: a few scrapes
 
 
 @dataclass(frozen=True)
-class Told:
-    """What one replica said; None: nothing in time. `up`: it is there to be asked."""
+class ScrapeResult:
+    """The metrics of one replica; `text` is None if it did not answer in time. `up`: its socket accepts connections."""
 
     replica: str
     text: str | None
@@ -44,62 +45,62 @@ class Told:
 
 @dataclass
 class Exporter:
-    """`directory` holds the sockets; `certificates` are files whose end is told as well."""
+    """`directory` holds the sockets; `certificates` are PEM files whose expiry is exported as well."""
 
     directory: Path
     certificates: Sequence[Path] = ()
     timeout_s: float = 2.0
-    _gone: dict[Path, float] = field(default_factory=dict)  # since when nobody listens
+    _gone: dict[Path, float] = field(default_factory=dict)  # since when nothing listens
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def scrape(self) -> bytes:
         """The metrics of the node in Prometheus' text format."""
-        paths = sorted(self.directory.glob(f"*{_SUFFIX}"))
+        paths = sorted(self.directory.glob(f"*{SOCKET_SUFFIX}"))
         with ThreadPoolExecutor(max_workers=max(1, len(paths))) as pool:
-            told = list(pool.map(self._ask, paths))
-        own = Families({})
-        for it in told:
-            own.add(REPLICA_UP, (it.replica,), float(it.up))
-            own.add(REPLICA_SCRAPE, (it.replica,), it.took_s)
+            results = list(pool.map(self._read_replica, paths))
+        own = MetricFamilies({})
+        for result in results:
+            own.add(REPLICA_UP, (result.replica,), float(result.up))
+            own.add(REPLICA_SCRAPE, (result.replica,), result.took_s)
         for path in self.certificates:
             if (end := not_after(path)) is not None:
                 own.add(EXPIRY, ("certificate", path.name), end)
-        texts = {it.replica: it.text for it in told if it.text is not None}
-        return merge({**texts, "": generate_latest(_Collected(own)).decode()}).encode()
+        texts = {result.replica: result.text for result in results if result.text is not None}
+        return merge({**texts, "": generate_latest(_FamiliesRegistry(own)).decode()}).encode()
 
-    def _ask(self, path: Path) -> Told:
+    def _read_replica(self, path: Path) -> ScrapeResult:
         began = time.monotonic()
         text, up = None, False
         try:
             text, up = _read(path, began + self.timeout_s), True
         except ConnectionRefusedError:
-            text = last_words(path)
+            text = final_snapshot(path)
             self._forget_later(path)
         except OSError:
             pass
-        return Told(path.name.removesuffix(_SUFFIX), text, time.monotonic() - began, up)
+        return ScrapeResult(path.name.removesuffix(SOCKET_SUFFIX), text, time.monotonic() - began, up)
 
     def _forget_later(self, path: Path) -> None:
-        """A killed replica leaves its socket behind. It is told as down for a while, for whoever wants to know."""
+        """A killed replica leaves its socket behind, and is reported as down for a while."""
         with self._lock:
             since = self._gone.setdefault(path, time.monotonic())
             if time.monotonic() - since > _FORGET_S:
                 path.unlink(missing_ok=True)
-                path.with_suffix(_LAST_WORDS).unlink(missing_ok=True)
+                path.with_suffix(FINAL_SNAPSHOT_SUFFIX).unlink(missing_ok=True)
                 del self._gone[path]
 
 
-def last_words(path: Path) -> str | None:
-    """What the replica whose socket this was left to be told, while that is new."""
-    file = path.with_suffix(_LAST_WORDS)
+def final_snapshot(path: Path) -> str | None:
+    """The last metrics of a replica that has ended; None if it left none, or they are too old. `path`: its socket."""
+    file = path.with_suffix(FINAL_SNAPSHOT_SUFFIX)
     try:
-        return file.read_text() if time.time() - file.stat().st_mtime < _LAST_WORDS_S else None
+        return file.read_text() if time.time() - file.stat().st_mtime < _KEEP_FINAL_SNAPSHOT_S else None
     except OSError:
         return None
 
 
 def merge(texts: dict[str, str]) -> str:
-    """Expositions by replica as one: samples of a metric together, each with its `replica`; "" adds none."""
+    """Merge expositions by replica into one: samples of a metric together, each with its label `replica` ("": none)."""
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for replica, text in texts.items():
@@ -107,7 +108,7 @@ def merge(texts: dict[str, str]) -> str:
             if head:
                 if name not in samples:
                     heads[name], samples[name] = [], []
-                if not any(it.split(" ", 2)[1] == head.split(" ", 2)[1] for it in heads[name]):
+                if not any(known.split(" ", 2)[1] == head.split(" ", 2)[1] for known in heads[name]):
                     heads[name].append(head)
             else:
                 samples.setdefault(name, []).append(labelled(line, replica) if replica else line)
@@ -115,8 +116,8 @@ def merge(texts: dict[str, str]) -> str:
 
 
 def labelled(sample: str, replica: str) -> str:
-    """A sample line with one more label. A metric's name holds neither a brace nor a space, so the first of them ends
-    it."""
+    """A sample line with one more label. A metric's name contains neither a brace nor a space, so the first of these
+    ends the name."""
     value = replica.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
     brace, space = sample.find("{"), sample.find(" ")
     if brace == -1 or space < brace:
@@ -126,7 +127,7 @@ def labelled(sample: str, replica: str) -> str:
 
 
 def _lines(text: str) -> Iterator[tuple[str, str, str]]:
-    """Metric, its HELP or TYPE line, or a sample."""
+    """The metric, its HELP or TYPE line or "", and a sample or ""."""
     name = ""
     for line in text.split("\n"):
         if line.startswith(("# HELP ", "# TYPE ")):
@@ -137,14 +138,14 @@ def _lines(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _read(path: Path, deadline: float) -> str:
-    pieces: list[bytes] = []
+    chunks: list[bytes] = []
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(max(0.001, deadline - time.monotonic()))
         connection.connect(str(path))
-        while piece := connection.recv(_READ_BYTES):
-            pieces.append(piece)
+        while chunk := connection.recv(_READ_BYTES):
+            chunks.append(chunk)
             connection.settimeout(max(0.001, deadline - time.monotonic()))
-    return b"".join(pieces).decode()
+    return b"".join(chunks).decode()
 
 
 def not_after(path: Path) -> float | None:
@@ -158,8 +159,8 @@ def not_after(path: Path) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Collected:
-    families: Families
+class _FamiliesRegistry:
+    families: MetricFamilies
 
     def collect(self) -> Iterable[Metric]:
         return self.families
@@ -180,7 +181,7 @@ def listen(exporter: Exporter, host: str, port: int) -> ThreadingHTTPServer:
                 self._answer(404, b"GET /metrics\n")
 
         def _answer(self, status: int, body: bytes) -> None:
-            with contextlib.suppress(ConnectionError):  # who asked has left
+            with contextlib.suppress(ConnectionError):  # the client has disconnected
                 self.send_response(status)
                 self.send_header("content-type", CONTENT_TYPE)
                 self.send_header("content-length", str(len(body)))
@@ -188,7 +189,7 @@ def listen(exporter: Exporter, host: str, port: int) -> ThreadingHTTPServer:
                 self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (http.server's name)
-            """Nobody wants a line for each scrape."""
+            """No line for each scrape."""
 
     try:
         return ThreadingHTTPServer((host, port), Handler)

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from serve.config import LogSettings
+from serve.settings import LogSettings
 
 _FILE_BYTES, _FILES = 32 << 20, 4
 _KEPT = 40
-# What the logging module itself puts into a record; everything else is a field of ours.
+# Attributes that the logging module itself gives a record; all others are fields of Graft's.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "vllm_process_name"}
 
 
@@ -49,15 +49,15 @@ class TextLines(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-def _forget_old(directory: Path) -> None:
-    """Every replica that ever ran has a file of its own."""
-    files = sorted(directory.glob("*.log*"), key=lambda it: it.stat().st_mtime, reverse=True)
+def _remove_old(directory: Path) -> None:
+    """Remove the oldest files: every replica that ever ran has left one."""
+    files = sorted(directory.glob("*.log*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in files[_KEPT:]:
         path.unlink(missing_ok=True)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
-    """What was told beside the message, without what is not known."""
+    """The fields given as `extra`, without those that are None."""
     return {
         name: value
         for name, value in vars(record).items()
@@ -66,16 +66,16 @@ def fields_of(record: logging.LogRecord) -> dict[str, object]:
 
 
 def set_up(settings: LogSettings, replica: str) -> None:
-    """What this package logs goes where the settings say; what vLLM logs goes to the error stream in the same format.
-    Called once in a process, before vLLM is imported there with VLLM_CONFIGURE_LOGGING=0."""
+    """Send the logs of this package where the settings say, and vLLM's to the error stream in the same format. Called
+    once in a process; VLLM_CONFIGURE_LOGGING=0 keeps vLLM from setting up its own."""
     formatter = JsonLines(replica=replica) if settings.format == "json" else TextLines()
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if settings.directory:
         settings.directory.mkdir(parents=True, exist_ok=True)
-        _forget_old(settings.directory)
+        _remove_old(settings.directory)
         path = settings.directory / f"{replica}.log"
         handler = RotatingFileHandler(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")
-    _send(logging.getLogger(__package__), handler, formatter, logging.INFO)
+    _send(logging.getLogger("serve"), handler, formatter, logging.INFO)
     level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING").upper()
     _send(logging.getLogger("vllm"), logging.StreamHandler(sys.stderr), formatter, level)
 

@@ -1,8 +1,8 @@
-"""Every metric that Graft has, declared once: docs/metrics.md, the dashboards and the alerts are held to this list.
+"""Every metric that Graft has, declared once: tests compare docs/reference/metrics.md, dashboards and alerts with it.
 
-Names and units follow Prometheus' conventions: seconds, bytes, `_total` for what only grows. vLLM's own metrics
-(`vllm:…`) pass through as they are; those of them that are declared here Graft tells itself, for inference gateways,
-under the public names of adapters.
+Names and units follow Prometheus' conventions: seconds, bytes, `_total` for counters. vLLM's own metrics (`vllm:…`) are
+exported unchanged. Those of them that are declared here are Graft's own values, for inference gateways, under the
+public names of adapters.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Literal
 
 from prometheus_client.core import Metric
 
-# No adapter can be called so (convert.artifact.Name).
+# No adapter can have these names (convert.artifact.Name).
 BASE, OTHER, UNKNOWN = "(base)", "(other)", "(unknown)"
 
 _LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+# A whole request waits for at most twice `max_wait_s`, and runs for at most `max_run_s`: 660 s by default.
+_REQUEST_S = (*_LATENCY_S, 128.0, 256.0, 512.0, 1024.0)
 _TOKEN_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 _LOAD_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -35,19 +37,19 @@ class Spec:
     buckets: tuple[float, ...] = ()
 
 
-# What callers see.
+# Requests, as clients see them.
 REQUESTS = Spec(
-    "graft_requests_total", "counter", "Requests that were answered; code 499: the caller left.",
+    "graft_requests_total", "counter", "Requests that were answered; code 499: the client disconnected.",
     ("adapter", "route", "code"),
 )  # fmt: skip
 REQUEST_SECONDS = Spec(
     "graft_request_duration_seconds", "histogram", "From the request's arrival to the end of its answer.",
-    ("adapter",), _LATENCY_S,
+    ("adapter",), _REQUEST_S,
 )  # fmt: skip
 FIRST_TOKEN_SECONDS = Spec(
     "graft_time_to_first_token_seconds", "histogram",
-    "From the request's arrival to the first piece of a streamed answer: queue, load and prefill included.",
-    ("adapter",), _LATENCY_S,
+    "From the request's arrival to the first chunk of a streamed answer; includes queue, load and prefill.",
+    ("adapter",), _REQUEST_S,
 )  # fmt: skip
 TOKEN_SECONDS = Spec(
     "graft_time_per_output_token_seconds", "histogram",
@@ -56,43 +58,49 @@ TOKEN_SECONDS = Spec(
 )  # fmt: skip
 WAIT_SECONDS = Spec(
     "graft_queue_wait_seconds", "histogram",
-    "From the request's arrival at the adapter's queue until it may run: its turn, and the load if there is one.",
+    "From the request's arrival in its adapter's queue until it may run; includes the adapter's load, if any.",
     ("adapter",), _LATENCY_S,
 )  # fmt: skip
 PROMPT_TOKENS = Spec("graft_prompt_tokens_total", "counter", "Prompt tokens of finished requests.", ("adapter",))
 CACHED_TOKENS = Spec(
-    "graft_cached_prompt_tokens_total", "counter", "Those of them that the prefix cache held.", ("adapter",)
+    "graft_cached_prompt_tokens_total", "counter", "Prompt tokens that the prefix cache held.", ("adapter",)
 )
-GENERATED_TOKENS = Spec("graft_generated_tokens_total", "counter", "Tokens of finished answers.", ("adapter",))
+GENERATED_TOKENS = Spec(
+    "graft_generated_tokens_total", "counter", "Generated tokens of finished requests.", ("adapter",)
+)
 REJECTED = Spec(
     "graft_rejected_requests_total", "counter",
-    "Requests that Graft answered with an error of its own, by the error's code (docs/errors.md).", ("reason",),
+    "Requests that Graft answered with an error of its own, by the error's code (docs/reference/errors.md).",
+    ("reason",),
 )  # fmt: skip
-FORWARDED = Spec("graft_forwarded_requests_total", "counter", "Requests that a replica with their adapter answered.")
+FORWARDED = Spec(
+    "graft_forwarded_requests_total", "counter", "Requests that were forwarded to a replica which holds their adapter."
+)
 WAITING = Spec("graft_requests_waiting", "gauge", "Requests that wait for an adapter slot.", ("adapter",))
-WAITING_LIMIT = Spec("graft_requests_waiting_limit", "gauge", "As many may wait; more are refused.")
+WAITING_LIMIT = Spec("graft_requests_waiting_limit", "gauge", "Requests that may wait; more are refused.")
 IN_FLIGHT = Spec("graft_requests_in_flight", "gauge", "Requests that have arrived and are not answered yet.")
 
 # Adapters in their tiers.
 HITS = Spec(
     "graft_adapter_hits_total", "counter",
-    "Requests by where their adapter was: gpu, a slot; cpu, the engine's host memory; disk, loaded for them.",
+    "Requests by where their adapter was; level: gpu, a slot; cpu, the engine's host memory; disk, neither.",
     ("adapter", "level"),
 )  # fmt: skip
 LOADS = Spec("graft_adapter_loads_total", "counter", "Loads into the engine; outcome: loaded, failed.",
              ("adapter", "outcome"))  # fmt: skip
 LOAD_SECONDS = Spec(
-    "graft_adapter_load_seconds", "histogram", "A load; phase: fetch, the files brought here; engine, into it.",
+    "graft_adapter_load_seconds", "histogram",
+    "Time of a load; phase: fetch, copying files to this node; engine, loading them.",
     ("phase",), _LOAD_S,
 )  # fmt: skip
-UNLOADS = Spec("graft_adapter_unloads_total", "counter", "Adapters that left; reason: evicted, retired, lost.",
+UNLOADS = Spec("graft_adapter_unloads_total", "counter", "Adapters that were unloaded; reason: evicted, retired, lost.",
                ("adapter", "reason"))  # fmt: skip
-REGISTERED = Spec("graft_adapters_registered", "gauge", "Names that the catalogue points somewhere.")
+REGISTERED = Spec("graft_adapters_registered", "gauge", "Names that the catalogue points to a revision.")
 RESIDENT = Spec("graft_adapters_resident", "gauge", "Adapters that the engine holds.")
-RESIDENT_LIMIT = Spec("graft_adapters_resident_limit", "gauge", "As many may be held.")
-SLOTS_USED = Spec("graft_adapter_slots_used", "gauge", "Engine slots that an adapter has.")
+RESIDENT_LIMIT = Spec("graft_adapters_resident_limit", "gauge", "Adapters that the engine may hold.")
+SLOTS_USED = Spec("graft_adapter_slots_used", "gauge", "Engine slots that an adapter uses.")
 SLOTS = Spec("graft_adapter_slots", "gauge", "Engine slots: adapters that run at a time.")
-FAILING = Spec("graft_adapters_failing", "gauge", "Revisions that could not be loaded or proven here.")
+FAILING = Spec("graft_adapters_failing", "gauge", "Revisions that this replica could not load or verify.")
 
 # Changes.
 SWAPS = Spec(
@@ -102,54 +110,71 @@ SWAPS = Spec(
 )  # fmt: skip
 PUBLISH_SECONDS = Spec(
     "graft_publish_duration_seconds", "histogram",
-    "phase: stage, until every replica held and proved it; promote, until every replica answered with it.",
+    "Time of a publish; phase: stage, every replica loads and verifies it; promote, every replica switches to it.",
     ("phase",), _LATENCY_S,
 )  # fmt: skip
 PUBLISH_AGE = Spec("graft_publish_age_seconds", "gauge", "How long the oldest unfinished publish has been running.")
 STAGED = Spec("graft_revisions_staged", "gauge", "Revisions that are staged and not promoted.")
-CATALOGUE_EPOCH = Spec("graft_catalogue_epoch", "gauge", "Entries of the catalogue that this replica follows.")
-CATALOGUE_AGE = Spec("graft_catalogue_age_seconds", "gauge", "Since this replica last could read the catalogue.")
-FOLLOW_FAILURES = Spec("graft_catalogue_failures_total", "counter", "Looks at the catalogue that failed.")
+CATALOGUE_EPOCH = Spec(
+    "graft_catalogue_epoch", "gauge", "Number of the latest catalogue entry that this replica follows."
+)
+CATALOGUE_AGE = Spec("graft_catalogue_age_seconds", "gauge", "Time since this replica last read the catalogue.")
+FOLLOW_FAILURES = Spec("graft_catalogue_failures_total", "counter", "Failed attempts to follow the catalogue.")
 SPLIT_SHARE = Spec("graft_split_share", "gauge", "Share of a canary or shadow.", ("adapter", "kind"))
 SPLIT_ERRORS = Spec(
-    "graft_split_error_ratio", "gauge", "Failed share of the requests of each side, as this replica saw them.",
+    "graft_split_error_ratio", "gauge", "Share of the requests of each side that failed on this replica.",
     ("adapter", "side"),
 )  # fmt: skip
 
-# What must not be.
+# Faults.
 DRIFT = Spec(
     "graft_drift_repairs_total", "counter",
-    "Differences between the engine and what it should hold, mended; kind: lost, stranger.", ("kind",),
+    "Repairs of what the engine held; kind: lost, an adapter loaded again; stranger, an unknown one unloaded.",
+    ("kind",),
 )  # fmt: skip
 IDENTITY_CHECKS = Spec(
-    "graft_identity_checks_total", "counter", "Resident adapters that were asked again what they said when loaded."
+    "graft_identity_checks_total",
+    "counter",
+    "Checks whether a resident adapter still answers as it did when it was loaded.",
 )
 IDENTITY_VIOLATIONS = Spec(
-    "graft_identity_violations_total", "counter", "Those that answered as another adapter or the base would.",
+    "graft_identity_violations_total", "counter",
+    "Identity checks in which an adapter answered as another adapter or the base model would.",
     ("adapter",),
 )  # fmt: skip
-PROOF_FAILURES = Spec("graft_proof_failures_total", "counter", "New revisions that failed their proof here.",
-                      ("adapter",))  # fmt: skip
+PROOF_FAILURES = Spec(
+    "graft_proof_failures_total", "counter", "New revisions that failed their verification on this replica.",
+    ("adapter",),
+)  # fmt: skip
 
-# What is there.
+# State.
 ENGINE_UP = Spec("graft_engine_up", "gauge", "1 while the engine can answer.")
 READY = Spec("graft_replica_ready", "gauge", "1 once the replica holds what the catalogue asks for.")
 BUILD = Spec("graft_build_info", "gauge", "Always 1.", ("version", "vllm_version"))
 LINEAGE = Spec(
-    "graft_adapter_info", "gauge", "Always 1: what a name means now, and how it was made.",
+    "graft_adapter_info", "gauge",
+    "Always 1: the revision that a name points to, and how it was trained and converted.",
     ("adapter", "revision", "training", "layout", "route", "source"),
 )  # fmt: skip
 CONVERSION_KL = Spec(
-    "graft_adapter_conversion_kl_nats", "gauge", "Measured loss of the conversion, nats per token.", ("adapter",)
+    "graft_adapter_conversion_kl_nats",
+    "gauge",
+    "Measured loss of the conversion: mean KL, in nats per token.",
+    ("adapter",),
 )
+MEMORY_AVAILABLE = Spec(
+    "graft_memory_available_bytes", "gauge", "Memory that is left on the machine, or in the container if that is less."
+)
+MEMORY_LIMIT = Spec("graft_memory_limit_bytes", "gauge", "Memory of the machine, or the limit of the container.")
 EXPIRY = Spec(
     "graft_expiry_timestamp_seconds", "gauge", "When a certificate or a key expires; kind: certificate, key.",
     ("kind", "name"),
 )  # fmt: skip
 
-# For inference gateways: what vLLM itself tells under engine names, or will tell (its pull request 54830).
+# For inference gateways: what vLLM itself exports under engine names, or will export (its pull request 54830).
 GATEWAY_LORA = Spec(
-    "vllm:lora_requests_info", "gauge", "Adapters in slots, and those that wait for one; the time of this answer.",
+    "vllm:lora_requests_info", "gauge",
+    "With `requests_info`: adapters in slots, and that wait for one; the value is the time of the scrape.",
     ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
 )  # fmt: skip
 GATEWAY_LOADED = Spec(
@@ -160,11 +185,13 @@ GATEWAY_GPU = Spec("vllm:num_gpu_loaded_lora_adapters", "gauge", "Adapters in sl
 GATEWAY_CPU = Spec("vllm:num_cpu_loaded_lora_adapters", "gauge", "Adapters in host memory.")
 GATEWAY_SLOTS = Spec("vllm:max_gpu_lora_adapters", "gauge", "Slots.")
 
-# Of the exporter: no `model_name`, since a replica that doesn't answer can't tell it.
-REPLICA_UP = Spec("graft_replica_up", "gauge", "1 if the replica told its metrics in time.", ("replica",))
-REPLICA_SCRAPE = Spec("graft_replica_scrape_seconds", "gauge", "How long it took to tell them.", ("replica",))
+# Of the exporter: without `model_name`, because a replica that does not answer can't report it.
+REPLICA_UP = Spec("graft_replica_up", "gauge", "1 if the replica returned its metrics in time.", ("replica",))
+REPLICA_SCRAPE = Spec(
+    "graft_replica_scrape_seconds", "gauge", "Time that reading the replica's metrics took.", ("replica",)
+)
 
-ALL: tuple[Spec, ...] = tuple(it for it in list(globals().values()) if isinstance(it, Spec))
+ALL: tuple[Spec, ...] = tuple(spec for spec in list(globals().values()) if isinstance(spec, Spec))
 OF_EXPORTER = (REPLICA_UP, REPLICA_SCRAPE)
 
 
@@ -190,8 +217,8 @@ class Buckets:
         yield "_sum", {}, self._sum
 
 
-class Store:
-    """Counters and histograms that are counted as things happen. Plain numbers: one thread writes them."""
+class MetricValues:
+    """Counters and histograms that are counted when something happens. Plain numbers: only one thread writes them."""
 
     def __init__(self) -> None:
         self._counts: dict[Spec, dict[Labels, float]] = {}
@@ -207,8 +234,8 @@ class Store:
             histograms[labels] = Buckets(spec.buckets)
         histograms[labels].observe(value)
 
-    def into(self, families: Families, first: Labels = ()) -> None:
-        """Tell all of it; `first` are the values of labels that come before those that were counted with."""
+    def add_to(self, families: MetricFamilies, first: Labels = ()) -> None:
+        """Add all values. `first`: values of the labels that precede those that the values were counted with."""
         for spec, values in self._counts.items():
             for labels, value in values.items():
                 families.add(spec, (*first, *labels), value)
@@ -217,8 +244,8 @@ class Store:
                 families.add_histogram(spec, (*first, *labels), buckets)
 
 
-class Families:
-    """Samples on their way to Prometheus, by metric."""
+class MetricFamilies:
+    """Samples of one scrape, grouped by metric."""
 
     def __init__(self, constant: Mapping[str, str]) -> None:
         """`constant`: labels of every sample."""

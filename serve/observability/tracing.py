@@ -1,7 +1,7 @@
-"""Traces over OTLP: a span for each request from its arrival to its end, and the engine's own below it.
+"""Traces over OTLP: a span for each request from its arrival to its end, with the engine's spans below it.
 
-OpenTelemetry is imported only where an endpoint is set. The engine joins by `traceparent`, which the gateway passes
-on with the id of its own span.
+OpenTelemetry is imported only if an endpoint is set. The engine continues the trace of the header `traceparent`, in
+which the gateway forwards the id of its own span.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 from starlette.types import Scope
 
-from serve.config import TracingSettings
-from serve.request_record import RequestRecord
+from serve.observability.request_record import RequestRecord
+from serve.settings import TracingSettings
 
 _OPERATIONS = {"/v1/chat/completions": "chat", "/v1/messages": "chat", "/v1/responses": "chat",
                "/v1/completions": "text_completion", "/v1/embeddings": "embeddings"}  # fmt: skip
@@ -35,7 +35,7 @@ class Tracer:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(settings.endpoint)))
         self._tracer = self._provider.get_tracer("graft.gateway")
         self._propagator = TraceContextTextMapPropagator()
-        self._spans: dict[int, Any] = {}  # by the record they belong to
+        self._spans: dict[int, Any] = {}  # by the id of the record
 
     def begin(self, record: RequestRecord, scope: Scope) -> Scope:
         """The scope with the trace context of a new span."""
@@ -46,11 +46,11 @@ class Tracer:
             record.route, context=self._propagator.extract(headers), kind=trace.SpanKind.SERVER
         )
         self._spans[id(record)] = span
-        passed_on: dict[str, str] = {}
-        self._propagator.inject(passed_on, context=trace.set_span_in_context(span))
-        kept = [it for it in scope["headers"] if it[0].decode("latin-1") not in passed_on]
-        told = [(name.encode(), value.encode()) for name, value in passed_on.items()]
-        return {**scope, "headers": [*kept, *told]}
+        context: dict[str, str] = {}
+        self._propagator.inject(context, context=trace.set_span_in_context(span))
+        received = [header for header in scope["headers"] if header[0].decode("latin-1") not in context]
+        added = [(name.encode(), value.encode()) for name, value in context.items()]
+        return {**scope, "headers": [*received, *added]}
 
     def end(self, record: RequestRecord) -> None:
         from opentelemetry.trace import Status, StatusCode
@@ -66,7 +66,7 @@ class Tracer:
         span.end()
 
     def shutdown(self) -> None:
-        """Send what is left."""
+        """Send the spans that are not sent yet."""
         self._provider.shutdown()
 
 
@@ -92,5 +92,5 @@ def _attributes(record: RequestRecord, operation: str) -> dict[str, Any]:
 
 
 def tracer_of(settings: TracingSettings, replica: str) -> Tracer | None:
-    """None, and nothing imported, where traces are off."""
+    """None if traces are off; then OpenTelemetry is not imported."""
     return Tracer(settings, replica) if settings.endpoint else None

@@ -1,0 +1,88 @@
+"""The state of the catalogue at one moment, as a value; `serve.catalogue.log` reads and writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
+
+from serve.catalogue.adapter_state import AdapterState, Revision
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.entry import Entry
+from serve.catalogue.split import Split
+from serve.catalogue.transitions import apply
+from serve.names import AdapterRevision, RequestedModel
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Every name and its revisions after the first `epoch` entries of the log. Immutable."""
+
+    epoch: int = 0
+    adapters: Mapping[str, AdapterState] = field(default_factory=dict)  # by name; the last one changed is last
+
+    @cached_property
+    def current(self) -> frozenset[AdapterRevision]:
+        """The revisions that aliases point to."""
+        return frozenset(state.current.candidate.adapter for state in self.adapters.values() if state.current)
+
+    @cached_property
+    def staged(self) -> frozenset[AdapterRevision]:
+        return self._where(lambda revision: revision.staged)
+
+    @cached_property
+    def pinned(self) -> frozenset[AdapterRevision]:
+        return self._where(lambda revision: revision.pinned)
+
+    @property
+    def wanted(self) -> tuple[Candidate, ...]:
+        """The candidates that a server of this catalogue must be able to hold."""
+        return tuple(self.candidate(adapter) for adapter in sorted(self.current | self.staged | self.pinned))
+
+    def state_of(self, name: str) -> AdapterState:
+        """The state of a name; an empty one if the name is unknown."""
+        return self.adapters.get(name, AdapterState())
+
+    def split_of(self, name: str) -> Split | None:
+        return self.state_of(name).split
+
+    def revision(self, adapter: AdapterRevision) -> Revision | None:
+        return self.state_of(adapter.name).revisions.get(adapter.revision)
+
+    def candidate(self, adapter: AdapterRevision) -> Candidate:
+        """Raises KeyError if the catalogue has no such revision."""
+        return self.adapters[adapter.name].revisions[adapter.revision].candidate
+
+    def resolve(self, requested: RequestedModel) -> AdapterRevision | None:
+        """The revision that the alias points to, or the requested one; None if there is none that requests may ask
+        for."""
+        state = self.state_of(requested.name)
+        revision = state.current if requested.revision is None else state.find(requested.revision)
+        return revision.candidate.adapter if revision and revision.is_live else None
+
+    def is_reachable(self, adapter: AdapterRevision) -> bool:
+        """Whether a request may name the revision: it was neither abandoned nor retired."""
+        return self.resolve(RequestedModel(adapter.name, adapter.revision)) is not None
+
+    def was_promoted(self, adapter: AdapterRevision) -> bool:
+        revision = self.revision(adapter)
+        return revision is not None and revision.is_promoted
+
+    def overdue(self, now: datetime) -> tuple[Revision, ...]:
+        """Staged revisions whose staging has ended without a result: the replica that coordinated it died."""
+        staged = (self.revision(adapter) for adapter in sorted(self.staged))
+        return tuple(revision for revision in staged if revision and revision.until and revision.until < now)
+
+    def after(self, *entries: Entry) -> Catalogue:
+        """The state once `entries` are appended."""
+        adapters = dict(self.adapters)
+        for number, entry in enumerate(entries, self.epoch + 1):
+            name = entry.candidate.name
+            state = apply(adapters.pop(name, AdapterState()), entry)
+            adapters[name] = replace(state, entries=(*state.entries, number))
+        return Catalogue(self.epoch + len(entries), adapters)
+
+    def _where(self, condition: Callable[[Revision], bool]) -> frozenset[AdapterRevision]:
+        revisions = (revision for state in self.adapters.values() for revision in state.revisions.values())
+        return frozenset(revision.candidate.adapter for revision in revisions if condition(revision))

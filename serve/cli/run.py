@@ -1,0 +1,205 @@
+"""`python -m serve run`: serves artifacts on this machine, with the settings that follow from options and artifacts.
+
+`wait` precedes a server in a pod, where the artifact may be converted after the pod has started.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import Field
+
+from convert.artifact import MANIFEST
+from serve.adapters.bundle import Bundle
+from serve.callers.keys import KeyFile
+from serve.catalogue.state_dir import StateDir
+from serve.cli.bootstrap import needed_rank, register
+from serve.cli.command import expand_options, setting
+from serve.cli.console import print_line, reported_errors
+from serve.cli.foreground import serve_until_stopped
+from serve.cli.options import StateOptions
+from serve.deployment.settings_file import artifact_of
+from serve.errors import ArtifactRefused, KeysInvalid, KeysMissing
+from serve.follower.desired_state import DesiredState
+from serve.settings import (
+    AdmissionSettings,
+    EngineSettings,
+    GatewaySettings,
+    LogSettings,
+    OidcSettings,
+    ServeSettings,
+    TracingSettings,
+)
+
+_REMIND_S = 60
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class RunOptions(StateOptions):
+    """The options of `run`. An option that fills a setting takes its default, description and bounds."""
+
+    artifacts: Annotated[
+        list[Path], typer.Argument(help="Directories made by `python -m convert run`, all for one base model.")
+    ]
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: int = Field(8000, ge=1, le=65535)
+    replicas: int = setting(ServeSettings, "replicas")
+    gpus_per_replica: float = setting(ServeSettings, "gpus_per_replica")
+    base_name: str | None = Field(None, description="`model` name of the base; default: from its source.")
+    max_lora_rank: int | None = setting(
+        EngineSettings, "max_lora_rank", "Default: what the given adapters need.", default=None
+    )
+    max_active_adapters: int = setting(EngineSettings, "max_active_adapters")
+    max_resident_adapters: int = setting(EngineSettings, "max_resident_adapters")
+    adapters: Path | None = Field(
+        None, description="adapters.yaml: applied when the server is up, and again when it changes."
+    )
+    adapter_root: list[Path] | None = setting(AdmissionSettings, "adapter_roots", "Repeatable.", default=None)
+    allow_other_template: bool = setting(AdmissionSettings, "allow_other_template")
+    trusted_key: list[Path] | None = setting(AdmissionSettings, "trusted_keys", "Repeatable.", default=None)
+    keys_file: Path | None = Field(
+        None, description="Keys of callers; default: keys.json of the state directory, if `key create` made one."
+    )
+    open_to_all: Annotated[
+        bool, typer.Option("--open", help="Require no keys, even where other machines can reach the server.")
+    ] = False
+    oidc_file: Path | None = Field(
+        None, description="OidcSettings as JSON: an identity provider whose tokens are taken as keys too."
+    )
+    limits_url: str | None = setting(GatewaySettings, "limits_url")
+    cors_origin: list[str] | None = setting(GatewaySettings, "cors_origins", "Repeatable.", default=None)
+    max_wait: float = setting(GatewaySettings, "max_wait_s")
+    keep_previous: int = setting(ServeSettings, "keep_previous")
+    sync_timeout: float = setting(ServeSettings, "sync_timeout_s", ge=1)
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="Port for Prometheus; default: 9464, or any if it is taken; 0: none."
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address of that port; 0.0.0.0 for all.")
+    traces: str | None = setting(TracingSettings, "endpoint")
+    log_format: str = setting(LogSettings, "format", "Written to logs/ of the state directory.")
+    access_sample: float = setting(LogSettings, "access_sample")
+    vllm_arg: list[str] | None = Field(
+        None, description="An argument for vLLM, as --vllm-arg=--max-model-len=4096. Repeatable."
+    )
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make `run` and `wait` commands of `app`."""
+    app.command(context_settings={"allow_interspersed_args": True})(run)
+    app.command()(wait)
+
+
+@expand_options
+def run(options: RunOptions) -> None:
+    """Serve artifacts on this machine until Ctrl-C or SIGTERM.
+
+    Starts a private Ray with one vLLM engine per replica and HAProxy in front. Artifacts with an adapter share
+    their 4-bit base; the artifact of a merged model is served alone. Adapters that were published into --state
+    before are served again.
+    """
+    with reported_errors():
+        bundle = Bundle.of(options.artifacts, options.base_name)
+        state = options.state_dir()
+        state.prepare()
+        with state.claimed():
+            settings = _settings_of(options, bundle, state)
+            register(bundle, settings, state)
+            serve_until_stopped(
+                settings,
+                state,
+                (options.host, options.port),
+                (options.metrics_host, options.metrics_port),
+                options.adapters,
+            )
+
+
+def wait(
+    artifact: Annotated[
+        Path, typer.Argument(help="The directory of the artifact, or a settings file whose `engine.artifact` names it.")
+    ],
+    timeout_s: Annotated[float, typer.Option(min=0, help="Give up after this many seconds; 0: never.")] = 0,
+) -> None:
+    """Wait until an artifact is there, as the init container of a server does.
+
+    A conversion puts its artifact there as a whole, so what is there is complete. `run` checks its files.
+    """
+    with reported_errors():
+        directory = artifact_of(artifact) if artifact.is_file() else artifact
+        if directory is None:
+            return
+        waited_s = 0
+        while not (directory / MANIFEST).is_file():
+            if timeout_s and waited_s >= timeout_s:
+                raise ArtifactRefused(f"{directory} did not appear within {timeout_s:g} s. Convert it first.")
+            if waited_s % _REMIND_S == 0:
+                print_line(f"Waiting for {directory}: convert it with `python -m convert run`")
+            time.sleep(1)
+            waited_s += 1
+    print_line(f"{directory} is there")
+
+
+def _settings_of(options: RunOptions, bundle: Bundle, state: StateDir) -> ServeSettings:
+    """The settings of the server. Raises ValidationError, KeysInvalid, KeysMissing or DesiredStateInvalid."""
+    oidc = _oidc_settings(options.oidc_file) if options.oidc_file else None
+    log: dict[str, Any] = {"format": options.log_format, "directory": state.root / "logs"}
+    return ServeSettings(
+        engine=_engine_settings(options, bundle, state),
+        gateway=GatewaySettings(
+            admin_tokens=state.admin_tokens(),
+            keys_file=_keys_file(options, state, is_open=options.open_to_all or oidc is not None),
+            oidc=oidc,
+            limits_url=options.limits_url,
+            cors_origins=tuple(options.cors_origin or ()),
+            max_wait_s=options.max_wait,
+        ),
+        admission=AdmissionSettings(
+            adapter_roots=tuple(root.absolute() for root in options.adapter_root or ()),
+            allow_other_template=options.allow_other_template,
+            trusted_keys=tuple(key.absolute() for key in options.trusted_key or ()),
+        ),
+        log=LogSettings(access_sample=options.access_sample, **log),
+        tracing=TracingSettings(endpoint=options.traces),
+        state_dir=state.root,
+        state_url=state.url,
+        replicas=options.replicas,
+        gpus_per_replica=options.gpus_per_replica,
+        keep_previous=options.keep_previous,
+        sync_timeout_s=options.sync_timeout,
+    )
+
+
+def _engine_settings(options: RunOptions, bundle: Bundle, state: StateDir) -> EngineSettings:
+    ranks = [bundle.max_lora_rank]
+    if options.adapters:
+        ranks += [desired.rank for desired in DesiredState.read(options.adapters).adapters]
+    return EngineSettings(
+        model_path=bundle.model_path,
+        model_name=bundle.model_name,
+        fingerprint=bundle.fingerprint,
+        max_lora_rank=needed_rank(options.max_lora_rank, ranks, state.log.read().wanted),
+        max_active_adapters=options.max_active_adapters,
+        max_resident_adapters=options.max_resident_adapters,
+        vllm_args=tuple(options.vllm_arg or ()),
+    )
+
+
+def _keys_file(options: RunOptions, state: StateDir, *, is_open: bool) -> Path | None:
+    """The file with the keys that callers must have; None if they need no key. Raises KeysInvalid or KeysMissing."""
+    path = options.keys_file or (state.keys_file if state.keys_file.exists() and not is_open else None)
+    if path:
+        KeyFile.read(path)  # an invalid file is reported here, before every replica would report it
+        return path.absolute()
+    if options.host not in _LOOPBACK and not is_open:
+        raise KeysMissing(options.host)
+    return None
+
+
+def _oidc_settings(path: Path) -> OidcSettings:
+    """Raises KeysInvalid, or ValidationError."""
+    try:
+        return OidcSettings.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise KeysInvalid(f"Can't read {path}: {error.strerror}.") from error

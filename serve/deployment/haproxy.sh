@@ -1,0 +1,106 @@
+#!/bin/sh
+# HAProxy as Ray Serve starts it, with seven changes to the configuration that Ray Serve writes. The script ends with an
+# error if a line that it changes is not there: then this version of Ray writes another configuration.
+#
+# 1. Splicing is off (-dS). With splicing HAProxy notices a client's disconnect only when the answer begins, if headers
+#    and body arrived in two packets, as most clients send them.
+#
+# 2. A request is passed on when its whole body has arrived, or as much of it as a buffer holds. HAProxy can retry on
+#    another replica only what it held when it began to send: it keeps no copy of a body that came in a later packet.
+#
+# 3. Requests that the engine answers carry a header that tells Ray Serve not to watch for a disconnect. The replica
+#    does that itself, and Ray Serve would run two more tasks for each request.
+#
+# 4. A replica of this machine is reached through its Unix socket, if it has one (serve/deployment/uvicorn_patches.py).
+#
+# 5. While no replica can be reached, clients get a 503 in the form of the API, with a header to retry. Ray Serve would
+#    answer with a plain 500, and with a 404 as long as it knows no replica.
+#
+# 6. The page of statistics and the metrics for Prometheus are off. Everyone who reaches the machine could read them,
+#    nothing does, and a port that is taken would keep HAProxy from starting.
+#
+# 7. The fallback server is removed: Ray's proxy in Python, which keeps every request, also a health check, without an
+#    answer until there is a replica again. That takes as long as a model needs to load.
+set -eu
+config='' before=''
+for argument; do
+    if [ "$before" = -f ]; then config=$argument; fi
+    before=$argument
+done
+
+fail() { # message
+    echo "haproxy.sh: $config: $1. This version of Ray writes another configuration than Graft changes." >&2
+    exit 1
+}
+
+require() { # pattern of a line
+    grep -q -e "$1" "$config" || fail "no line matches '$1'"
+}
+
+change() { # pattern of a line, commands of sed for the lines that match it
+    require "$1"
+    sed -i -e "/$1/$2" "$config"
+}
+
+reply() { # status, its name, a further header with its \r\n, type, code, message
+    body=$(printf '{"error":{"message":"%s","type":"%s","param":null,"code":"%s"}}' "$6" "$4" "$5")
+    printf 'HTTP/1.1 %s %s\r\n%bcontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s' \
+        "$1" "$2" "$3" "${#body}" "$body" >"$directory/$1.http"
+}
+
+answer_errors_as_the_api() {
+    patience_s=${GRAFT_BODY_TIMEOUT_S:-30}
+    reply 408 'Request Timeout' '' invalid_request_error body_too_slow \
+        "The request body did not arrive within $patience_s s."
+    reply 503 'Service Unavailable' 'retry-after: 1\r\n' service_unavailable engine_unavailable \
+        'No engine can be reached at the moment; try again.'
+    printf '%s' "$body" >"$directory/503.json"
+    for status in 502 503 504; do
+        change "^ *errorfile $status " "s|errorfile .*|errorfile $status $directory/503.http|"
+    done
+    change '^ *http-request return status 404 content-type text.plain lf-string ' \
+        "s|http-request .*|http-request return status 503 content-type application/json file $directory/503.json hdr retry-after 1|"
+}
+
+pass_on_whole_requests() {
+    rules="    errorfile 408 $directory/408.http"
+    rules="$rules\\n    http-request wait-for-body time ${patience_s}s if METH_POST"
+    rules="$rules\\n    http-request del-header x-request-disconnect-disabled"
+    rules="$rules\\n    http-request set-header x-request-disconnect-disabled ?1 if METH_POST !{ path_beg /admin }"
+    change '^frontend http_frontend$' "a\\$rules"
+}
+
+send_to_replicas_only() {
+    sed -i -e '/^ *server SERVE_PROXY_ACTOR[^ ]* .* backup$/d' "$config"
+    # When HAProxy starts there may be no server yet: only the form of the lines can be checked.
+    if grep -e '^ *server ' "$config" | grep -q -v -e '^ *server SERVE_REPLICA_'; then
+        fail "a line 'server' names neither a replica nor the fallback"
+    fi
+}
+
+reach_replicas_by_socket() {
+    # A replica that starts has a socket and no line yet: only the form of the lines can be checked.
+    if grep -e '^ *server ' "$config" | grep -q -v -e '^ *server [^ ][^ ]* \(unix@\|[^ ]*:[0-9]\)'; then
+        fail "a line 'server' is not NAME HOST:PORT"
+    fi
+    for socket in "${GRAFT_SOCKETS:-/nowhere}"/*.sock; do
+        if [ -S "$socket" ]; then
+            replica=$(basename "$socket" .sock)
+            sed -i -e "s|^\( *server [^ ]*-$replica\) [^ ]*|\1 unix@$socket|" "$config"
+        fi
+    done
+}
+
+if [ -w "$config" ]; then
+    if ! grep -q '^# changed by haproxy.sh$' "$config"; then
+        directory=$(dirname "$config")
+        answer_errors_as_the_api
+        pass_on_whole_requests
+        send_to_replicas_only
+        change '^frontend prometheus$' 'a\    disabled'
+        change '^listen stats$' 'a\    disabled'
+        sed -i -e '1i\# changed by haproxy.sh' "$config"
+    fi
+    reach_replicas_by_socket
+fi
+exec "${GRAFT_HAPROXY:?}" -dS "$@"

@@ -1,0 +1,109 @@
+"""Watches `adapters.yaml` and applies it to the running server whenever its content changes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from convert.artifact.durable_files import replace_file
+from convert.errors import ConvertError
+from serve.errors import EngineUnavailable, ReplicaUnreachable, ServeError, ServerNotRunning, StoreUnavailable
+from serve.follower.admin_client import AdminClient
+from serve.follower.desired_state import DesiredState, apply, diff
+
+POLL_S = 1.0
+_RETRY_S = 10.0
+_TRANSIENT = {error.code for error in (StoreUnavailable, ReplicaUnreachable, EngineUnavailable, ServerNotRunning)}
+_APPLIED = "adapters.applied"
+
+logger = logging.getLogger(__name__)
+
+# Prints one line for the user.
+Print = Callable[[str], None]
+
+
+class FileWatcher:
+    """Applies the file when it, or a manifest of an artifact that it names, has changed.
+
+    The state directory records what was applied last. A restart therefore does not undo a rollback that somebody made
+    by hand; the next change of the file does.
+    """
+
+    def __init__(self, path: Path, client: AdminClient, print_line: Print) -> None:
+        self._path = path
+        self._client = client
+        self._print = print_line
+        self._applied = client.state.root / _APPLIED
+        self._watched: list[Path] = [path]
+        self._last_stamps: list[tuple[int, int] | None] | None = None
+        self._retry_at: float | None = None
+
+    def poll(self) -> None:
+        """Applies the file if something changed since the last call. Raises nothing: an error is printed, and the file
+        is applied again when it changes, or after a while if the error may be over by then."""
+        retry_is_due = self._retry_at is not None and time.monotonic() > self._retry_at
+        if not retry_is_due and self._stamps() == self._last_stamps:
+            return
+        self._retry_at = None
+        try:
+            self._apply()
+        except (ServeError, ConvertError) as error:
+            self._report(str(self._path), error)
+        except Exception as error:  # whatever it is, the next change of the file must still be seen
+            logger.debug("could not apply %s", self._path, exc_info=True)
+            self._print(f"{self._path} was not applied, trying again in {_RETRY_S:g} s: {error!r}")
+            self._retry_at = time.monotonic() + _RETRY_S
+        self._last_stamps = self._stamps()
+
+    def _apply(self) -> None:
+        desired = DesiredState.read(self._path)
+        self._watched = [self._path, *desired.manifests]
+        if self._applied.is_file() and self._applied.read_text() == desired.digest:
+            return
+        steps = diff(desired, self._client.adapters())
+        failed = apply(desired, steps, self._client)
+        for step, error in failed.items():
+            self._report(str(step), error)
+        if not failed:
+            replace_file(self._applied, desired.digest.encode())
+            self._print(f"{self._path} applied: {', '.join(map(str, steps)) or 'nothing to change'}")
+
+    def _report(self, subject: str, error: ServeError | ConvertError) -> None:
+        self._print(f"{subject} was not applied: error[{error.code}]: {error}")
+        if error.code in _TRANSIENT:
+            self._retry_at = time.monotonic() + _RETRY_S
+
+    def _stamps(self) -> list[tuple[int, int] | None]:
+        return [_stamp(path) for path in self._watched]
+
+
+@contextmanager
+def watch_in_thread(watcher: FileWatcher) -> Iterator[None]:
+    """Polls every POLL_S seconds in a thread of its own."""
+    stopping = threading.Event()
+
+    def run() -> None:
+        while not stopping.is_set():
+            watcher.poll()
+            stopping.wait(POLL_S)
+
+    thread = threading.Thread(target=run, name="adapters.yaml", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join(timeout=POLL_S)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Modification time in nanoseconds and size; None if there is no such file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size

@@ -1,0 +1,84 @@
+"""How much memory is left for this process: on the machine, or in its container if that has a limit which is nearer.
+
+When none is left, the kernel ends a process, usually the one that uses most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+# Where a container sees its own control group: the directory, and its files for the limit, the usage, and the cache of
+# files in memory.stat, which is given up before a process is ended.
+_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+_SHORT_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Memory:
+    """In bytes."""
+
+    available: int
+    limit: int
+
+    @property
+    def is_short(self) -> bool:
+        """Whether less than 5 % are left, as the alert GraftMemoryShort has it."""
+        return self.available < _SHORT_SHARE * self.limit
+
+
+def memory_left(groups_root: Path = Path("/")) -> Memory:
+    """`groups_root`: the root of the file system with the control groups."""
+    machine = psutil.virtual_memory()
+    everything = [Memory(machine.available, machine.total), *_of_groups(groups_root, machine.total)]
+    return min(everything, key=lambda memory: memory.available)
+
+
+@dataclass
+class MemoryWatch:
+    """Warns once when memory gets short, and again only after twice as much was left."""
+
+    _is_short: bool = False
+
+    def warning(self, memory: Memory) -> str | None:
+        """One line for the operator; None if there is nothing new to say."""
+        if self._is_short:
+            self._is_short = memory.available < 2 * _SHORT_SHARE * memory.limit
+            return None
+        self._is_short = memory.is_short
+        if not memory.is_short:
+            return None
+        return (
+            f"Warning: {gib(memory.available)} of {gib(memory.limit)} GiB of memory are left. {largest_process()} "
+            "uses most. When none is left, the kernel ends such a process; an engine that it ends is started again."
+        )
+
+
+def largest_process() -> str:
+    """The process of the machine that uses most memory, in words, without its arguments, which may hold secrets."""
+    processes = (process.info for process in psutil.process_iter(["pid", "name", "memory_info"]))
+    largest = max(processes, key=lambda info: info["memory_info"].rss if info["memory_info"] else 0)
+    return f"Process {largest['pid']} ({largest['name']}, {gib(largest['memory_info'].rss)} GiB)"
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.1f}"
+
+
+def _of_groups(root: Path, machine_bytes: int) -> Iterator[Memory]:
+    for directory, limit_file, usage_file, cache_key in _GROUPS:
+        group = root / directory.lstrip("/")
+        try:
+            limit = (group / limit_file).read_text().strip()
+            used_bytes = int((group / usage_file).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue  # not of this kind, or not readable
+        if limit.isdigit() and int(limit) < machine_bytes:  # without a limit: `max`, or a huge number
+            yield Memory(max(0, int(limit) - used_bytes + int(stat.get(cache_key, 0))), int(limit))
