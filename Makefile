@@ -11,7 +11,8 @@ SECRETS_OPTIONS = --disable-plugin Base64HighEntropyString --disable-plugin HexH
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo serve observe test lint unit rehearse sbom bench-convert bench-routes bench-swap bench-gateway bench-cpu-adapters clean
+.PHONY: help environment demo serve observe test lint unit rehearse docs sbom bench-convert bench-routes bench-swap bench-gateway bench-cpu-adapters \
+	chaos soak hostile report clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -60,7 +61,7 @@ soak: environment ## Mixed traffic, swaps and rude callers for half an hour: doe
 hostile: environment ## Thousands of bad requests and damaged files: what crashes, hangs, escapes or leaks (minutes)
 	@$(RUN) -m benchmarks.hostile
 
-report: environment ## One page of everything that was measured: docs/report.md
+report: environment ## One screen for each benchmark, from the committed results: docs/report.md
 	@$(RUN) -m benchmarks.report
 
 rehearse: environment ## What the manifests deploy, on three "nodes": an upgrade, a node that dies (root; ten minutes)
@@ -73,6 +74,11 @@ lint: environment ## Style, types, static analysis, secrets
 	@$(RUN) -m bandit --quiet --severity-level medium --configfile pyproject.toml --recursive convert serve examples benchmarks deploy
 	@git ls-files -z '*.py' '*.md' '*.yaml' '*.toml' '*.txt' 'Makefile' 'Dockerfile' '.ci/*' \
 		| xargs -0 $(VENV)/bin/detect-secrets-hook $(SECRETS_OPTIONS)
+
+docs: environment ## The documentation as a site: build/site/index.html; a dead link fails
+	@$(RUN) docs/hooks/command_line.py
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@echo "written to build/site/index.html; with search: $(RUN) -m http.server --directory build/site 8080"
 
 sbom: environment ## What is installed, as CycloneDX: build/sbom.cdx.json
 	@mkdir -p build

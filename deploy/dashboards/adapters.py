@@ -24,8 +24,8 @@ _NOT_SHOWN = ("instance", "job", "model_name", "replica", "namespace", "pod", "c
 
 
 def adapters() -> Dashboard:
-    made = board("graft-adapters", "Graft / Adapters", "Each adapter's service level, residency and revisions.")
-    return filled(made, (*_service(), *_residency(), *_revisions()))
+    empty = board("graft-adapters", "Graft / Adapters", "Each adapter's service level, residency and revisions.")
+    return filled(empty, (*_service(), *_residency(), *_revisions()))
 
 
 def _service() -> Parts:

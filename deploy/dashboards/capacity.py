@@ -21,8 +21,8 @@ from deploy.dashboards.panels import (
 
 
 def capacity() -> Dashboard:
-    made = board("graft-capacity", "Graft / Capacity", "What is used of what there is, and what more would be for.")
-    return filled(made, (*_used(), *_adapters(), *_work()))
+    empty = board("graft-capacity", "Graft / Capacity", "What is used of what there is, and what more would be for.")
+    return filled(empty, (*_used(), *_adapters(), *_work()))
 
 
 def _of(used: str, there: str) -> str:
@@ -83,4 +83,7 @@ def _work() -> Parts:
               "percentunit", "Of each replica.", highest=1),
         lines("CPU", [(f"sum by (replica) (rate(process_cpu_seconds_total{{{OF_NODE}}}[{RATE}]))", "{{replica}}")],
               "short", "Cores of each replica's process."),
+        lines("Memory left", [(share(f"min by (replica) (graft_memory_available_bytes{{{OF_MODEL}}})",
+                                     f"min by (replica) (graft_memory_limit_bytes{{{OF_MODEL}}})"), "{{replica}}")],
+              "percentunit", "Of the machine, or of the container's limit. Below 5 % an alert fires.", highest=1),
     )  # fmt: skip

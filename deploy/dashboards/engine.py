@@ -23,8 +23,8 @@ _PHASES = {"queue": "vllm:request_queue_time_seconds", "prefill": "vllm:request_
 
 
 def engine() -> Dashboard:
-    made = board("graft-engine", "Graft / Engine", "vLLM's own metrics: batch, caches, and where the time goes.")
-    return filled(made, (*_load(), *_caches(), *_times(), *_processes()))
+    empty = board("graft-engine", "Graft / Engine", "vLLM's own metrics: batch, caches, and where the time goes.")
+    return filled(empty, (*_load(), *_caches(), *_times(), *_processes()))
 
 
 def _load() -> Parts:

@@ -23,8 +23,8 @@ _TTFT = "graft_time_to_first_token_seconds"
 
 
 def overview() -> Dashboard:
-    made = board("graft-overview", "Graft / Overview", "Whether it answers, how fast, what waits and what changed.")
-    return filled(made, (*_now(), *_callers(), *_queues(), *_changes()))
+    empty = board("graft-overview", "Graft / Overview", "Whether it answers, how fast, what waits and what changed.")
+    return filled(empty, (*_now(), *_callers(), *_queues(), *_changes()))
 
 
 def _now() -> Parts:
@@ -57,7 +57,7 @@ def _callers() -> Parts:
               "percentunit", "Answers of 500 and more; the ten worst."),
         lines("Refused by Graft, by reason",
               [(rate("graft_rejected_requests_total", OF_MODEL, "reason"), "{{reason}}")], "reqps",
-              "Error codes of docs/errors.md."),
+              "Error codes of docs/reference/errors.md."),
         lines("Time to first token", [(quantile(q, _TTFT, OF_ADAPTER), f"p{q * 100:g}") for q in (0.5, 0.95, 0.99)],
               "s", "Of streams, from the request's arrival."),
         lines("Time per token", [(quantile(q, "graft_time_per_output_token_seconds", OF_ADAPTER), f"p{q * 100:g}")

@@ -25,7 +25,7 @@ Parts = tuple[Any, ...]  # rows and panels, in their order
 
 def board(uid: str, title: str, description: str) -> dashboard.Dashboard:
     """An empty dashboard with the variables and the links that all of them have."""
-    made = (
+    built = (
         dashboard.Dashboard(title)
         .uid(uid)
         .description(description)
@@ -49,15 +49,15 @@ def board(uid: str, title: str, description: str) -> dashboard.Dashboard:
         ("replica", "Replica", 'label_values(graft_replica_up{namespace=~"$namespace"}, replica)'),
         ("adapter", "Adapter", f"label_values(graft_requests_total{{{OF_MODEL}}}, adapter)"),
     ):
-        made = made.with_variable(_variable(name, label, query))
-    return made
+        built = built.with_variable(_variable(name, label, query))
+    return built
 
 
-def filled(made: dashboard.Dashboard, parts: Iterable[Any]) -> dashboard.Dashboard:
+def filled(empty: dashboard.Dashboard, parts: Iterable[Any]) -> dashboard.Dashboard:
     """With rows and panels, in this order."""
     for part in parts:
-        made = made.with_row(part) if isinstance(part, dashboard.Row) else made.with_panel(part)
-    return made
+        empty = empty.with_row(part) if isinstance(part, dashboard.Row) else empty.with_panel(part)
+    return empty
 
 
 def row(title: str) -> dashboard.Row:
@@ -68,17 +68,17 @@ def lines(
     title: str,
     queries: Sequence[Query],
     unit: str,
-    told: str,
+    description: str,
     *,
     width: int = 8,
     stacked: bool = False,
     highest: float | None = None,
 ) -> timeseries.Panel:
-    """Values over time; `told` is what the panel says of itself behind its ⓘ."""
+    """Values over time; `description` is what the panel says of itself behind its ⓘ."""
     panel = (
         timeseries.Panel()
         .title(title)
-        .description(told)
+        .description(description)
         .datasource(_SOURCE)
         .unit(unit)
         .min(0)
@@ -114,7 +114,7 @@ def number(
     title: str,
     expression: str,
     unit: str,
-    told: str,
+    description: str,
     *,
     warns: float | None = None,
     alarms: float | None = None,
@@ -125,7 +125,7 @@ def number(
     return (
         stat.Panel()
         .title(title)
-        .description(told)
+        .description(description)
         .datasource(_SOURCE)
         .unit(unit)
         .height(4)
@@ -140,13 +140,13 @@ def number(
     )
 
 
-def rows_of(title: str, expression: str, told: str, hidden: Sequence[str], *, width: int = 12) -> table.Panel:
+def rows_of(title: str, expression: str, description: str, hidden: Sequence[str], *, width: int = 12) -> table.Panel:
     """The labels of each series as a row of a table, without the `hidden` ones."""
     hide: dict[str, Any] = {"excludeByName": dict.fromkeys(("Time", "Value", "__name__", *hidden), True)}
     return (
         table.Panel()
         .title(title)
-        .description(told)
+        .description(description)
         .datasource(_SOURCE)
         .height(8)
         .span(width)

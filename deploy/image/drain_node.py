@@ -18,10 +18,10 @@ _POLL_S = 0.5
 
 def own_raylet() -> tuple[psutil.Process, dict[str, str]] | None:
     """The process of this machine's Ray node, and its arguments."""
-    addresses = {it.address for interface in psutil.net_if_addrs().values() for it in interface}
+    addresses = {address.address for interface in psutil.net_if_addrs().values() for address in interface}
     for process in psutil.process_iter(["name", "cmdline"]):
         if process.info["name"] == "raylet":
-            arguments = dict(it.split("=", 1) for it in process.info["cmdline"] if "=" in it)
+            arguments = dict(argument.split("=", 1) for argument in process.info["cmdline"] if "=" in argument)
             if arguments.get("--node_ip_address") in addresses:
                 return process, arguments
     return None
@@ -49,10 +49,10 @@ def replicas(raylet: psutil.Process) -> int:
 
 def main(seconds: float) -> None:
     until = time.monotonic() + seconds
-    found = own_raylet()
-    if found is None:
+    node = own_raylet()
+    if node is None:
         return
-    raylet, arguments = found
+    raylet, arguments = node
     drain(arguments, seconds)
     while time.monotonic() < until and replicas(raylet):
         time.sleep(_POLL_S)
