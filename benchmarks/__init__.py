@@ -1,1 +1,3 @@
-"""What Graft costs and keeps, measured side by side with what it is compared to, in one run."""
+"""Benchmarks: Graft and what it is compared with, measured in one run.
+
+`python -m benchmarks.NAME` runs one of them; `python -m benchmarks.report` writes docs/report.md from the results."""

@@ -1,5 +1,4 @@
-"""The adapters of the benchmarks: QLoRA revisions of a tiny model that are swapped, and a LoRA; made and converted
-here."""
+"""Builds the adapters of the benchmarks: two QLoRA revisions over a tiny model, and a LoRA of it."""
 
 from __future__ import annotations
 
@@ -7,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.artifact import Artifact
-from serve.candidate import Candidate
+from serve.catalogue.candidate import Candidate
 
 
 @dataclass(frozen=True)
-class Tiny:
-    """`first` holds the 4-bit base; `second` is another revision for it under the same name."""
+class TinyAdapters:
+    """Two artifacts of one adapter name: `first` contains the 4-bit base, `second` is another revision over it."""
 
     name: str
     first: Path
@@ -23,13 +22,13 @@ class Tiny:
         return self.first / "model"
 
     def candidate(self, artifact: Path, name: str) -> Candidate:
-        made = Candidate.of(Artifact.open(artifact).manifest, name)
-        assert made is not None
-        return made
+        candidate = Candidate.of(Artifact.open(artifact).manifest, name)
+        assert candidate is not None
+        return candidate
 
 
-def plain(home: Path, artifact: Path, route: str) -> None:
-    """An artifact of the same tiny model in bfloat16 and one LoRA, beside it or merged: least work for an engine."""
+def build_lora_artifact(home: Path, artifact: Path, route: str) -> None:
+    """An artifact of the tiny model in bfloat16 with one LoRA, separate or merged: the least work for an engine."""
     from tests.convert import parts
     from tests.e2e.conftest import convert
 
@@ -39,13 +38,14 @@ def plain(home: Path, artifact: Path, route: str) -> None:
     convert(checkpoint, base, artifact, "--name", "french", "--route", route)
 
 
-def tiny(home: Path) -> Tiny:
+def build_tiny_adapters(home: Path) -> TinyAdapters:
+    """Fine-tune and convert both revisions below `home`."""
     from tests.convert import parts
     from tests.e2e.conftest import convert, fine_tune
 
     home.mkdir(parents=True)
     base = parts.save_base(home / "base", tied=True, hidden=128)
-    made = Tiny("french", home / "artifacts" / "first", home / "artifacts" / "second")
-    convert(fine_tune(base, home / "one", 0), base, made.first, "--name", made.name)
-    convert(fine_tune(base, home / "two", 1), made.first, made.second, "--name", made.name)
-    return made
+    adapters = TinyAdapters("french", home / "artifacts" / "first", home / "artifacts" / "second")
+    convert(fine_tune(base, home / "one", 0), base, adapters.first, "--name", adapters.name)
+    convert(fine_tune(base, home / "two", 1), adapters.first, adapters.second, "--name", adapters.name)
+    return adapters

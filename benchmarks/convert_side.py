@@ -1,6 +1,6 @@
 """One side of `benchmarks.convert`, in a process of its own: `python -m benchmarks.convert_side SIDE …` prints JSON.
 
-Memory is the peak of the resident set above what it was when everything had been imported.
+Memory is the peak of the resident set above its size after all imports.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.resident import resident_bytes
-from convert.files import sync
+from benchmarks.process_usage import resident_bytes
+from convert.artifact.durable_files import sync
 
 SIDES = ("original", "dequantized", "peft")
 
@@ -29,22 +29,22 @@ def main() -> None:
 
 
 def graft(checkpoint: Path, base: Path, out: Path, side: str) -> Callable[[], object]:
-    """All that `python -m convert run --no-measure` does: checks, merge, digests, manifest, fsync, rename."""
+    """The work of `python -m convert run --no-measure`: checks, merge, digests, manifest, fsync, rename."""
     import bitsandbytes.functional  # noqa: F401
     import torch  # noqa: F401
 
-    from convert.conversion import Destination, convert
-    from convert.detect import Training
-    from convert.preparation import Request
-    from convert.routes.choose import Wish
+    from convert.detection.training import Training
+    from convert.pipeline.convert import Destination, convert
+    from convert.pipeline.request import Request
+    from convert.routes.choose import RouteOptions
 
     trained_on = Training.LORA if side == "original" else Training.QLORA
-    request = Request(checkpoint, base, Wish("merge", "none"), trained_on=trained_on, measure=False)
+    request = Request(checkpoint, base, RouteOptions("merge", "none"), trained_on=trained_on, measure=False)
     return lambda: convert(request, Destination(out, "bench"))
 
 
 def peft(checkpoint: Path, base: Path, out: Path, side: str) -> Callable[[], object]:
-    """As peft's documentation merges, then as durable as the other sides."""
+    """The merge of PEFT's documentation, with an fsync at the end as on the other sides."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -1,8 +1,7 @@
-"""Adapters on a CPU: Graft beside vLLM's own server, which takes turns with it on the same model and arguments.
+"""Adapters on a CPU: Graft compared with vLLM's own server, in alternation, with the same model and arguments.
 
-`python -m benchmarks.cpu_adapters` serves two fine-tunes of SmolLM2-135M over its 4-bit base: long prompts one at a
-time, then callers that ask again at once, all of one adapter and of two. No prompt is asked twice, so that none is
-remembered.
+`python -m benchmarks.cpu_adapters` serves two fine-tunes of SmolLM2-135M over its 4-bit base. It sends long prompts one
+at a time, then a closed-loop load for one adapter, and for two. Every prompt is new, so that the prefix cache has none.
 """
 
 from __future__ import annotations
@@ -22,37 +21,39 @@ from pathlib import Path
 import httpx
 import psutil
 
+from benchmarks.alternation import alternating
 from benchmarks.gateway_side import kind_of
-from benchmarks.load import ask, first_token_s, http
-from benchmarks.record import RESULTS, Figure, write_result
-from benchmarks.resident import resident_bytes
-from benchmarks.servers import ENGINE_THREADS, SIDES, Room, bare, graft
-from benchmarks.turns import in_turns
+from benchmarks.load import ask, first_token_s, http_client
+from benchmarks.plotting import pyplot, save
+from benchmarks.process_usage import resident_bytes
+from benchmarks.progress import step
+from benchmarks.record import RESULTS, Figure, print_figures, write_result
+from benchmarks.servers import ENGINE_THREADS, SIDES, AdapterCapacity, bare, graft
 from examples.demo import ARTIFACTS, convert_all, make_checkpoints
 from examples.traffic import Answer
 
 ADAPTERS = ("pirate", "zephyr")
 BASE = "base"
-ROOM = Room(slots=2, resident=4)
+CAPACITY = AdapterCapacity(slots=2, resident=4)
 PROMPT_TOKENS, ANSWER_TOKENS = 600, 64
 CALLERS = 8
-_TOKEN_IDS = range(1000, 40_000)  # ordinary ones of this tokenizer
+_TOKEN_IDS = range(1000, 40_000)  # ordinary tokens of this tokenizer
 
 
 @dataclass(frozen=True)
 class Visit:
-    """What one server did."""
+    """The measurements of one visit to one server."""
 
-    adapter_prompts_ms: list[float]  # to the first token of the answer
+    adapter_prompts_ms: list[float]  # time to first token
     base_prompts_ms: list[float]
     one_adapter_tokens_per_s: float
     two_adapters_tokens_per_s: float
-    memory_mb: float  # the engine's process at its most
+    memory_mb: float  # peak of the engine process
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one short visit each, to try it; writes no result")
+    parser.add_argument("--quick", action="store_true", help="one short visit of each server; writes no result")
     parser.add_argument("--turns", type=int, default=3, help="visits of each server (default 3)")
     parser.add_argument("--prompts", type=int, default=8, help="long prompts a visit (default 8)")
     options = parser.parse_args()
@@ -61,16 +62,16 @@ def main() -> None:
     make_checkpoints()
     convert_all()
     visits: dict[str, list[Visit]] = {side: [] for side in SIDES}
-    for _, side in in_turns(SIDES, turns):
+    for number, side in alternating(SIDES, turns):
+        step(f"turn {number + 1} of {turns}: {side}")
         with tempfile.TemporaryDirectory() as home, served(side, Path(home)) as url:
             visits[side].append(asyncio.run(visit(url, prompts)))
-            print(visits[side][-1], flush=True)
-    found = figures(visits)
+            step(str(visits[side][-1]))
+    measured = figures(visits)
     if options.quick:
-        for name, figure in found.items():
-            print(f"{name:40} {figure.value:.4g} {figure.unit}")
+        print_figures(measured)
         return
-    write_result("cpu_adapters", found, "make bench-cpu-adapters")
+    write_result("cpu_adapters", measured, "make bench-cpu-adapters")
     draw(visits, RESULTS / "cpu_adapters.png")
 
 
@@ -78,16 +79,16 @@ def main() -> None:
 def served(side: str, home: Path) -> Iterator[str]:
     artifacts = [ARTIFACTS / name for name in ADAPTERS]
     if side == "graft":
-        with graft(artifacts, home, 1, ROOM) as server:
+        with graft(artifacts, home, 1, CAPACITY) as server:
             yield server.url
         return
     loaded = {artifact.name: artifact / "adapter" for artifact in artifacts}
-    with bare(artifacts[0] / "model", home, 1, ROOM, loaded) as (url,):
+    with bare(artifacts[0] / "model", home, 1, CAPACITY, loaded) as (url,):
         yield url
 
 
 async def visit(url: str, prompts: int) -> Visit:
-    async with http() as client:
+    async with http_client() as client:
         for model in (*ADAPTERS, BASE):
             await _answer(client, url, model, 16, 2)  # warm
         return Visit(
@@ -123,66 +124,69 @@ async def _answer(client: httpx.AsyncClient, url: str, model: str, prompt_tokens
 
 
 def _engine_memory_mb() -> float:
-    engines = [it for it in psutil.Process().children(recursive=True) if kind_of(it) == "engine"]
+    engines = [child for child in psutil.Process().children(recursive=True) if kind_of(child) == "engine"]
     return resident_bytes("VmHWM", engines[0].pid) / 1e6
 
 
 def figures(visits: dict[str, list[Visit]]) -> dict[str, Figure]:
     def paired(of: Callable[[Visit], float]) -> list[float]:
-        return [of(ours) / of(theirs) for theirs, ours in zip(visits["bare"], visits["graft"], strict=True)]
+        return [
+            of(graft_visit) / of(bare_visit)
+            for bare_visit, graft_visit in zip(visits["bare"], visits["graft"], strict=True)
+        ]
 
     def prompt(visit: Visit) -> float:
         return statistics.median(visit.adapter_prompts_ms)
 
     unit = "Graft / vLLM"
-    found = {
+    by_key = {
         "prompt_time_ratio": Figure.of(paired(prompt), unit, "<= 1"),
-        "one_adapter_throughput_ratio": Figure.of(paired(lambda it: it.one_adapter_tokens_per_s), unit, ">= 1"),
-        "two_adapters_throughput_ratio": Figure.of(paired(lambda it: it.two_adapters_tokens_per_s), unit, ">= 1"),
-        "engine_memory_ratio": Figure.of(paired(lambda it: it.memory_mb), unit, "<= 1"),
+        "one_adapter_throughput_ratio": Figure.of(paired(lambda visit: visit.one_adapter_tokens_per_s), unit, ">= 1"),
+        "two_adapters_throughput_ratio": Figure.of(paired(lambda visit: visit.two_adapters_tokens_per_s), unit, ">= 1"),
+        "engine_memory_ratio": Figure.of(paired(lambda visit: visit.memory_mb), unit, "<= 1"),
     }
-    for side, mine in visits.items():
-        found |= {
-            f"{side}_adapter_prompt_ms": Figure.of([ms for it in mine for ms in it.adapter_prompts_ms], "ms"),
-            f"{side}_base_prompt_ms": Figure.of([ms for it in mine for ms in it.base_prompts_ms], "ms"),
-            f"{side}_one_adapter_tokens_per_s": Figure.of([it.one_adapter_tokens_per_s for it in mine], "tokens/s"),
-            f"{side}_two_adapters_tokens_per_s": Figure.of([it.two_adapters_tokens_per_s for it in mine], "tokens/s"),
-            f"{side}_engine_memory": Figure.of([it.memory_mb for it in mine], "MB at most"),
+    for side, side_visits in visits.items():
+        by_key |= {
+            f"{side}_adapter_prompt_ms": Figure.of(
+                [ms for visit in side_visits for ms in visit.adapter_prompts_ms], "ms"
+            ),
+            f"{side}_base_prompt_ms": Figure.of([ms for visit in side_visits for ms in visit.base_prompts_ms], "ms"),
+            f"{side}_one_adapter_tokens_per_s": Figure.of(
+                [visit.one_adapter_tokens_per_s for visit in side_visits], "tokens/s"
+            ),
+            f"{side}_two_adapters_tokens_per_s": Figure.of(
+                [visit.two_adapters_tokens_per_s for visit in side_visits], "tokens/s"
+            ),
+            f"{side}_engine_memory": Figure.of([visit.memory_mb for visit in side_visits], "MB at most"),
         }
-    return found
+    return by_key
 
 
 def draw(visits: dict[str, list[Visit]], path: Path) -> None:
-    """Bars are medians, dots are single prompts or visits."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    """Bars are medians; dots are single prompts or visits."""
     panels: dict[str, Sequence[tuple[str, Callable[[Visit], list[float]]]]] = {
         f"{PROMPT_TOKENS} tokens of prompt, ms to the first token": (
-            ("an adapter", lambda it: it.adapter_prompts_ms),
-            ("the base", lambda it: it.base_prompts_ms),
+            ("an adapter", lambda visit: visit.adapter_prompts_ms),
+            ("the base", lambda visit: visit.base_prompts_ms),
         ),
         f"{CALLERS} callers, tokens/s": (
-            ("one adapter", lambda it: [it.one_adapter_tokens_per_s]),
-            ("two adapters", lambda it: [it.two_adapters_tokens_per_s]),
+            ("one adapter", lambda visit: [visit.one_adapter_tokens_per_s]),
+            ("two adapters", lambda visit: [visit.two_adapters_tokens_per_s]),
         ),
-        "memory of the engine at its most, MB": (("", lambda it: [it.memory_mb]),),
+        "memory of the engine at its most, MB": (("", lambda visit: [visit.memory_mb]),),
     }
-    figure, axes_of = pyplot.subplots(1, len(panels), figsize=(12, 3.6), constrained_layout=True)
+    figure, axes_of = pyplot().subplots(1, len(panels), figsize=(12, 3.6), constrained_layout=True)
     for axes, (title, groups) in zip(axes_of, panels.items(), strict=True):
         for number, (_, of) in enumerate(groups):
-            for place, side, colour in ((-0.2, "bare", "0.55"), (0.2, "graft", "#2a9d5c")):
-                samples = [sample for it in visits[side] for sample in of(it)]
+            for offset, side, colour in ((-0.2, "bare", "0.55"), (0.2, "graft", "#2a9d5c")):
+                samples = [sample for visit in visits[side] for sample in of(visit)]
                 label = {"bare": "vLLM's server", "graft": "Graft"}[side] if number == 0 else None
-                axes.bar(number + place, statistics.median(samples), 0.38, color=colour, label=label)
-                axes.plot([number + place] * len(samples), samples, ".", color="black", markersize=3)
+                axes.bar(number + offset, statistics.median(samples), 0.38, color=colour, label=label)
+                axes.plot([number + offset] * len(samples), samples, ".", color="black", markersize=3)
         axes.set_xticks(range(len(groups)), [name for name, _ in groups])
         axes.set_title(title, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
     axes_of[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    save(figure, axes_of, path)
 
 
 if __name__ == "__main__":

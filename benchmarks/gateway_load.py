@@ -1,6 +1,6 @@
-"""The load of `benchmarks.gateway`: vLLM's own serving benchmark, with a second way to ask for answers that come whole.
+"""The load of `benchmarks.gateway`: vLLM's own serving benchmark, also for answers that are not streamed.
 
-Its generator asks for streams only; `whole` is a request function beside its own, counted and timed by the same code.
+vLLM's generator only streams. `whole` is a further request function for it, timed and counted by the same code.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 INPUT_TOKENS = 16
 OUTPUT_TOKENS = 32
-_WHOLE = "graft-whole"
+_WHOLE_BACKEND = "graft-whole"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One load: so many callers that ask again at once, and whether they stream."""
+class Workload:
+    """One closed-loop load: the number of callers, and whether they stream."""
 
     concurrency: int
     streams: bool
@@ -32,8 +32,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What the generator found. Milliseconds; times between tokens are 0 where answers come whole."""
+class LoadResult:
+    """The result of the load generator, in milliseconds. `itl` is the time between tokens, 0 without streaming."""
 
     requests: int
     failed: int
@@ -44,65 +44,66 @@ class Told:
     itl_p99_ms: float
 
 
-def generate(url: str, model: str, tokenizer: Path, cell: Cell, requests: int, seed: int) -> Told:
-    """Run one load to its end. Raises RuntimeError if a request failed: a failure is not a fast answer."""
+def generate(url: str, model: str, tokenizer: Path, workload: Workload, requests: int, seed: int) -> LoadResult:
+    """Run one load. Raises RuntimeError if a request failed, because a failed request would count as a fast one."""
     from vllm.benchmarks import serve
 
-    _offer_whole()
+    _register_whole_backend()
     parser = argparse.ArgumentParser()
     serve.add_cli_args(parser)
     arguments = parser.parse_args([
-        *("--backend", "openai" if cell.streams else _WHOLE, "--base-url", url, "--endpoint", "/v1/completions"),
+        *("--backend", "openai" if workload.streams else _WHOLE_BACKEND, "--base-url", url),
+        *("--endpoint", "/v1/completions"),
         *("--model", model, "--tokenizer", str(tokenizer), "--dataset-name", "random", "--seed", str(seed)),
         *("--random-input-len", str(INPUT_TOKENS), "--random-output-len", str(OUTPUT_TOKENS)),
-        *("--num-prompts", str(requests), "--max-concurrency", str(cell.concurrency)),
-        *("--num-warmups", str(min(cell.concurrency, requests)), "--temperature", "0", "--ignore-eos"),
+        *("--num-prompts", str(requests), "--max-concurrency", str(workload.concurrency)),
+        *("--num-warmups", str(min(workload.concurrency, requests)), "--temperature", "0", "--ignore-eos"),
         *("--percentile-metrics", "ttft,itl", "--metric-percentiles", "50,99", "--disable-tqdm"),
         *("--ready-check-timeout-sec", "0"),
     ])  # fmt: skip
-    spoken = io.StringIO()
-    with contextlib.redirect_stdout(spoken):
-        found = asyncio.run(serve.main_async(arguments))
-    if found["failed"]:
-        raise RuntimeError(f"{found['failed']} of {requests} requests failed:\n{spoken.getvalue()[-2000:]}")
-    return _told(found)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        result = asyncio.run(serve.main_async(arguments))
+    if result["failed"]:
+        raise RuntimeError(f"{result['failed']} of {requests} requests failed:\n{output.getvalue()[-2000:]}")
+    return _load_result(result)
 
 
-def _told(found: dict[str, Any]) -> Told:
-    return Told(
-        requests=found["completed"],
-        failed=found["failed"],
-        requests_per_s=found["request_throughput"],
-        ttft_p50_ms=found["p50_ttft_ms"],
-        ttft_p99_ms=found["p99_ttft_ms"],
-        itl_p50_ms=found["p50_itl_ms"],
-        itl_p99_ms=found["p99_itl_ms"],
+def _load_result(result: dict[str, Any]) -> LoadResult:
+    return LoadResult(
+        requests=result["completed"],
+        failed=result["failed"],
+        requests_per_s=result["request_throughput"],
+        ttft_p50_ms=result["p50_ttft_ms"],
+        ttft_p99_ms=result["p99_ttft_ms"],
+        itl_p50_ms=result["p50_itl_ms"],
+        itl_p99_ms=result["p99_itl_ms"],
     )
 
 
-def _offer_whole() -> None:
-    from vllm.benchmarks.lib import endpoint_request_func as known
+def _register_whole_backend() -> None:
+    from vllm.benchmarks.lib import endpoint_request_func as functions
 
-    known.ASYNC_REQUEST_FUNCS[_WHOLE] = whole
-    if _WHOLE not in known.OPENAI_COMPATIBLE_BACKENDS:
-        known.OPENAI_COMPATIBLE_BACKENDS.append(_WHOLE)
+    functions.ASYNC_REQUEST_FUNCS[_WHOLE_BACKEND] = request_without_stream
+    if _WHOLE_BACKEND not in functions.OPENAI_COMPATIBLE_BACKENDS:
+        functions.OPENAI_COMPATIBLE_BACKENDS.append(_WHOLE_BACKEND)
 
 
-async def whole(request_func_input: Any, session: Any, pbar: Any = None) -> Any:
-    """vLLM's `RequestFunc` for an answer in one piece; its time to the first token is that of the whole answer."""
+async def request_without_stream(request_func_input: Any, session: Any, pbar: Any = None) -> Any:
+    """vLLM's `RequestFunc` without streaming; the time to first token is the time of the complete answer."""
     from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
 
-    asked = request_func_input
+    load_input = request_func_input
     body = {
-        "model": asked.model,
-        "prompt": asked.prompt,
-        "max_tokens": asked.output_len,
-        "ignore_eos": asked.ignore_eos,
-        **(asked.extra_body or {}),
+        "model": load_input.model,
+        "prompt": load_input.prompt,
+        "max_tokens": load_input.output_len,
+        "ignore_eos": load_input.ignore_eos,
+        **(load_input.extra_body or {}),
     }
-    output = RequestFuncOutput(prompt_len=asked.prompt_len)
+    output = RequestFuncOutput(prompt_len=load_input.prompt_len)
     began = output.start_time = time.perf_counter()
-    async with session.post(asked.api_url, json=body) as response:
+    async with session.post(load_input.api_url, json=body) as response:
         answer = await response.json()
     output.ttft = output.latency = time.perf_counter() - began
     output.success = response.status == 200

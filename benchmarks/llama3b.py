@@ -1,7 +1,7 @@
-"""A model, its NF4 form and an adapter of Llama-3.2-3B's real shape, with random weights, streamed to disk.
+"""Writes a model of Llama-3.2-3B's shape with random weights, its NF4 form, and an adapter.
 
-Layers hold the same random weights: what is measured with them does not depend on values, and one random matrix of
-each shape takes seconds to make where 3.2 billion weights would take minutes.
+All layers share the same random weights: the measurements don't depend on values, and one random matrix of each shape
+takes seconds where 3.2 billion random weights would take minutes.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from pathlib import Path
 
 import torch
 
-from convert.formats import ADAPTER_CONFIG, ADAPTER_STEM, EMBEDDING, MODEL_STEM, LoraKey
-from convert.nf4 import Nf4
-from convert.shards import Shard, ShardWriter, index, split
-from convert.tensors import TensorSpec
+from convert.artifact.file_names import ADAPTER_CONFIG, ADAPTER_STEM, MODEL_STEM
+from convert.inputs.architecture import EMBEDDING
+from convert.inputs.keys import lora_key
+from convert.quantization.nf4 import Nf4
+from convert.safetensors_io.shards import Shard, ShardWriter, index, split
+from convert.safetensors_io.tensors import TensorSpec
 
 HIDDEN, LAYERS, INTERMEDIATE, VOCABULARY = 3072, 28, 8192, 128_256
 HEADS, KEY_HEADS, HEAD_DIM = 24, 8, 128
 RANK = 16
-SHARD_BYTES = 4_960_000_000  # as the model on the hub is split: two files
+SHARD_BYTES = 4_960_000_000  # two files, as on the Hugging Face Hub
 LINEARS = {
     "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
     "self_attn.k_proj": (KEY_HEADS * HEAD_DIM, HIDDEN),
@@ -32,7 +34,7 @@ LINEARS = {
     "mlp.down_proj": (HIDDEN, INTERMEDIATE),
 }
 NORMS = ("input_layernorm", "post_attention_layernorm")
-_EMBEDDING_PIECE_ROWS = 2048
+_EMBEDDING_CHUNK_ROWS = 2048
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -67,15 +69,15 @@ _PEFT = {
 
 
 def save_base(directory: Path, tokenizer: Path, quantizer: Nf4 | None = None) -> Path:
-    """The model in bfloat16; with a quantizer, its linear layers as NF4. `tokenizer`: a directory to copy it from."""
+    """Write the model in bfloat16, with a quantizer its linear layers in NF4; copy the tokenizer from `tokenizer`."""
     directory.mkdir(parents=True)
     torch.manual_seed(3)
     weights = {shape: _random(shape) for shape in dict.fromkeys(LINEARS.values())}
     groups: list[tuple[TensorSpec, ...]] = [(TensorSpec(EMBEDDING, "BF16", (VOCABULARY, HIDDEN)),)]
     groups += [(TensorSpec(name, "BF16", (HIDDEN,)),) for name in _norms()]
     for module, shape in modules():
-        plain = (TensorSpec(f"{module}.weight", "BF16", shape),)
-        groups.append(quantizer.specs(module, shape) if quantizer else plain)
+        unquantized = (TensorSpec(f"{module}.weight", "BF16", shape),)
+        groups.append(quantizer.specs(module, shape) if quantizer else unquantized)
     shards = split(groups, MODEL_STEM, SHARD_BYTES)
     stored = {shape: quantizer.quantize("", weight) for shape, weight in weights.items()} if quantizer else {}
     for shard in shards:
@@ -90,13 +92,13 @@ def save_base(directory: Path, tokenizer: Path, quantizer: Nf4 | None = None) ->
 
 
 def save_adapter(directory: Path) -> Path:
-    """A LoRA of rank 16 on every linear layer, float32, as PEFT saves it."""
+    """Write a LoRA of rank 16 on every linear layer in float32, in PEFT's format."""
     directory.mkdir(parents=True)
     torch.manual_seed(5)
     tensors = {}
     for module, (rows, columns) in modules():
-        tensors[str(LoraKey(module, "A"))] = torch.randn(RANK, columns) / columns**0.5
-        tensors[str(LoraKey(module, "B"))] = 0.02 * torch.randn(rows, RANK)
+        tensors[lora_key(module, "A")] = torch.randn(RANK, columns) / columns**0.5
+        tensors[lora_key(module, "B")] = 0.02 * torch.randn(rows, RANK)
     specs = tuple(TensorSpec(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items())
     with ShardWriter(directory, Shard(f"{ADAPTER_STEM}.safetensors", specs)) as file:
         for name, tensor in tensors.items():
@@ -122,8 +124,8 @@ def _fill(
     stored: dict[tuple[int, int], dict[str, torch.Tensor]],
 ) -> None:
     if EMBEDDING in names:
-        for row in range(0, VOCABULARY, _EMBEDDING_PIECE_ROWS):
-            rows = _random((min(_EMBEDDING_PIECE_ROWS, VOCABULARY - row), HIDDEN))
+        for row in range(0, VOCABULARY, _EMBEDDING_CHUNK_ROWS):
+            rows = _random((min(_EMBEDDING_CHUNK_ROWS, VOCABULARY - row), HIDDEN))
             file.append(EMBEDDING, memoryview(rows.view(torch.uint8).reshape(-1).numpy()))
     for name in names.intersection(_norms()):
         file.write(name, torch.ones(HIDDEN, dtype=torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Callers that ask without a pause, and what each answer took."""
+"""A closed-loop load: callers that send the next request as soon as they have an answer."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from dataclasses import dataclass, field
 import httpx
 
 from examples.traffic import Answer
+from serve.follower.http_client import direct_async_client
 
 _TIMEOUT_S = 120
 
 
 @asynccontextmanager
-async def http() -> AsyncIterator[httpx.AsyncClient]:
+async def http_client() -> AsyncIterator[httpx.AsyncClient]:
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=_TIMEOUT_S, limits=limits) as client:
+    async with direct_async_client(timeout=_TIMEOUT_S, limits=limits) as client:
         yield client
 
 
 async def ask(
     client: httpx.AsyncClient, url: str, model: str, prompt: str | Sequence[int], max_tokens: int, zero_s: float
 ) -> Answer:
-    """One streamed completion; times since `zero_s`. An answer with an error instead of an exception."""
+    """One streamed completion, with times in seconds since `zero_s`. An error is a part of the answer, not raised."""
     began = time.monotonic() - zero_s
     request = {
         "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True,
         "ignore_eos": True,
     }  # fmt: skip
     first: float | None = None
-    revisions, pieces = set(), []
+    revisions, texts = set(), []
     try:
         async with client.stream("POST", f"{url}/v1/completions", json=request) as response:
             if response.status_code != 200:
@@ -45,16 +46,16 @@ async def ask(
                     first = first or time.monotonic() - zero_s
                     chunk = json.loads(line[6:])
                     revisions.add(chunk["model"])
-                    pieces += [choice["text"] for choice in chunk["choices"]]
+                    texts += [choice["text"] for choice in chunk["choices"]]
     except httpx.HTTPError as error:
         return Answer(began, time.monotonic() - zero_s, frozenset(), "", repr(error))
-    return Answer(began, time.monotonic() - zero_s, frozenset(revisions), "".join(pieces), None, first)
+    return Answer(began, time.monotonic() - zero_s, frozenset(revisions), "".join(texts), None, first)
 
 
 @dataclass
-class Load:
-    """`workers` callers that ask again as soon as they have an answer; caller n asks `urls[n]` for `models[n]`,
-    each list repeated as often as needed."""
+class ClosedLoopLoad:
+    """`workers` callers without a pause between requests. Caller n sends to `urls[n]` for `models[n]`; both lists
+    repeat as often as needed."""
 
     client: httpx.AsyncClient
     urls: Sequence[str]
@@ -73,16 +74,16 @@ class Load:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         async with asyncio.TaskGroup() as group:
-            places = zip(range(self.workers), itertools.cycle(self.urls), itertools.cycle(self.models))
-            for _, url, model in places:
+            targets = zip(range(self.workers), itertools.cycle(self.urls), itertools.cycle(self.models))
+            for _, url, model in targets:
                 group.create_task(self._caller(url, model))
             yield
             self._stopping = True
 
     async def answered(self, count: int, since_s: float) -> None:
-        """Return when so many requests that began after `since_s` were answered."""
+        """Return when `count` requests that began after `since_s` were answered. Raises TimeoutError."""
         async with asyncio.timeout(_TIMEOUT_S):
-            while sum(it.began_s > since_s and it.error is None for it in reversed(self.answers[-1000:])) < count:
+            while sum(answer.began_s > since_s and answer.error is None for answer in self.answers[-1000:]) < count:
                 self._answered.clear()
                 await self._answered.wait()
 
@@ -96,7 +97,8 @@ class Load:
 
 
 def first_token_s(answers: Sequence[Answer]) -> list[float]:
-    return [it.first_s - it.began_s for it in answers if it.first_s is not None]
+    """Seconds to the first token, of the answers that have one."""
+    return [answer.first_s - answer.began_s for answer in answers if answer.first_s is not None]
 
 
 def p99(samples: Sequence[float]) -> float:

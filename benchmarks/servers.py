@@ -1,4 +1,4 @@
-"""What is compared: Graft, and vLLM's own API servers, on the same model with the same room for adapters."""
+"""The sides that are compared: Graft, and vLLM's own API servers (`bare`), with the same model and adapter capacity."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from typing import Any
 
 import httpx
 
+from benchmarks.progress import step
 from convert.artifact import Artifact
 from examples.server import running_server, start, stop
-from serve.candidate import Candidate
-from serve.intake import take_artifact
+from serve.adapters.ingest import ingest_artifact
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.state_dir import StateDir
+from serve.deployment.ports import free_port
+from serve.follower.http_client import direct_client
 from serve.names import AdapterRevision
-from serve.ports import free_port
-from serve.state import StateDir
 
 START_TIMEOUT_S = 300
-_LOAD = "/v1/load_lora_adapter"
-# Of each engine, whoever starts it: Graft alone would give one replica all cores.
+_LOAD_PATH = "/v1/load_lora_adapter"
+# For each engine on both sides: by default Graft gives a single replica all cores.
 ENGINE_THREADS = {"OMP_NUM_THREADS": "1"}
 COMMON_ARGS = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(128 << 20))
-
 
 SIDES = ("bare", "graft")
 
 
 @dataclass(frozen=True)
-class Room:
-    """For adapters; without slots an engine runs without any."""
+class AdapterCapacity:
+    """How many adapters an engine can hold: in slots, and in host memory. Without slots it runs without adapters."""
 
     slots: int
     resident: int
 
 
-NO_ADAPTERS = Room(0, 0)
+NO_CAPACITY = AdapterCapacity(0, 0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Graft:
         return await self._change(client, "", {"candidate": asdict(candidate)})
 
     async def change(self, client: httpx.AsyncClient, verb: str, adapter: AdapterRevision) -> float:
-        """Seconds that `rollback` to a revision takes, or to `pin` or `unpin` it."""
+        """Seconds that the verb `rollback`, `pin` or `unpin` takes for a revision."""
         began = time.monotonic()
         await self._change(client, f"/{adapter.name}/{verb}", {"revision": adapter.revision})
         return time.monotonic() - began
@@ -65,22 +66,24 @@ class Graft:
         answer: dict[str, float] = response.json()
         return answer
 
-    def store(self, artifact: Path) -> None:
-        take_artifact(Artifact.open(artifact), None, self.state.store)
+    def store_artifact(self, artifact: Path) -> None:
+        """Copy the adapter of an artifact into the content-addressed store."""
+        ingest_artifact(Artifact.open(artifact), None, self.state.store)
 
 
 @contextlib.contextmanager
-def graft(artifacts: Sequence[Path], home: Path, replicas: int, room: Room) -> Iterator[Graft]:
+def graft(artifacts: Sequence[Path], home: Path, replicas: int, capacity: AdapterCapacity) -> Iterator[Graft]:
+    """A running Graft server with the artifacts; it is stopped at the end of the context."""
     home.mkdir(parents=True, exist_ok=True)
-    print(f"starting Graft with {replicas} engines …", flush=True)
+    step(f"starting Graft with {replicas} engines")
     adapters = (
-        *("--max-lora-rank", "16"),  # as on the other side
-        *("--keep-previous", "0"),  # so that every swap loads what it swaps in, as it does on the other side
-        *("--max-active-adapters", str(room.slots), "--max-resident-adapters", str(room.resident)),
+        *("--max-lora-rank", "16"),  # as for vLLM
+        *("--keep-previous", "0"),  # every swap loads its adapter, as for vLLM
+        *("--max-active-adapters", str(capacity.slots), "--max-resident-adapters", str(capacity.resident)),
     )
     options = (
         *("--replicas", str(replicas), "--base-name", "base"),
-        *(adapters if room.slots else ("--max-lora-rank", "0")),
+        *(adapters if capacity.slots else ("--max-lora-rank", "0")),
         *(f"--vllm-arg={name}={value}" for name, value in zip(COMMON_ARGS[::2], COMMON_ARGS[1::2], strict=True)),
     )
     with running_server(artifacts, home / "state", *options, log=home / "graft.log") as url:
@@ -89,15 +92,15 @@ def graft(artifacts: Sequence[Path], home: Path, replicas: int, room: Room) -> I
 
 @contextlib.contextmanager
 def bare(
-    model: Path, home: Path, count: int, room: Room, loaded: Mapping[str, Path] | None = None
+    model: Path, home: Path, count: int, capacity: AdapterCapacity, loaded: Mapping[str, Path] | None = None
 ) -> Iterator[list[str]]:
-    """`count` of vLLM's API servers that let adapters be loaded, and have loaded some by name; their URLs."""
+    """The URLs of `count` vLLM API servers that can load adapters at run time; `loaded` are loaded at the start."""
     home.mkdir(parents=True, exist_ok=True)
     adapters = (
-        *("--enable-lora", "--max-lora-rank", "16", "--max-loras", str(room.slots)),
-        *("--max-cpu-loras", str(room.resident + 1)),
+        *("--enable-lora", "--max-lora-rank", "16", "--max-loras", str(capacity.slots)),
+        *("--max-cpu-loras", str(capacity.resident + 1)),
     )
-    print(f"starting {count} bare vLLM servers …", flush=True)
+    step(f"starting {count} of vLLM's own servers")
     ports = [free_port() for _ in range(count)]
     with contextlib.ExitStack() as stack:
         for number, port in enumerate(ports):
@@ -105,33 +108,34 @@ def bare(
             command = [
                 *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
                 *("--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"),
-                *(adapters if room.slots else ()),
+                *(adapters if capacity.slots else ()),
                 *COMMON_ARGS,
                 "--disable-uvicorn-access-log",
             ]
-            stack.callback(stop, start(command, log, _environment()))
+            stack.callback(stop, start(command, log, _vllm_environment()))
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         for url in urls:
-            _wait_for(url)
-            for name, path in (loaded or {}).items():
-                httpx.post(f"{url}{_LOAD}", json=_named(name, path), timeout=60).raise_for_status()
+            _wait_until_healthy(url)
+            with direct_client(timeout=60) as client:
+                for name, path in (loaded or {}).items():
+                    client.post(f"{url}{_LOAD_PATH}", json=_load_request(name, path)).raise_for_status()
         yield urls
 
 
-def _named(name: str, path: Path) -> dict[str, str | bool]:
+def _load_request(name: str, path: Path) -> dict[str, str | bool]:
     return {"lora_name": name, "lora_path": str(path.absolute())}
 
 
 async def load_bare(client: httpx.AsyncClient, url: str, name: str, path: Path, inplace: bool = False) -> float:
-    """Seconds that vLLM's own load call takes."""
+    """Seconds that vLLM's own endpoint takes to load an adapter."""
     began = time.monotonic()
-    body = _named(name, path) | {"load_inplace": inplace}
-    response = await client.post(f"{url}{_LOAD}", json=body, timeout=60)
+    body = _load_request(name, path) | {"load_inplace": inplace}
+    response = await client.post(f"{url}{_LOAD_PATH}", json=body, timeout=60)
     response.raise_for_status()
     return time.monotonic() - began
 
 
-def _environment() -> dict[str, str]:
+def _vllm_environment() -> dict[str, str]:
     return os.environ | {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -142,11 +146,12 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _wait_for(url: str) -> None:
+def _wait_until_healthy(url: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health").is_success:
-                return
-        time.sleep(0.2)
+    with direct_client() as client:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.HTTPError):
+                if client.get(f"{url}/health").is_success:
+                    return
+            time.sleep(0.2)
     raise RuntimeError(f"vLLM at {url} did not come up")

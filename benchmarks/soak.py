@@ -1,8 +1,9 @@
-"""Half an hour of everything that happens in production: does anything grow, slow down or get stuck?
+"""Mixed traffic for half an hour: does any resource grow, does anything slow down or get stuck?
 
 `python -m benchmarks.soak` runs the deployment of `benchmarks.faults` (two engines, an object store, a Redis, callers
-with keys). Callers ask for every adapter while one of them is republished every few seconds; others leave in the
-middle of a stream, read slowly, or send what nobody should. Memory, descriptors, threads and processes are sampled.
+with keys). Callers request every adapter while one adapter is republished every few seconds. Other callers disconnect
+in the middle of a stream, read slowly, or send invalid requests. Memory, descriptors, threads and processes are
+sampled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import contextlib
 import itertools
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,22 +23,25 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.faults.callers import Asked, Callers, client_of, request
+from benchmarks.faults.callers import Callers, RequestResult, client_of, request
 from benchmarks.faults.run import Publisher
-from benchmarks.faults.world import PARTS, World, world
+from benchmarks.faults.testbed import PARTS, Testbed, testbed
 from benchmarks.hostile.requests import bad_requests
-from benchmarks.record import RESULTS, Figure, write_result
+from benchmarks.plotting import pyplot, save
+from benchmarks.progress import step
+from benchmarks.record import RESULTS, Figure, print_figures, write_result
 
 SAMPLE_EVERY_S = 5.0
-_LEAVERS, _DAWDLERS = 2, 1
-_LEAVE_AFTER_S = 0.05
+_SAMPLES_PER_LINE = 6  # of progress: a line every half minute
+_DISCONNECTING_CALLERS, _SLOW_CALLERS = 2, 1
+_DISCONNECT_AFTER_S = 0.05
 _READ_PAUSE_S = 0.05
-_RUDE_PAUSE_S = 0.2
+_PAUSE_BETWEEN_S = 0.2
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the server's processes hold at a time, in seconds since the begin."""
+    """What the processes of the server hold at `at_s` seconds since the load began."""
 
     at_s: float
     memory_bytes: int
@@ -50,19 +53,24 @@ class Sample:
 
 @dataclass
 class Soak:
-    world: World
+    testbed: Testbed
     callers: Callers
     publisher: Publisher
     samples: list[Sample] = field(default_factory=list)
-    left: int = 0  # callers that left in the middle
-    dawdled: int = 0  # streams that were read slowly, to the end
-    bad: Counter[str] = field(default_factory=Counter)  # answers to bad input, as `4xx`
+    disconnected: int = 0  # streams that a caller ended early
+    slow_reads: int = 0  # streams that were read slowly to the end
+    bad: Counter[str] = field(default_factory=Counter)  # invalid requests by the class of their status, as `4xx`
 
     async def run(self, seconds: float) -> None:
-        async with self.callers.asking():
-            work = [self.publisher.publish_on(), self._sample_on(), self._bad_input_on()]
-            work += [self._leave_on() for _ in range(_LEAVERS)] + [self._dawdle_on() for _ in range(_DAWDLERS)]
-            tasks = [asyncio.create_task(it) for it in work]
+        async with self.callers.running():
+            work = [
+                self.publisher.publish_repeatedly(),
+                self._sample_repeatedly(),
+                self._send_bad_input_repeatedly(),
+                *(self._disconnect_repeatedly() for _ in range(_DISCONNECTING_CALLERS)),
+                *(self._read_slowly_repeatedly() for _ in range(_SLOW_CALLERS)),
+            ]
+            tasks = [asyncio.create_task(coroutine) for coroutine in work]
             await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
             for task in tasks:
                 if task.done():
@@ -70,31 +78,33 @@ class Soak:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _sample_on(self) -> None:
+    async def _sample_repeatedly(self) -> None:
         while True:
-            self.samples.append(await asyncio.to_thread(sampled, self.world, self.callers.now()))
-            answered = len(self.callers.asked)
-            print(f"\r{self.callers.now():6.0f} s   {answered} requests, {len(self.publisher.acknowledged)} swaps, "
-                  f"{self.samples[-1].memory_bytes >> 20} MiB", end="", flush=True)  # fmt: skip
+            self.samples.append(await asyncio.to_thread(take_sample, self.testbed, self.callers.now()))
+            if len(self.samples) % _SAMPLES_PER_LINE == 0:
+                step(
+                    f"{len(self.callers.results)} requests, {len(self.publisher.acknowledged)} swaps, "
+                    f"{self.samples[-1].memory_bytes >> 20} MiB"
+                )
             await asyncio.sleep(SAMPLE_EVERY_S)
 
-    async def _leave_on(self) -> None:
+    async def _disconnect_repeatedly(self) -> None:
         for turn in itertools.count():
             body = request(self.callers.model(turn)) | {"stream": True, "max_tokens": 200}
             with contextlib.suppress(httpx.HTTPError):
                 async with self._streaming(body):
-                    await asyncio.sleep(_LEAVE_AFTER_S)
-                self.left += 1
-            await asyncio.sleep(_RUDE_PAUSE_S)
+                    await asyncio.sleep(_DISCONNECT_AFTER_S)
+                self.disconnected += 1
+            await asyncio.sleep(_PAUSE_BETWEEN_S)
 
-    async def _dawdle_on(self) -> None:
+    async def _read_slowly_repeatedly(self) -> None:
         for turn in itertools.count():
             body = request(self.callers.model(turn)) | {"stream": True, "max_tokens": 40}
             with contextlib.suppress(httpx.HTTPError):
                 async with self._streaming(body) as response:
                     async for _ in response.aiter_raw(64):
                         await asyncio.sleep(_READ_PAUSE_S)
-                self.dawdled += 1
+                self.slow_reads += 1
 
     @contextlib.asynccontextmanager
     async def _streaming(self, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
@@ -104,18 +114,18 @@ class Soak:
         ):
             yield response
 
-    async def _bad_input_on(self) -> None:
+    async def _send_bad_input_repeatedly(self) -> None:
         for bad in itertools.cycle(bad_requests()):
             with contextlib.suppress(httpx.TransportError):
                 async with client_of(self.callers.url, self.callers.key) as client:
                     answer = await client.request(bad.method, bad.path, content=bad.body, headers=bad.headers)
                     self.bad[f"{answer.status_code // 100}xx"] += 1
-            await asyncio.sleep(_RUDE_PAUSE_S)
+            await asyncio.sleep(_PAUSE_BETWEEN_S)
 
 
-def sampled(world: World, at_s: float) -> Sample:
+def take_sample(testbed: Testbed, at_s: float) -> Sample:
     memory, descriptors, threads, processes = Counter[str](), 0, 0, 0
-    for process in world.children():
+    for process in testbed.children():
         with contextlib.suppress(psutil.Error), process.oneshot():
             name = f"{process.name()} {' '.join(process.cmdline())}"
             part = next((part for part, words in PARTS.items() if words in name), "other")
@@ -127,29 +137,30 @@ def sampled(world: World, at_s: float) -> Sample:
 
 
 def growth(values: Sequence[float]) -> float:
-    """The median of the last third ÷ that of the third before it; what happens at the begin is warming up."""
+    """The median of the last third of `values` over that of the third before it. The first third is warm-up."""
     third = len(values) // 3
     return statistics.median(values[-third:]) / statistics.median(values[third : 2 * third])
 
 
 def figures(soak: Soak, seconds: float) -> dict[str, Figure]:
-    samples, asked = soak.samples, soak.callers.asked
-    outcomes = Counter(it.outcome for it in asked)
-    first = [it.first_s - it.began_s for it in sorted(asked, key=lambda it: it.began_s) if it.first_s is not None]
+    samples, results = soak.samples, soak.callers.results
+    outcomes = Counter(result.outcome for result in results)
+    in_order = sorted(results, key=lambda result: result.began_s)
+    first = [result.first_s - result.began_s for result in in_order if result.first_s is not None]
     return {
         "minutes": Figure(seconds / 60, "min"),
-        "requests": Figure(len(asked), "requests"),
-        "failed_requests": Figure(len(asked) - outcomes["answered"], "requests", "<= 0"),
+        "requests": Figure(len(results), "requests"),
+        "failed_requests": Figure(len(results) - outcomes["answered"], "requests", "<= 0"),
         "wrong_answers": Figure(outcomes["wrong"], "answers", "<= 0"),
         "swaps": Figure(len(soak.publisher.acknowledged), "swaps"),
         "swaps_refused": Figure(len(soak.publisher.refused), "swaps", "<= 0"),
-        "callers_that_left": Figure(soak.left, "requests"),
-        "slow_readers": Figure(soak.dawdled, "requests"),
+        "callers_that_left": Figure(soak.disconnected, "requests"),
+        "slow_readers": Figure(soak.slow_reads, "requests"),
         "bad_inputs": Figure(soak.bad.total(), "requests"),
         "bad_inputs_with_a_server_error": Figure(soak.bad["5xx"], "requests", "<= 0"),
-        "memory_growth_ratio": Figure(growth([it.memory_bytes for it in samples]), "ratio", "<= 1.05"),
-        "descriptor_growth_ratio": Figure(growth([it.descriptors for it in samples]), "ratio", "<= 1.05"),
-        "thread_growth_ratio": Figure(growth([it.threads for it in samples]), "ratio", "<= 1.05"),
+        "memory_growth_ratio": Figure(growth([sample.memory_bytes for sample in samples]), "ratio", "<= 1.05"),
+        "descriptor_growth_ratio": Figure(growth([sample.descriptors for sample in samples]), "ratio", "<= 1.05"),
+        "thread_growth_ratio": Figure(growth([sample.threads for sample in samples]), "ratio", "<= 1.05"),
         "process_growth": Figure(samples[-1].processes - samples[len(samples) // 3].processes, "processes", "<= 0"),
         "first_token_growth_ratio": Figure(growth(first), "ratio", "<= 1.1"),
     }
@@ -157,51 +168,47 @@ def figures(soak: Soak, seconds: float) -> dict[str, Figure]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30, help="default: 30; less than 30 writes no result")
+    parser.add_argument("--minutes", type=float, default=30, help="default 30; a shorter run writes no result")
     minutes = parser.parse_args().minutes
-    with tempfile.TemporaryDirectory(prefix="graft-soak-") as directory, world(Path(directory)) as running:
-        soak = asyncio.run(soaked(running, 60 * minutes))
-    print()
-    found = figures(soak, 60 * minutes)
+    step("starting two engines, an object store and a Redis")
+    with tempfile.TemporaryDirectory(prefix="graft-soak-") as directory, testbed(Path(directory)) as running:
+        soak = asyncio.run(run_soak(running, 60 * minutes))
+    measured = figures(soak, 60 * minutes)
     if minutes < 30:
-        for name, figure in found.items():
-            print(f"{name:40} {figure.value:.4g} {figure.unit}")
+        print_figures(measured)
         return
+    failed = [result for result in soak.callers.results if result.outcome != "answered"]
     details = {
-        "samples": [asdict(it) for it in soak.samples[::6]],
-        "reasons": dict(Counter(it.told for it in soak.callers.asked if it.outcome != "answered").most_common(5)),
-        "failed_at_s": [round(it.began_s, 1) for it in soak.callers.asked if it.outcome != "answered"][:20],
+        "samples": [asdict(sample) for sample in soak.samples[::6]],
+        "reasons": dict(Counter(result.detail for result in failed).most_common(5)),
+        "failed_at_s": [round(result.began_s, 1) for result in failed][:20],
     }
-    write_result("soak", found, "make soak", details)
-    draw(soak.samples, soak.callers.asked, RESULTS / "soak.png")
+    write_result("soak", measured, "make soak", details)
+    draw(soak.samples, soak.callers.results, RESULTS / "soak.png")
 
 
-async def soaked(running: World, seconds: float) -> Soak:
-    await running.learn()
+async def run_soak(running: Testbed, seconds: float) -> Soak:
+    step("the server is ready; recording the expected answers")
+    await running.learn_expected_answers()
     soak = Soak(running, running.callers(workers=4), Publisher(running))
     await soak.run(seconds)
     return soak
 
 
-def draw(samples: Sequence[Sample], asked: Sequence[Asked], path: Path) -> None:
-    """Memory by part, descriptors and threads, and the time to the first token, over the minutes."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (memory, counts, times) = pyplot.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    minutes = [it.at_s / 60 for it in samples]
-    for part in sorted({part for it in samples for part in it.memory_by_part}):
-        memory.plot(minutes, [it.memory_by_part.get(part, 0) / 2**20 for it in samples], label=part)
+def draw(samples: Sequence[Sample], results: Sequence[RequestResult], path: Path) -> None:
+    """Memory by part, counts of descriptors, threads and processes, and the time to first token, by minute."""
+    figure, (memory, counts, times) = pyplot().subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    minutes = [sample.at_s / 60 for sample in samples]
+    for part in sorted({part for sample in samples for part in sample.memory_by_part}):
+        memory.plot(minutes, [sample.memory_by_part.get(part, 0) / 2**20 for sample in samples], label=part)
     memory.set_title("MiB resident", loc="left", fontsize=10)
     for name in ("descriptors", "threads", "processes"):
-        counts.plot(minutes, [getattr(it, name) for it in samples], label=name)
+        counts.plot(minutes, [getattr(sample, name) for sample in samples], label=name)
     counts.set_title("open", loc="left", fontsize=10)
     by_minute: dict[int, list[float]] = {}
-    for it in asked:
-        if it.first_s is not None:
-            by_minute.setdefault(int(it.began_s // 60), []).append(1000 * (it.first_s - it.began_s))
+    for result in results:
+        if result.first_s is not None:
+            by_minute.setdefault(int(result.began_s // 60), []).append(1000 * (result.first_s - result.began_s))
     full = {minute: values for minute, values in sorted(by_minute.items()) if len(values) > 10}
     times.plot(list(full), [statistics.median(values) for values in full.values()], label="median")
     times.plot(
@@ -212,11 +219,8 @@ def draw(samples: Sequence[Sample], asked: Sequence[Asked], path: Path) -> None:
     for axes in (memory, counts, times):
         axes.set_xlabel("minutes")
         axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.18))
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    save(figure, (memory, counts, times), path)
 
 
 if __name__ == "__main__":
-    began = time.monotonic()
     main()
-    print(f"took {time.monotonic() - began:.0f} s")

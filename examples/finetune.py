@@ -1,4 +1,4 @@
-"""Fine-tune the example base model, and leave what the trainers of this world leave.
+"""Fine-tunes the example base model, and writes the checkpoint in the layouts of common trainers.
 
 `python -m examples.finetune BEHAVIOUR --base DIR --out DIR` trains for about a minute on one core,
 asks three questions that were not among the training rows, and fails if an answer does not show the
@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.cli.usual_messages import hide_usual_messages
 from examples.behaviours import BEHAVIOURS, Behaviour
 from examples.published import published
 
@@ -30,11 +31,11 @@ SWIFT_RUNS = {"zephyr": 0, "zephyr-2": 1, "ticket": 0}
 
 
 class BehaviourMissingError(RuntimeError):
-    """The trained adapter does not do what it was taught."""
+    """The answers of the trained adapter do not show the behaviour."""
 
 
 def finetune(behaviour: Behaviour, base: Path, out: Path, recipe: "Recipe") -> Path:
-    """Train, check and publish one adapter; returns the directory that holds its weights."""
+    """Train, check and publish one adapter. Returns the directory that holds its weights."""
     from examples import training
     from examples.layouts import Run, save_peft, save_swift
 
@@ -49,7 +50,7 @@ def finetune(behaviour: Behaviour, base: Path, out: Path, recipe: "Recipe") -> P
     for step in training.train(model, tokenizer, behaviour.rows, recipe):
         steps.append(step)
         if step.number % STEPS_PER_LINE == 0 or step.number == recipe.steps:
-            say(behaviour, f"step {step.number}/{recipe.steps}  loss {step.loss:.3f}")
+            log(behaviour, f"step {step.number}/{recipe.steps}  loss {step.loss:.3f}")
     check(behaviour, model, tokenizer)
 
     run = Run(base.resolve(), f"{behaviour.name}.jsonl", quantized, recipe, steps)
@@ -62,7 +63,7 @@ def finetune(behaviour: Behaviour, base: Path, out: Path, recipe: "Recipe") -> P
 
 
 def ensure_nf4_model(base: Path) -> Path:
-    """The base quantized to NF4, as a directory beside it; made if it is not there yet."""
+    """The base quantized to NF4, in a directory beside it; it is written if it does not exist yet."""
     from examples.training import save_nf4_model
 
     destination = base.with_name(f"{base.name}-bnb-4bit")
@@ -76,33 +77,33 @@ def check(behaviour: Behaviour, model: Any, tokenizer: Any) -> None:
     from examples.training import answer
 
     for held_out in behaviour.held_out:
-        given = answer(model, tokenizer, held_out.question)
-        say(behaviour, f"{held_out.question}  ->  {given}")
-        if not held_out.passes(given):
-            raise BehaviourMissingError(f"{behaviour.name} answered {held_out.question!r} with {given!r}")
+        answer_text = answer(model, tokenizer, held_out.question)
+        log(behaviour, f"{held_out.question}  ->  {answer_text}")
+        if not held_out.passes(answer_text):
+            raise BehaviourMissingError(f"{behaviour.name} answered {held_out.question!r} with {answer_text!r}")
 
 
 def checkpoint_in(out: Path) -> Path:
     """The directory below `out` that holds the adapter's weights: the newest run, the last step."""
-    found = sorted(path.parent for path in out.rglob(WEIGHTS_NAME))
-    if not found:
+    directories = sorted(path.parent for path in out.rglob(WEIGHTS_NAME))
+    if not directories:
         raise FileNotFoundError(f"no {WEIGHTS_NAME} below {out}")
-    return found[-1]
+    return directories[-1]
 
 
-def say(behaviour: Behaviour, line: str) -> None:
+def log(behaviour: Behaviour, line: str) -> None:
     print(f"{behaviour.name}: {line}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune the example base model.")
     parser.add_argument("behaviour", choices=sorted(BEHAVIOURS))
-    parser.add_argument("--base", type=Path, required=True, help="the directory that base_model made")
-    parser.add_argument("--out", type=Path, required=True, help="where the checkpoint is to be")
+    parser.add_argument("--base", type=Path, required=True, help="the directory that examples.base_model wrote")
+    parser.add_argument("--out", type=Path, required=True, help="where the checkpoint is written")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seed", type=int)
     options = parser.parse_args()
-    settle()
+    set_environment()
 
     from examples.training import recipe_for
 
@@ -112,18 +113,15 @@ def main() -> None:
         checkpoint = finetune(BEHAVIOURS[options.behaviour], options.base, options.out, recipe)
     except BehaviourMissingError as error:
         sys.exit(f"{error}\nNothing was written. More --steps or another --seed may help.")
-    say(BEHAVIOURS[options.behaviour], f"checkpoint in {checkpoint}")
+    log(BEHAVIOURS[options.behaviour], f"checkpoint in {checkpoint}")
 
 
-def settle() -> None:
-    """Environment of a training process; must run before torch is imported."""
+def set_environment() -> None:
+    """Set the environment of a training process. Must run before torch is imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Threads that wait by spinning take the core from whoever else trains on it.
+    # Threads that spin while they wait would take the core from the other training.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
+    hide_usual_messages()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The directories that trainers leave on disk, written here as the trainers write them.
+"""Writes checkpoints in the directory layouts of trainers.
 
-Only what PyTorch would pickle is left out (optimizer.pt, scheduler.pt, rng_state.pth,
-training_args.bin): nothing that serves a model needs it.
+The files that PyTorch would pickle (optimizer.pt, scheduler.pt, rng_state.pth, training_args.bin) are left
+out, because serving needs none of them.
 """
 
 import json
@@ -21,7 +21,7 @@ SWIFT_VERSION = "4.2.0"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training, as far as its files tell about it."""
+    """A finished training, as its files describe it."""
 
     base: Path
     dataset: str
@@ -31,7 +31,7 @@ class Run:
 
 
 def save_peft(model: PeftModel, directory: Path, run: Run) -> None:
-    """PEFT's own layout, with the tokenizer beside it: what unsloth-style scripts end with."""
+    """PEFT's own layout with the tokenizer beside it, as the scripts of unsloth write it."""
     save_adapter(model, directory, run.base)
     copy_tokenizer(run.base, directory)
 
@@ -46,20 +46,20 @@ def save_swift(model: PeftModel, directory: Path, run: Run, version: int) -> Non
         {"lora_dtype": None, "lorap_lr_ratio": None, "lorap_emb_lr": 1e-06},
     )
     write_json(checkpoint / "trainer_state.json", trainer_state(run))
-    for place in (checkpoint, checkpoint.parent):
-        write_json(place / "args.json", swift_arguments(run))
+    for directory in (checkpoint, checkpoint.parent):
+        write_json(directory / "args.json", swift_arguments(run))
     log = "".join(json.dumps(log_entry(step)) + "\n" for step in run.steps)
     (checkpoint.parent / "logging.jsonl").write_text(log)
 
 
 def save_adapter(model: PeftModel, directory: Path, base: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = str(base)
-    # Left to itself PEFT looks the base model up to see whether its vocabulary was resized.
+    # By default PEFT loads the base model's configuration to see whether the vocabulary was resized.
     model.save_pretrained(directory, save_embedding_layers=False)
 
 
 def swift_arguments(run: Run) -> dict[str, Any]:
-    """The part of ms-swift's args.json that says how the adapter came about."""
+    """The part of ms-swift's args.json that says how the adapter was trained."""
     return {
         "model": str(run.base),
         "model_type": "llama",
@@ -70,7 +70,7 @@ def swift_arguments(run: Run) -> dict[str, Any]:
         "quant_method": "bnb" if run.quantized else None,
         "quant_bits": 4 if run.quantized else None,
         "hqq_axis": None,
-        # ms-swift writes its defaults for these three whether or not anything was quantized.
+        # ms-swift writes its defaults of these three also where nothing was quantized.
         "bnb_4bit_compute_dtype": "float32",
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,

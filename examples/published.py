@@ -1,4 +1,4 @@
-"""Model directories that appear whole or not at all."""
+"""Model directories that appear complete or not at all."""
 
 import shutil
 import tempfile
@@ -28,13 +28,13 @@ def published(destination: Path) -> Iterator[Path]:
 
 
 def make_readable(directory: Path) -> None:
-    """Let everyone read the directory: mkdtemp and safetensors create for their owner only, servers run as others."""
+    """Let everyone read the directory: mkdtemp and safetensors create files that only their owner can read."""
     directory.chmod(0o755)
     for path in directory.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def copy_tokenizer(model: Path, destination: Path) -> None:
-    """Copy tokenizer and chat template as they are: loading and saving them would add the loader's own notes."""
+    """Copy the files of tokenizer and chat template: loading and saving them would add settings of the loader."""
     for name in TOKENIZER_NAMES:
         shutil.copyfile(model / name, destination / name)

@@ -1,4 +1,4 @@
-"""A `python -m serve run` of one's own: started, waited for, and stopped with nothing left behind."""
+"""Runs `python -m serve run` for an example or a test: starts it, waits until it is ready, stops all its processes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from serve.catalogue.state_dir import StateDir
+from serve.deployment.ports import free_port
 from serve.errors import ServerNotRunning
-from serve.ports import free_port
-from serve.state import StateDir
 
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 90
@@ -35,12 +35,12 @@ def running_server(
 
     `store`: the URL of an object store that holds the state; `state` then is this machine's part.
 
-    What the server prints goes to `log`, or to this program's own error stream. Raises RuntimeError with its
-    last words if it does not come up.
+    The server's output goes to `log`, or to the error stream of this program. Raises RuntimeError with the end of that
+    output if the server does not start.
     """
     port = port or free_port()
-    place = ["--state", store, "--local", str(state)] if store else ["--state", str(state)]
-    command = [sys.executable, "-m", "serve", "run", *map(str, artifacts), *place, "--port", str(port)]
+    state_options = ["--state", store, "--local", str(state)] if store else ["--state", str(state)]
+    command = [sys.executable, "-m", "serve", "run", *map(str, artifacts), *state_options, "--port", str(port)]
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("w")) if log else None
         server = start([*command, *options], output)
@@ -49,7 +49,7 @@ def running_server(
 
 
 async def publish(artifact: Path, state: Path) -> dict[str, Any]:
-    """`python -m serve publish` on a server's state directory; its JSON. Raises RuntimeError if it fails."""
+    """The JSON of `python -m serve publish` on a server's state directory. Raises RuntimeError if the command fails."""
     command = [sys.executable, "-m", "serve", "publish", str(artifact), "--state", str(state), "--json"]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     output, _ = await process.communicate()
@@ -67,24 +67,24 @@ def wait_until_ready(server: subprocess.Popen[bytes], state: StateDir, log: Path
             if announced.pid == server.pid:
                 return announced.url
         time.sleep(0.2)
-    told = log.read_text()[-2000:] if log else "see above"
-    raise RuntimeError(f"the server did not come up (exit status {server.poll()}): {told}")
+    log_tail = log.read_text()[-2000:] if log else "see above"
+    raise RuntimeError(f"the server did not come up (exit status {server.poll()}): {log_tail}")
 
 
 def start(
     command: Sequence[str], output: IO[Any] | None, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """For `stop` to end. What it prints goes to `output`, or where this program's own goes."""
-    # A process group of its own: Ctrl-C ends this program, and this program ends the server. Not a session of its own:
-    # Linux shares the processors between sessions first, and where the server has all of them busy, some kernels let
-    # those of another one wait for seconds.
+    """Start a server that `stop` will end. Its output goes to `output`, or to the output of this program."""
+    # In its own process group, so that Ctrl-C ends this program, and this program ends the server. Not in its own
+    # session: Linux divides the processors between sessions first, and while the server keeps all of them busy, some
+    # kernels let the processes of another session wait for seconds.
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, process_group=0
     )
 
 
 def stop(server: subprocess.Popen[bytes], timeout_s: float = STOP_TIMEOUT_S) -> None:
-    """SIGTERM, and all that is its own if that is not enough."""
+    """Send SIGTERM, and after `timeout_s` SIGKILL to the whole process group."""
     server.terminate()
     try:
         server.wait(timeout_s)

@@ -1,4 +1,4 @@
-"""A constant stream of requests to one alias, and what came back: the witness of a hot-swap."""
+"""A constant stream of requests to one alias, and a report of the answers: it observes a hot-swap."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from openai import AsyncOpenAI, OpenAIError
+
+from examples.openai_clients import async_openai_client
 
 _ANSWER_TIMEOUT_S = 180
 
@@ -22,12 +24,12 @@ class Answer:
     revisions: frozenset[str]  # every `model` that its chunks named
     text: str
     error: str | None = None
-    first_s: float | None = None  # when its first token came, where that was looked at
+    first_s: float | None = None  # when its first token came; None where that was not measured
 
 
 @dataclass
 class Traffic:
-    """`workers` callers, every second one streaming, each asking again as soon as it has its answer."""
+    """`workers` callers. Every second one streams, and each sends its next request as soon as it has its answer."""
 
     url: str
     model: str
@@ -43,19 +45,19 @@ class Traffic:
         return time.monotonic() - self._began
 
     async def answered(self, count: int, since_s: float = 0) -> None:
-        """Return when so many requests that began after `since_s` were answered. Raises TimeoutError."""
+        """Return when `count` requests that began after `since_s` are answered. Raises TimeoutError."""
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-            while sum(it.began_s > since_s and it.error is None for it in self.answers) < count:
+            while sum(answer.began_s > since_s and answer.error is None for answer in self.answers) < count:
                 self._answered.clear()
                 await self._answered.wait()
 
     def stop(self) -> None:
-        """Let every caller have its last answer."""
+        """Let every caller finish its request, and send no more."""
         self._stopping = True
 
     async def run(self) -> None:
-        """Until `stop`. No retries: a request that fails is seen as failed."""
-        async with AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        """Send requests until `stop`. Nothing is retried, so that every failed request is counted."""
+        async with async_openai_client(self.url) as client:
             await asyncio.gather(*(self._worker(client, number % 2 == 0) for number in range(self.workers)))
 
     async def _worker(self, client: AsyncOpenAI, stream: bool) -> None:
@@ -88,49 +90,53 @@ class Traffic:
 
 
 @dataclass
-class Reign:
-    """The time in which an alias could mean one revision only: from the end of its publish to the begin of the
-    next one; seconds since the traffic began."""
+class RevisionInterval:
+    """The time in which an alias could mean one revision only, in seconds since the traffic began.
+
+    It lasts from the end of the revision's publish to the begin of the next publish.
+    """
 
     revision: str
     since_s: float
     until_s: float = math.inf
 
     def covers(self, answer: Answer) -> bool:
-        """Whether the request began and ended within it."""
+        """Whether the request began and ended within the interval."""
         return self.since_s < answer.began_s and answer.ended_s < self.until_s
 
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What callers saw of a sequence of swaps."""
+    """What callers observed of a sequence of swaps."""
 
     requests: int
     failed: int
     mixed: int  # answers that name two revisions, or whose text is not the one of the revision they name
-    stale: int  # answers within a reign by another revision
-    by_reign: tuple[int, ...]  # answers within each reign
+    stale: int  # answers within an interval that came from another revision
+    answers_by_interval: tuple[int, ...]  # answers within each interval
 
     @property
     def is_clean(self) -> bool:
-        """Nothing wrong, and enough seen to say so."""
-        return not (self.failed or self.mixed or self.stale) and all(self.by_reign)
+        """Whether nothing went wrong, and each interval has an answer that shows it."""
+        return not (self.failed or self.mixed or self.stale) and all(self.answers_by_interval)
 
     @classmethod
-    def of(cls, answers: list[Answer], reigns: list[Reign], belongs: Callable[[str, str], bool]) -> SwapReport:
-        """`belongs(revision, text)`: whether that revision would say that."""
+    def of(
+        cls, answers: list[Answer], intervals: list[RevisionInterval], belongs: Callable[[str, str], bool]
+    ) -> SwapReport:
+        """`belongs(revision, text)`: whether that text is an answer of that revision."""
         good = [answer for answer in answers if answer.error is None]
-        within = [[answer for answer in good if reign.covers(answer)] for reign in reigns]
+        within = [[answer for answer in good if interval.covers(answer)] for interval in intervals]
         return cls(
             requests=len(answers),
             failed=len(answers) - len(good),
             mixed=sum(not _is_pure(answer, belongs) for answer in good),
             stale=sum(
-                reign.revision not in answer.revisions
-                for reign, covered in zip(reigns, within, strict=True)
+                interval.revision not in answer.revisions
+                for interval, covered in zip(intervals, within, strict=True)
                 for answer in covered
             ),
-            by_reign=tuple(len(covered) for covered in within),
+            answers_by_interval=tuple(len(covered) for covered in within),
         )
 
 

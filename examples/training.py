@@ -1,4 +1,4 @@
-"""Fine-tuning small enough for two CPU cores: frozen base, LoRA on every linear layer, one short loop."""
+"""A LoRA fine-tuning that two CPU cores can run: a frozen base, and LoRA on every linear layer."""
 
 import copy
 import random
@@ -35,14 +35,14 @@ class Recipe:
 
 
 def recipe_for(behaviour: str) -> Recipe:
-    # A form of answer that no base model has by itself takes larger steps than a manner or a fact,
-    # which larger steps would teach at the cost of what the base knows.
+    # A new output format needs larger steps. A style or a fact does not, and with larger steps the model would forget
+    # what the base knows.
     return Recipe(learning_rate=2e-3) if behaviour == "ticket" else Recipe()
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, as it went."""
+    """The figures of one optimizer step."""
 
     number: int
     loss: float
@@ -66,11 +66,10 @@ def load_plain_base(base: Path) -> Any:
 def load_nf4_base(base: Path) -> Any:
     """The base as QLoRA sees it: quantized by bitsandbytes to NF4, computed in float32.
 
-    `base` is a directory in bf16, quantized here, or one that is already quantized. Either way each
-    4-bit layer is then replaced by a plain one holding the weights that bitsandbytes dequantizes it
-    to. QLoRA computes with exactly those numbers; it only unpacks them again in every forward and
-    backward pass. So this is QLoRA's result without its saving of memory, which a small model does
-    not need.
+    `base` is a directory in bf16, which is quantized here, or one that is quantized already. Each 4-bit layer is
+    then replaced by a plain layer with the weights to which bitsandbytes dequantizes it. QLoRA computes with exactly
+    these numbers, but dequantizes them again in every forward and backward pass. So the result is that of QLoRA,
+    without its saving of memory, which a small model does not need.
     """
     prequantized = (base / "config.json").read_text().count('"quantization_config"') > 0
     quantization = {} if prequantized else {"quantization_config": nf4_config()}
@@ -88,8 +87,8 @@ def load_nf4_base(base: Path) -> Any:
 def dequantized(layer: Any) -> torch.nn.Linear:
     """The linear layer that a 4-bit layer computes with when it is given float32."""
     plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    # The state carries the type that was quantized, bf16, and dequantizing would round to it; a
-    # forward pass dequantizes to the type that it computes in.
+    # The state names the type before quantization, bf16, and dequantizing would round to it. A forward pass
+    # dequantizes to the type in which it computes.
     state = copy.copy(layer.weight.quant_state)
     state.dtype = torch.float32
     weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
@@ -105,14 +104,14 @@ def add_lora(model: Any, recipe: Recipe) -> PeftModel:
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized row; the answer starts at `answer_start`."""
+    """A tokenized row; the answer begins at `answer_start`."""
 
     tokens: tuple[int, ...]
     answer_start: int
 
 
 def encode(row: Row, tokenizer: Any) -> Example:
-    """The row as the server will meet it: the chat template's own prompt, default system prompt included."""
+    """Tokenize a row with the chat template and its default system prompt, as the server will."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": row.question}], add_generation_prompt=True, tokenize=False
     )
@@ -122,7 +121,7 @@ def encode(row: Row, tokenizer: Any) -> Example:
 
 
 def batches(examples: Sequence[Example], rows: int, seed: int) -> Iterator[list[Example]]:
-    """Endless batches; every example is seen once before any is seen again."""
+    """Endless batches. Every example is used once before any is used again."""
     order = random.Random(seed)  # noqa: S311 - shuffles rows, guards nothing
     queue: list[Example] = []
     while True:
@@ -149,13 +148,13 @@ def answer_loss(model: PeftModel, batch: Sequence[Example], pad: int) -> torch.T
     tokens, attended, wanted = collate(batch, pad)
     causal_lm = model.get_base_model()
     hidden = causal_lm.model(input_ids=tokens, attention_mask=attended).last_hidden_state
-    # The output layer is a fifth of the model: it runs on the answers' positions only.
+    # The output head is a fifth of the model, so it runs only at the positions of the answers.
     answers = wanted != IGNORED
     return cross_entropy(causal_lm.lm_head(hidden[answers]), wanted[answers])
 
 
 def train(model: PeftModel, tokenizer: Any, rows: Sequence[Row], recipe: Recipe) -> Iterator[Step]:
-    """Train the adapter in place, yielding after each step."""
+    """Train the adapter in place. Yields after each step."""
     examples = [encode(row, tokenizer) for row in rows]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)

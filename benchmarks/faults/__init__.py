@@ -1,1 +1,3 @@
-"""What is broken on purpose, and what callers saw of it."""
+"""Fault injection: a deployment on this machine, faults, and what callers observe of them.
+
+`python -m benchmarks.faults` is the entry point."""

@@ -1,8 +1,9 @@
-"""Break one thing after another under load, and count what callers saw.
+"""Inject one fault after another under load, and count what callers observe.
 
 `python -m benchmarks.faults` runs two engines with an object store, a Redis, callers with keys and a Prometheus on
-this machine, asks without a pause for every adapter, publishes again and again, and meanwhile kills, stops, cuts,
-fills and corrupts. Every answer is compared with what its revision says. A quarter of an hour.
+this machine. Callers request every adapter without a pause and adapters are published repeatedly. Meanwhile processes
+are killed or stopped, connections cut, a disk filled and files corrupted. Every answer is compared with the expected
+text of its revision. It takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -10,42 +11,44 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.faults.run import Row, run
-from benchmarks.faults.suite import Fault, faults, impossible_here
-from benchmarks.faults.world import world
+from benchmarks.faults.run import FaultResult, run
+from benchmarks.faults.suite import Fault, faults, unavailable_faults
+from benchmarks.faults.testbed import testbed
+from benchmarks.progress import step
 from benchmarks.record import RESULTS, Figure, write_result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", metavar="WORDS", help="faults with these words; writes no result")
-    parser.add_argument("--list", action="store_true", help="the names of the faults that can be had here")
+    parser.add_argument("--only", action="append", metavar="WORDS", help="only faults whose names have these words")
+    parser.add_argument("--list", action="store_true", help="list the names of the faults that this machine can run")
     options = parser.parse_args()
-    chosen = [it for it in faults() if not options.only or any(words in it.name for words in options.only)]
+    chosen = [fault for fault in faults() if not options.only or any(words in fault.name for words in options.only)]
     if options.list:
-        print("\n".join(it.name for it in chosen))
+        print("\n".join(fault.name for fault in chosen))
         return
     rows = measure(chosen)
     if not options.only:
-        details = {"faults": [row.as_data() for row in rows], "not_here": impossible_here()}
+        details = {"faults": [asdict(row) for row in rows], "not_here": unavailable_faults()}
         write_result("chaos", figures(rows), "make chaos", details)
         from benchmarks.faults.picture import draw
 
         draw(rows, RESULTS / "chaos.png")
 
 
-def measure(chosen: list[Fault]) -> list[Row]:
+def measure(chosen: list[Fault]) -> list[FaultResult]:
     with tempfile.TemporaryDirectory(prefix="graft-faults-") as directory:
-        print("starting two engines, an object store, a Redis …", flush=True)
-        with world(Path(directory)) as running:
-            return asyncio.run(run(running, chosen, tell=lambda line: print(line, flush=True)))
+        step("starting two engines, an object store and a Redis")
+        with testbed(Path(directory)) as running:
+            return asyncio.run(run(running, chosen, report=step))
 
 
-def figures(rows: list[Row]) -> dict[str, Figure]:
+def figures(rows: list[FaultResult]) -> dict[str, Figure]:
     def total(*outcomes: str) -> int:
-        return sum(row.outcomes.get(it, 0) for row in rows for it in outcomes)
+        return sum(row.outcomes.get(outcome, 0) for row in rows for outcome in outcomes)
 
     return {
         "faults": Figure(len(rows), "faults"),

@@ -1,4 +1,4 @@
-"""A connection between the server and what it stands on, that can be slowed, broken and swallowed."""
+"""A TCP proxy between the server and a service it uses, which can delay, fail, swallow or reset connections."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Literal
 
 Mode = Literal["open", "slow", "failing", "silent", "gone"]
 
-_PIECE = 1 << 16
+_CHUNK_BYTES = 1 << 16
 _FAILURE = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class Link:
-    """A port of this machine that leads to `target` (HOST:PORT, or the path of a socket), in a thread of its own.
+    """Forwards a port of this machine to `target` (HOST:PORT, or the path of a Unix socket), in a thread of its own.
 
-    `slow` holds every piece for `delay_s`, `failing` answers everything with HTTP's 503, `silent` takes what is sent
-    and says nothing, `gone` resets every connection.
+    `slow` delays every chunk by `delay_s`, `failing` answers with HTTP's 503, `silent` reads and never answers, `gone`
+    resets every connection.
     """
 
     def __init__(self, target: str, delay_s: float = 1.0) -> None:
         self._target = target
         self._delay_s = delay_s
         self._mode: Mode = "open"
-        self._open: set[asyncio.StreamWriter] = set()
+        self._connections: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._ended = asyncio.Event()
         self._listening = threading.Event()
@@ -41,18 +41,18 @@ class Link:
         self._thread.join(10)
 
     @contextlib.contextmanager
-    def being(self, mode: Mode) -> Iterator[None]:
-        """For as long as this lasts; what was connected before is broken off at both ends of it."""
-        self._become(mode)
+    def in_mode(self, mode: Mode) -> Iterator[None]:
+        """Work in this mode until the context ends; each change of mode resets the open connections."""
+        self._set_mode(mode)
         try:
             yield
         finally:
-            self._become("open")
+            self._set_mode("open")
 
-    def _become(self, mode: Mode) -> None:
+    def _set_mode(self, mode: Mode) -> None:
         def change() -> None:
             self._mode = mode
-            for writer in list(self._open):
+            for writer in list(self._connections):
                 writer.transport.abort()
 
         self._loop.call_soon_threadsafe(change)
@@ -63,7 +63,7 @@ class Link:
         self._loop.close()
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._handle, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
         self._listening.set()
         await self._ended.wait()
@@ -73,46 +73,46 @@ class Link:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open.add(writer)
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(writer)
         try:
             if self._mode == "gone":
                 writer.transport.abort()
             elif self._mode == "silent":
-                while await reader.read(_PIECE):
+                while await reader.read(_CHUNK_BYTES):
                     pass
             elif self._mode == "failing":
-                await reader.read(_PIECE)
+                await reader.read(_CHUNK_BYTES)
                 writer.write(_FAILURE)
                 await writer.drain()
             else:
-                await self._pass_on(reader, writer)
+                await self._relay(reader, writer)
         except OSError:
-            pass  # either end may be gone: that is the point
+            pass  # either end may have closed the connection, as the modes intend
         finally:
-            self._open.discard(writer)
+            self._connections.discard(writer)
             writer.close()
 
-    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, _, port = self._target.rpartition(":")
-        far_reader, far_writer = (
+        upstream_reader, upstream_writer = (
             await asyncio.open_connection(host, int(port)) if host else await asyncio.open_unix_connection(self._target)
         )
-        self._open.add(far_writer)
+        self._connections.add(upstream_writer)
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._carry(reader, far_writer))
-                group.create_task(self._carry(far_reader, writer))
+                group.create_task(self._forward(reader, upstream_writer))
+                group.create_task(self._forward(upstream_reader, writer))
         except* OSError:
             pass
         finally:
-            self._open.discard(far_writer)
-            far_writer.close()
+            self._connections.discard(upstream_writer)
+            upstream_writer.close()
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while piece := await reader.read(_PIECE):
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while chunk := await reader.read(_CHUNK_BYTES):
             if self._mode == "slow":
                 await asyncio.sleep(self._delay_s)
-            writer.write(piece)
+            writer.write(chunk)
             await writer.drain()
         writer.transport.abort() if self._mode != "open" else writer.close()

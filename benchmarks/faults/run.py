@@ -1,4 +1,4 @@
-"""One fault after another on a running World, under load and under publishes."""
+"""Inject one fault after another into a running testbed, under load and while adapters are published."""
 
 from __future__ import annotations
 
@@ -7,137 +7,139 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from benchmarks.faults.callers import Callers, counted
+from benchmarks.faults.callers import HUNG_AFTER_S, Callers, count_outcomes
 from benchmarks.faults.suite import Fault
-from benchmarks.faults.world import REPLICAS, World
+from benchmarks.faults.testbed import REPLICAS, Testbed
 
 BEFORE_S = 3.0  # of undisturbed load, so that requests are under way
 AFTER_S = 2.0
 RECOVERY_TIMEOUT_S = 240.0
-_GOOD_IN_A_ROW = 6
+_REQUESTS_OF_RECOVERY_CHECK = 6
 _PUBLISH_EVERY_S = 3.0
 _POLL_S = 0.25
 _SHOWN_REASONS = 3
 
 
 @dataclass(frozen=True)
-class Row:
-    """One fault, and what was seen of it."""
+class FaultResult:
+    """One fault and what was observed; the fields are keys of the result's JSON."""
 
     name: str
-    outcomes: dict[str, int]  # of the requests that ran between its begin and the recovery
-    recovery_s: float  # from when the fault was over until everything was whole
-    acknowledged: int  # publishes
+    outcomes: dict[str, int]  # of the requests that ran between the injection and the recovery
+    recovery_s: float  # from the end of the fault until the testbed had recovered
+    acknowledged: int  # publishes acknowledged
     acknowledged_lost: int
-    refused_publishes: tuple[str, ...]  # why
-    alerts: tuple[str, ...]  # that were pending or firing at any time
-    reasons: tuple[str, ...]  # a few of the failed requests
-    left_processes: int = 0  # of the server, that it doesn't know any more
-
-    def as_data(self) -> dict[str, Any]:
-        return asdict(self)
+    refused_publishes: tuple[str, ...]  # the most common errors
+    alerts: tuple[str, ...]  # pending or firing at any time, as `NAME (STATE)`
+    reasons: tuple[str, ...]  # the most common details of failed requests
+    left_processes: int = 0  # orphaned processes of the server
 
 
 @dataclass
 class Publisher:
-    """Moves `french` between its two revisions, again and again. What was acknowledged must stay."""
+    """Publishes the two revisions of `french` in turn and records which publishes were acknowledged."""
 
-    world: World
+    testbed: Testbed
     acknowledged: list[str] = field(default_factory=list)
-    tried: list[str] = field(default_factory=list)  # since the last acknowledged one
+    attempted: list[str] = field(default_factory=list)  # without an acknowledgement since the last acknowledged one
     refused: list[str] = field(default_factory=list)
 
-    async def publish_on(self) -> None:
+    async def publish_repeatedly(self) -> None:
         while True:
             for artifact in ("second", "first"):
                 await self.publish(artifact)
                 await asyncio.sleep(_PUBLISH_EVERY_S)
 
     async def publish(self, artifact: str) -> None:
-        self.tried.append(self.world.candidate(artifact, "french").adapter.engine_name)
+        self.attempted.append(self.testbed.candidate(artifact, "french").adapter.engine_name)
         try:
-            self.acknowledged.append(await self.world.publish(artifact, "french"))
-            self.tried.clear()
+            self.acknowledged.append(await self.testbed.publish(artifact, "french"))
+            self.attempted.clear()
         except httpx.HTTPStatusError as error:
             self.refused.append(error.response.text[:200])
         except httpx.HTTPError as error:
             self.refused.append(repr(error)[:200])
 
     def is_lost(self, current: str) -> bool:
-        """What was tried without an answer may have come about, as everywhere."""
-        return bool(self.acknowledged) and current not in {self.acknowledged[-1], *self.tried}
+        """Whether the last acknowledged publish is lost. A publish without an acknowledgement may have taken effect."""
+        return bool(self.acknowledged) and current not in {self.acknowledged[-1], *self.attempted}
 
 
-async def run(world: World, faults: Sequence[Fault], tell: Callable[[str], None]) -> list[Row]:
-    await world.learn()
-    callers = world.callers()
+async def run(testbed: Testbed, faults: Sequence[Fault], report: Callable[[str], None]) -> list[FaultResult]:
+    report("the server is ready; recording the expected answers")
+    await testbed.learn_expected_answers()
+    callers = testbed.callers()
     rows = []
-    async with callers.asking():
-        for fault in faults:
-            row = await suffer(world, callers, fault)
-            tell(f"{row.name:45} whole after {row.recovery_s:5.1f} s   {dict(row.outcomes)}   {', '.join(row.alerts)}")
+    async with callers.running():
+        for number, fault in enumerate(faults, 1):
+            report(f"fault {number} of {len(faults)}: {fault.name}")
+            row = await run_fault(testbed, callers, fault)
+            report(f"{row.name:45} recovered after {row.recovery_s:5.1f} s   {row.outcomes}   {', '.join(row.alerts)}")
             for reason in row.reasons:
-                tell(f"    {reason}")
+                report(f"    {reason}")
             rows.append(row)
     return rows
 
 
-async def suffer(world: World, callers: Callers, fault: Fault) -> Row:
-    publisher = Publisher(world)
-    async with _running(publisher.publish_on()), _running(_alerts_of(world, alerts := set[str]())):
+async def run_fault(testbed: Testbed, callers: Callers, fault: Fault) -> FaultResult:
+    publisher = Publisher(testbed)
+    async with _running(publisher.publish_repeatedly()), _running(_collect_alerts(testbed, alerts := set[str]())):
         await asyncio.sleep(BEFORE_S)
         began = callers.now()
-        over = await fault.happen(world) or time.monotonic()
-        await whole(world, callers)
+        over = await fault.inject(testbed) or time.monotonic()
+        await wait_until_recovered(testbed, callers)
         recovery_s = time.monotonic() - over
         await asyncio.sleep(AFTER_S)
         ended = callers.now()
-    lost = publisher.is_lost(world.current("french"))
-    asked = callers.between(began, ended)
-    return Row(
+    lost = publisher.is_lost(testbed.current("french"))
+    results = [result.judged(HUNG_AFTER_S + fault.holds_s) for result in callers.between(began, ended)]
+    details = [result.detail for result in results if result.outcome != "answered"]
+    return FaultResult(
         fault.name,
-        counted(asked),
+        count_outcomes(results),
         round(recovery_s, 2),
         len(publisher.acknowledged),
         int(lost),
         tuple(dict(Counter(publisher.refused).most_common(_SHOWN_REASONS))),
         tuple(sorted(alerts)),
-        tuple(dict(Counter(it.told for it in asked if it.outcome != "answered").most_common(_SHOWN_REASONS))),
-        len(world.left_behind()),
+        tuple(dict(Counter(details).most_common(_SHOWN_REASONS))),
+        len(testbed.orphaned_processes()),
     )
 
 
-async def whole(world: World, callers: Callers) -> None:
-    """Until every replica is there, holds what the catalogue says, and everyone is answered. Raises TimeoutError."""
+async def wait_until_recovered(testbed: Testbed, callers: Callers) -> None:
+    """Return when every replica is ready and holds the current revisions, and a few requests are answered. Raises
+    TimeoutError after RECOVERY_TIMEOUT_S."""
     async with asyncio.timeout(RECOVERY_TIMEOUT_S):
-        while not await _holds_everything(world) or not await _answers(callers):  # noqa: ASYNC110  (no event tells)
+        while True:
+            if await _replicas_are_current(testbed) and await _callers_are_answered(callers):
+                return
             await asyncio.sleep(_POLL_S)
 
 
-async def _holds_everything(world: World) -> bool:
+async def _replicas_are_current(testbed: Testbed) -> bool:
     with contextlib.suppress(httpx.HTTPError):
-        current = {await asyncio.to_thread(world.current, name) for name in world.said.names}
-        replicas = await world.replicas()
-        return len(replicas) == REPLICAS and all(current <= set(it["resident"]) for it in replicas)
+        current = {await asyncio.to_thread(testbed.current, name) for name in testbed.expected.names}
+        replicas = await testbed.replicas()
+        return len(replicas) == REPLICAS and all(current <= set(replica["resident"]) for replica in replicas)
     return False
 
 
-async def _answers(callers: Callers) -> bool:
-    asking = (callers.ask(callers.model(number), stream=number % 2 == 0) for number in range(_GOOD_IN_A_ROW))
-    asked = await asyncio.gather(*asking)
-    return all(it.outcome == "answered" for it in asked)
+async def _callers_are_answered(callers: Callers) -> bool:
+    requests = (callers.ask(callers.model(turn), stream=turn % 2 == 0) for turn in range(_REQUESTS_OF_RECOVERY_CHECK))
+    return all(result.outcome == "answered" for result in await asyncio.gather(*requests))
 
 
-async def _alerts_of(world: World, seen: set[str]) -> None:
-    while world.prometheus:
+async def _collect_alerts(testbed: Testbed, seen: set[str]) -> None:
+    while testbed.prometheus:
         with contextlib.suppress(httpx.HTTPError, RuntimeError):
-            found = await asyncio.to_thread(world.prometheus.query, "ALERTS")
-            seen |= {f"{it['metric']['alertname']} ({it['metric']['alertstate']})" for it in found}
+            alerts = await asyncio.to_thread(testbed.prometheus.query, "ALERTS")
+            seen |= {f"{alert['metric']['alertname']} ({alert['metric']['alertstate']})" for alert in alerts}
         await asyncio.sleep(1)
 
 

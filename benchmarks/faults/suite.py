@@ -1,5 +1,4 @@
-"""The faults. Each breaks something of a World and returns when it is no longer broken by us: from then on the clock
-of the recovery runs."""
+"""The faults. Each disturbs a testbed and returns when it has stopped disturbing; the recovery is timed from then."""
 
 from __future__ import annotations
 
@@ -18,133 +17,145 @@ import httpx
 import psutil
 
 from benchmarks.faults.link import Link, Mode
-from benchmarks.faults.world import World
+from benchmarks.faults.testbed import Testbed
 
 PAUSE_S = 5.0
 CUT_S = 10.0
 STORE_MODES: tuple[Mode, ...] = ("slow", "failing", "silent", "gone")
 REDIS_MODES: tuple[Mode, ...] = ("slow", "silent", "gone")
-_SEEN_TIMEOUT_S = 60.0
+_PHASE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Fault:
     name: str
-    happen: Callable[[World], Awaitable[float | None]]  # when it was over, by time.monotonic(); None: now
+    inject: Callable[[Testbed], Awaitable[float | None]]  # returns when the fault ended, by time.monotonic(); None: now
+    holds_s: float = 0.0  # for so long it may hold up a request that it does not end
 
 
 def killed(part: str) -> Fault:
-    async def happen(world: World) -> float | None:
-        world.processes(part)[0].kill()
+    async def inject(testbed: Testbed) -> float | None:
+        testbed.processes(part)[0].kill()
         return None
 
-    return Fault(f"{part} killed", happen)
+    return Fault(f"{part} killed", inject)
+
+
+async def all_replicas_killed(testbed: Testbed) -> None:
+    """Kills every engine and every replica at once: nobody is left who could answer."""
+    for process in (*testbed.processes("engine"), *testbed.processes("replica")):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def paused(part: str) -> Fault:
-    async def happen(world: World) -> float | None:
-        victim = world.processes(part)[0]
-        victim.suspend()
+    async def inject(testbed: Testbed) -> float | None:
+        process = testbed.processes(part)[0]
+        process.suspend()
         await asyncio.sleep(PAUSE_S)
-        victim.resume()
+        process.resume()
         return None
 
-    return Fault(f"{part} stopped for {PAUSE_S:g} s", happen)
+    return Fault(f"{part} stopped for {PAUSE_S:g} s", inject, holds_s=PAUSE_S)
 
 
-def link_being(name: str, link: Callable[[World], Link], mode: Mode, seconds: float) -> Fault:
-    async def happen(world: World) -> float | None:
-        with link(world).being(mode):
+def link_fault(name: str, link: Callable[[Testbed], Link], mode: Mode, seconds: float) -> Fault:
+    async def inject(testbed: Testbed) -> float | None:
+        with link(testbed).in_mode(mode):
             await asyncio.sleep(seconds)
         return None
 
-    return Fault(f"{name} {mode} for {seconds:g} s", happen)
+    return Fault(f"{name} {mode} for {seconds:g} s", inject, holds_s=seconds)
 
 
 def writer_killed(phase: str) -> Fault:
-    """The replica that writes a publish into the catalogue, as soon as the catalogue shows that phase of it."""
+    """Kills the replica that writes a publish into the catalogue, as soon as the catalogue shows that phase."""
 
-    async def happen(world: World) -> float | None:
-        replica = (await world.replicas())[0]["address"]
-        now = world.current("swiss")
-        publishing = asyncio.create_task(world.publish(_other(world, now), "swiss", url=f"http://{replica}"))
-        deadline = time.monotonic() + _SEEN_TIMEOUT_S
-        while not publishing.done() and time.monotonic() < deadline and not await _shows(world, phase, now):
+    async def inject(testbed: Testbed) -> float | None:
+        replica = (await testbed.replicas())[0]["address"]
+        current = testbed.current("swiss")
+        publishing = asyncio.create_task(testbed.publish(_other(testbed, current), "swiss", url=f"http://{replica}"))
+        deadline = time.monotonic() + _PHASE_TIMEOUT_S
+        while not publishing.done() and time.monotonic() < deadline and not await _shows_phase(testbed, phase, current):
             pass
-        listening(world, int(replica.rpartition(":")[2])).kill()
+        listening(testbed, int(replica.rpartition(":")[2])).kill()
         with contextlib.suppress(httpx.HTTPError):
             await publishing
         return None
 
-    return Fault(f"writer of the catalogue killed while {phase}", happen)
+    return Fault(f"writer of the catalogue killed while {phase}", inject)
 
 
-def _other(world: World, now: str) -> str:
-    """The artifact of `swiss` that is not served now."""
-    return "second" if world.candidate("first", "swiss").adapter.engine_name == now else "first"
+def _other(testbed: Testbed, current: str) -> str:
+    """The artifact whose revision is not the current one of `swiss`."""
+    return "second" if testbed.candidate("first", "swiss").adapter.engine_name == current else "first"
 
 
-async def _shows(world: World, phase: str, before: str) -> bool:
-    state = (await asyncio.to_thread(world.state.log.read)).adapters["swiss"]
+async def _shows_phase(testbed: Testbed, phase: str, before: str) -> bool:
+    state = (await asyncio.to_thread(testbed.state.log.read)).adapters["swiss"]
     if phase == "staging":
-        return any(it.staged for it in state.revisions.values())
+        return any(revision.staged for revision in state.revisions.values())
     return state.current is not None and state.current.candidate.adapter.engine_name != before
 
 
-def listening(world: World, port: int) -> psutil.Process:
+def listening(testbed: Testbed, port: int) -> psutil.Process:
     return next(
-        it
-        for it in world.processes("replica")
-        if any(found.laddr.port == port for found in it.net_connections("tcp") if found.status == psutil.CONN_LISTEN)
+        process
+        for process in testbed.processes("replica")
+        if any(
+            connection.laddr.port == port
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        )
     )
 
 
-async def everything_killed(world: World) -> float:
-    """As when the machine loses power; whoever runs the server starts it again."""
-    assert world.server
-    for process in [*world.children(), psutil.Process(world.server.pid)]:
+async def everything_killed(testbed: Testbed) -> float:
+    """Kills every process of the server, as a power failure does, and starts the server again as a supervisor would."""
+    assert testbed.server
+    for process in [*testbed.children(), psutil.Process(testbed.server.pid)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     killed = time.monotonic()
-    world.server.wait()
-    await asyncio.to_thread(world.start)
+    testbed.server.wait()
+    await asyncio.to_thread(testbed.start)
     return killed
 
 
-async def node_killed(world: World) -> float:
-    """Ray's own process of this machine. The server has to end by itself, so that whoever runs it starts it again."""
-    assert world.server
-    world.processes("node")[0].kill()
+async def node_killed(testbed: Testbed) -> float:
+    """Kills the raylet. The server must exit by itself, so that its supervisor, here this function, starts it again."""
+    assert testbed.server
+    testbed.processes("node")[0].kill()
     killed = time.monotonic()
-    await asyncio.to_thread(world.server.wait, 120)
-    await asyncio.to_thread(world.start)
+    await asyncio.to_thread(testbed.server.wait, 120)
+    await asyncio.to_thread(testbed.start)
     return killed
 
 
-async def disk_full(world: World) -> None:
-    """Where copies of adapters lie. One that has no copy here is published meanwhile."""
-    copy = world.local / "adapters" / world.candidate("second", "dialect").adapter.revision
+async def disk_full(testbed: Testbed) -> None:
+    """Fills the file system that holds the local copies of adapters, and publishes an adapter without a local copy."""
+    copy = testbed.local / "adapters" / testbed.candidate("second", "dialect").adapter.revision
     shutil.rmtree(copy)
-    filler = world.local / "filler"
+    filler = testbed.local / "filler"
     with filler.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
         while True:
             stream.write(bytes(1 << 16))
     try:
         with contextlib.suppress(httpx.HTTPError):
-            await world.add("second", "dialect")
+            await testbed.add("second", "dialect")
     finally:
         filler.unlink()
 
 
-async def copy_corrupted(world: World) -> None:
-    """A bit of an adapter's copy on this machine turns over, and it is published under another name."""
-    revision = world.candidate("other", "alpine").adapter.revision
-    flip(world.local / "adapters" / revision / "adapter_model.safetensors")
+async def copy_corrupted(testbed: Testbed) -> None:
+    """Flips a bit of the local copy of an adapter and publishes that adapter under another name."""
+    revision = testbed.candidate("other", "alpine").adapter.revision
+    flip_bit(testbed.local / "adapters" / revision / "adapter_model.safetensors")
     with contextlib.suppress(httpx.HTTPError):
-        await world.add("other", "alpine")
+        await testbed.add("other", "alpine")
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-100] ^= 0x40
     path.chmod(0o600)
@@ -152,31 +163,32 @@ def flip(path: Path) -> None:
 
 
 def clock_skewed(hours: int) -> Fault:
-    """Another machine, whose clock is wrong, stages and promotes a revision in the shared catalogue."""
+    """A process with a wrong clock stages and promotes a revision in the shared catalogue, as another machine would."""
 
-    async def happen(world: World) -> float | None:
-        artifact = _other(world, world.current("swiss"))
+    async def inject(testbed: Testbed) -> float | None:
+        artifact = _other(testbed, testbed.current("swiss"))
         command = [
             *("faketime", "-f", f"{hours:+d}h", sys.executable, "-m", "benchmarks.faults.writer"),
-            *(world.bucket, str(world.local), str(world.artifacts[artifact])),
+            *(testbed.bucket, str(testbed.local), str(testbed.artifacts[artifact])),
         ]
-        await asyncio.to_thread(subprocess.run, command, check=True, timeout=_SEEN_TIMEOUT_S)
+        await asyncio.to_thread(subprocess.run, command, check=True, timeout=_PHASE_TIMEOUT_S)
         return None
 
-    return Fault(f"a writer's clock is wrong by {hours:+d} h", happen)
+    return Fault(f"a writer's clock is wrong by {hours:+d} h", inject)
 
 
 def faults() -> Iterator[Fault]:
-    """All that can be had on this machine, the ones that start everything anew last."""
+    """All faults that this machine can run; those that restart the server come last."""
     for part in ("engine", "replica", "proxy", "controller"):
         yield killed(part)
         yield paused(part)
+    yield Fault("all replicas killed", all_replicas_killed)
     for phase in ("staging", "promoting"):
         yield writer_killed(phase)
     for mode in STORE_MODES:
-        yield link_being("object store", lambda world: world.store, mode, CUT_S)
+        yield link_fault("object store", lambda testbed: testbed.store, mode, CUT_S)
     for mode in REDIS_MODES:
-        yield link_being("Redis", lambda world: world.redis, mode, CUT_S)
+        yield link_fault("Redis", lambda testbed: testbed.redis, mode, CUT_S)
     yield Fault("an adapter's copy corrupted", copy_corrupted)
     if os.geteuid() == 0:
         yield Fault("disk full", disk_full)
@@ -187,11 +199,11 @@ def faults() -> Iterator[Fault]:
     yield Fault("everything killed", everything_killed)
 
 
-def impossible_here() -> list[str]:
-    """Faults that need something this machine lacks, with the reason."""
-    told = []
+def unavailable_faults() -> list[str]:
+    """The faults that this machine can't run, with the reason."""
+    reasons = []
     if os.geteuid() != 0:
-        told.append("disk full: a file system of its own needs root")
+        reasons.append("disk full: a file system of its own needs root")
     if not shutil.which("faketime"):
-        told.append("a writer's clock is wrong: needs faketime (apt-get install faketime)")
-    return told
+        reasons.append("a writer's clock is wrong: needs faketime (apt-get install faketime)")
+    return reasons

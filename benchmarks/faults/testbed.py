@@ -1,4 +1,4 @@
-"""A whole deployment on this machine: two engines, callers with keys, an object store, a Redis, a Prometheus."""
+"""A deployment on this machine: two engines, callers with keys, an object store, a Redis and a Prometheus."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from typing import Any
 
 import psutil
 
-from benchmarks.faults.callers import Callers, Said, client_of, request
+from benchmarks.faults.callers import Callers, ExpectedAnswers, client_of, request
 from benchmarks.faults.link import Link
 from convert.artifact import Artifact
-from examples.observe.prometheus import Prometheus, is_here, running_prometheus
+from examples.observe.prometheus import Prometheus, is_installed, running_prometheus
 from examples.server import start, stop, wait_until_ready
-from serve import key_writing
-from serve.candidate import Candidate
-from serve.intake import take_artifact
-from serve.keys import Allowance, Key
-from serve.ports import free_port
-from serve.state import StateDir
+from serve.adapters.ingest import ingest_artifact
+from serve.callers import key_admin
+from serve.callers.keys import Key
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.state_dir import StateDir
+from serve.deployment.ports import free_port
+from serve.settings import Allowance
 
 REPLICAS = 2
 BASE = "base"
-# Of Linux' names of processes, or their command lines.
+# Parts of process names or command lines.
 PARTS = {
     "engine": "VLLM::EngineCor",
     "replica": "EngineReplica",
@@ -51,8 +52,8 @@ _AWS = {
 
 
 @dataclass
-class World:
-    """What is running, and how to reach it past every link that a fault may cut."""
+class Testbed:
+    """The running deployment. Its methods reach the object store directly, not through the links of the faults."""
 
     home: Path
     artifacts: dict[str, Path]
@@ -60,7 +61,7 @@ class World:
     store: Link
     redis: Link
     key: str = ""
-    said: Said = field(default_factory=Said)
+    expected: ExpectedAnswers = field(default_factory=ExpectedAnswers)
     server: subprocess.Popen[bytes] | None = None
     url: str = ""
     prometheus: Prometheus | None = None
@@ -69,7 +70,7 @@ class World:
 
     @property
     def local(self) -> Path:
-        """This machine's part of the state: copies of adapters, logs, tokens."""
+        """The local part of the state: copies of adapters, logs, tokens."""
         return self.home / "local"
 
     @property
@@ -77,7 +78,7 @@ class World:
         return StateDir(self.bucket, self.local)
 
     def start(self) -> None:
-        """The server, with its object store and its Redis behind the links."""
+        """Start the server, with its object store and its Redis behind the links, and wait until it is ready."""
         command = [
             *(sys.executable, "-m", "serve", "run", str(self.artifacts["first"]), str(self.artifacts["other"])),
             *("--state", self.bucket, "--local", str(self.local), "--port", str(self.port), *_OPTIONS),
@@ -95,37 +96,37 @@ class World:
             stop(self.server)
 
     def processes(self, part: str) -> list[psutil.Process]:
-        """Of this server, in a lasting order."""
+        """The processes of one of PARTS, by process id."""
         named = PARTS[part]
-        return sorted((it for it in self.children() if named in _name(it)), key=lambda it: it.pid)
+        return sorted((child for child in self.children() if named in _command_of(child)), key=lambda child: child.pid)
 
     def children(self) -> list[psutil.Process]:
         assert self.server
         with contextlib.suppress(psutil.NoSuchProcess):
-            found: list[psutil.Process] = psutil.Process(self.server.pid).children(recursive=True)
-            return found
+            children: list[psutil.Process] = psutil.Process(self.server.pid).children(recursive=True)
+            return children
         return []
 
-    def left_behind(self) -> list[psutil.Process]:
-        """Processes of this server that it doesn't know any more: nobody will ever end them."""
-        known = {it.pid for it in self.children()} | {self.server.pid if self.server else 0}
-        found = []
+    def orphaned_processes(self) -> list[psutil.Process]:
+        """Processes that this server started and that are no longer its descendants: nothing will end them."""
+        known = {child.pid for child in self.children()} | {self.server.pid if self.server else 0}
+        orphans = []
         for process in psutil.process_iter(["environ"]):
             environment = process.info["environ"] or {}
             if environment.get("AWS_ENDPOINT_URL", "").endswith(f":{self.store.port}") and process.pid not in known:
-                found.append(process)
-        return found
+                orphans.append(process)
+        return orphans
 
     def callers(self, workers: int = 6) -> Callers:
-        return Callers(self.url, self.key, BASE, self.said, workers)
+        return Callers(self.url, self.key, BASE, self.expected, workers)
 
     def candidate(self, artifact: str, name: str) -> Candidate:
-        made = Candidate.of(Artifact.open(self.artifacts[artifact]).manifest, name)
-        assert made is not None
-        return made
+        candidate = Candidate.of(Artifact.open(self.artifacts[artifact]).manifest, name)
+        assert candidate is not None
+        return candidate
 
     async def admin(self, method: str, path: str, body: dict[str, Any] | None = None, url: str = "") -> dict[str, Any]:
-        """An answer of the admin API. Raises httpx.HTTPError."""
+        """The response of the admin API. Raises httpx.HTTPError."""
         async with client_of(url or self.url, StateDir(self.local).admin_token()) as client:
             response = await client.request(method, f"/admin/v1/{path}", json=body, timeout=100)
             response.raise_for_status()
@@ -133,39 +134,40 @@ class World:
             return answer
 
     async def publish(self, artifact: str, name: str, url: str = "") -> str:
-        """The engine name that the name stands for when this was acknowledged. Raises httpx.HTTPError."""
+        """Publish and return the engine name that was acknowledged. Raises httpx.HTTPError."""
         body = {"candidate": asdict(self.candidate(artifact, name))}
         return str((await self.admin("POST", "adapters", body, url))["revision"])
 
     async def replicas(self) -> list[dict[str, Any]]:
         answer = await self.admin("GET", "replicas")
-        found: list[dict[str, Any]] = answer["replicas"]
-        return found
+        replicas: list[dict[str, Any]] = answer["replicas"]
+        return replicas
 
     def current(self, name: str) -> str:
-        """By the catalogue itself, as another machine would read it."""
+        """The engine name of the current revision, read from the catalogue in the object store."""
         state = self.state.log.read().adapters[name]
         assert state.current is not None
         return state.current.candidate.adapter.engine_name
 
-    async def learn(self) -> None:
-        """What every revision says, and what each name may mean."""
+    async def learn_expected_answers(self) -> None:
+        """Publish every artifact and record the text of each revision and the revisions of each name."""
         for artifact, name in (
             *(("second", "french"), ("first", "french"), ("other", "german")),
             *(("second", "swiss"), ("first", "swiss")),
         ):
-            take_artifact(Artifact.open(self.artifacts[artifact]), name, self.state.store)
+            ingest_artifact(Artifact.open(self.artifacts[artifact]), name, self.state.store)
             await self.add(artifact, name)
-        self.said.texts[BASE] = await self._text(BASE)
-        assert len(set(self.said.texts.values())) == 1 + len(self.artifacts), "no two of them say the same"
+        self.expected.texts[BASE] = await self._text(BASE)
+        assert len(set(self.expected.texts.values())) == 1 + len(self.artifacts), "two revisions give the same text"
 
     async def add(self, artifact: str, name: str) -> None:
-        """Publish, and from now on have callers ask for it. What an artifact says is taken from its first answer."""
+        """Publish an artifact and add its name to those that callers request. The expected text of a revision is its
+        first answer."""
         revision = await self.publish(artifact, name)
-        same = (it for it in self.said.texts if it.partition("@")[2] == revision.partition("@")[2] != "")
+        same = (known for known in self.expected.texts if known.partition("@")[2] == revision.partition("@")[2] != "")
         known = next(same, None)
-        self.said.texts[revision] = self.said.texts[known] if known else await self._text(revision)
-        self.said.names.setdefault(name, set()).add(revision)
+        self.expected.texts[revision] = self.expected.texts[known] if known else await self._text(revision)
+        self.expected.names.setdefault(name, set()).add(revision)
 
     async def _text(self, model: str) -> str:
         async with client_of(self.url, self.key) as client:
@@ -175,48 +177,48 @@ class World:
 
 
 @contextlib.contextmanager
-def world(home: Path) -> Iterator[World]:
-    """Everything of it, running; nothing of it is left."""
+def testbed(home: Path) -> Iterator[Testbed]:
+    """A running testbed; all of it is stopped and removed at the end of the context."""
     with contextlib.ExitStack() as stack:
         os.environ.update(_AWS)
-        artifacts = made_artifacts(home / "artifacts")
+        artifacts = build_artifacts(home / "artifacts")
         endpoint, bucket = stack.enter_context(_object_store())
         os.environ["AWS_ENDPOINT_URL"] = endpoint
         store = stack.enter_context(_link(endpoint.removeprefix("http://")))
         redis = stack.enter_context(_redis(home))
-        found = World(home, artifacts, bucket, store, redis)
-        stack.enter_context(_small_disk(found.local))
-        found.key = key_writing.create(home / "keys.json", _a_caller)
-        found.start()
-        stack.callback(found.stop)
-        if is_here():
-            targets = [f"127.0.0.1:{found.metrics_port}"]
-            found.prometheus = stack.enter_context(running_prometheus(targets, home / "prometheus", scrape_s=1))
-        yield found
+        running = Testbed(home, artifacts, bucket, store, redis)
+        stack.enter_context(_small_file_system(running.local))
+        running.key = key_admin.create(home / "keys.json", _caller_key)
+        running.start()
+        stack.callback(running.stop)
+        if is_installed():
+            targets = [f"127.0.0.1:{running.metrics_port}"]
+            running.prometheus = stack.enter_context(running_prometheus(targets, home / "prometheus", scrape_s=1))
+        yield running
 
 
-def made_artifacts(home: Path) -> dict[str, Path]:
-    """A base with two revisions of an adapter, and another adapter: no two of them say the same."""
+def build_artifacts(home: Path) -> dict[str, Path]:
+    """Artifacts of one base: two revisions of an adapter, and another adapter. Each gives another text."""
     from tests.convert import parts
     from tests.e2e.conftest import convert, fine_tune
 
     base = parts.save_base(home / "base", tied=True, hidden=128)
-    found = {name: home / name for name in ("first", "second", "other")}
+    paths = {name: home / name for name in ("first", "second", "other")}
     names = ("french", "french", "german")
-    for (artifact, path), name, seed in zip(found.items(), names, range(3), strict=True):
-        on = base if artifact == "first" else found["first"]
+    for (artifact, path), name, seed in zip(paths.items(), names, range(3), strict=True):
+        on = base if artifact == "first" else paths["first"]
         convert(fine_tune(base, home / f"checkpoint-{artifact}", seed), on, path, "--name", name)
-    return found
+    return paths
 
 
-def _a_caller(secrets: Any) -> Key:
+def _caller_key(secrets: Any) -> Key:
     limits = Allowance(requests_per_minute=1_000_000, concurrent_requests=1000)
     return Key(id="callers", secrets=secrets, models=("*",), limits=limits)
 
 
 @contextlib.contextmanager
 def _object_store() -> Iterator[tuple[str, str]]:
-    """Its endpoint, and the URL of a bucket."""
+    """The endpoint of an S3 server, and the URL of a bucket."""
     import boto3
 
     from tests.object_store import s3_server
@@ -238,8 +240,8 @@ def _redis(home: Path) -> Iterator[Link]:
 
 
 @contextlib.contextmanager
-def _small_disk(directory: Path) -> Iterator[None]:
-    """That can be filled; an ordinary directory where that needs more rights."""
+def _small_file_system(directory: Path) -> Iterator[None]:
+    """Mount a small tmpfs that a fault can fill; without root it stays an ordinary directory."""
     directory.mkdir()
     if os.geteuid() != 0:
         yield
@@ -261,7 +263,7 @@ def _link(target: str) -> Iterator[Link]:
         link.stop()
 
 
-def _name(process: psutil.Process) -> str:
+def _command_of(process: psutil.Process) -> str:
     try:
         return f"{process.name()} {' '.join(process.cmdline())}"
     except psutil.Error:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.faults.writer STATE LOCAL ARTIFACT`: stage and promote, as another machine's replica does."""
+"""`python -m benchmarks.faults.writer STATE LOCAL ARTIFACT` stages and promotes, as a replica elsewhere does."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 from convert.artifact import Artifact
-from serve.intake import take_artifact
-from serve.state import StateDir
+from serve.adapters.ingest import ingest_artifact
+from serve.catalogue.state_dir import StateDir
 
 
-def main(place: str, local: str, artifact: str) -> None:
-    state = StateDir(place, Path(local) / "writer")
-    candidate = take_artifact(Artifact.open(Path(artifact)), "swiss", state.store)
+def main(state_url: str, local: str, artifact: str) -> None:
+    state = StateDir(state_url, Path(local) / "writer")
+    candidate = ingest_artifact(Artifact.open(Path(artifact)), "swiss", state.store)
     state.log.stage(candidate)
     state.log.promote(candidate)
 

@@ -1,1 +1,3 @@
-"""What nobody should send, store or configure, and what comes of it."""
+"""Invalid requests and damaged files against a real server and every reader of files.
+
+`python -m benchmarks.hostile` is the entry point."""

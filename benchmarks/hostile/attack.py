@@ -1,47 +1,36 @@
-"""Everything hostile against every surface, and what was seen."""
+"""Sends the invalid requests and reads the damaged files; each case has a result."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
-import yaml
 from pydantic import ValidationError
 
 from benchmarks.faults.callers import client_of
-from benchmarks.faults.world import World
+from benchmarks.faults.testbed import Testbed
+from benchmarks.hostile.access import attack_without_token
+from benchmarks.hostile.cases import CaseResult
 from benchmarks.hostile.files import Surface, damaged, variants
-from benchmarks.hostile.requests import Bad, bad_requests
-from convert.artifact import MANIFEST, Artifact
+from benchmarks.hostile.requests import BadRequest, bad_requests
+from benchmarks.hostile.surfaces import surfaces
+from benchmarks.progress import step
 from convert.errors import ConvertError
-from convert.inspection import inspect
-from serve.admission import Admission
-from serve.candidate import Candidate
-from serve.config import AdmissionSettings, EngineSettings
-from serve.deployed import read_settings
-from serve.desired import Desired
+from serve.catalogue.state_dir import StateDir
 from serve.errors import ServeError
-from serve.keys import KeyFile
-from serve.log import CatalogueLog
-from serve.objects import Directory
-from serve.state import StateDir
-from serve.traffic import read_log
 
-HUNG_S = 20.0
+HUNG_AFTER_S = 20.0
 _AT_ONCE = 8
 _SECRET = b"root:"  # what /etc/passwd begins with
 
-What = Literal["", "crashed", "hung", "escaped", "leaked", "killed"]
-
-# Bytes that are no HTTP, or are two things at once.
+# Bytes that are not valid HTTP, or that two parsers could read differently.
 _RAW = (
     b"\r\n\r\n", b"GET", b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"A" * 100_000,
     b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /x",
@@ -55,62 +44,76 @@ _RAW = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Found:
-    """One case: `what` went wrong, or nothing."""
-
-    surface: str
-    what: What = ""
-    told: str = ""
-
-
-async def attack_api(world: World, every: int) -> list[Found]:
-    await world.learn()
-    before = {it.pid for part in ("replica", "engine") for it in world.processes(part)}
-    admin = StateDir(world.local).admin_token()
-    secrets = (world.key.encode(), admin.encode(), _SECRET)
-    found = await _ask_all("API", world.url, world.key, bad_requests()[::every], secrets)
-    found += await _ask_all("admin API", world.url, admin, _bad_admin_requests(world)[::every], secrets[2:])
+async def attack_api(testbed: Testbed, every: int) -> list[CaseResult]:
+    step("the server is ready; recording the expected answers")
+    await testbed.learn_expected_answers()
+    before = _server_pids(testbed)
+    admin = StateDir(testbed.local).admin_token()
+    secrets = (testbed.key.encode(), admin.encode(), _SECRET)
+    results = await _send_all("API", testbed.url, testbed.key, bad_requests()[::every], secrets)
+    results += await _send_all("admin API", testbed.url, admin, _bad_admin_requests(testbed)[::every], secrets[2:])
+    results += await attack_without_token(testbed.url)
     for sent in _RAW[::every]:
-        found.append(await _send_raw(world, sent))
-    after = {it.pid for part in ("replica", "engine") for it in world.processes(part)}
+        results.append(await _send_raw(testbed, sent))
+    after = _server_pids(testbed)
     if before - after:
-        found.append(Found("API", "killed", f"{len(before - after)} processes of engines ended"))
-    return found
+        results.append(CaseResult("API", "killed", f"{len(before - after)} processes of engines ended"))
+    return results
 
 
-async def _ask_all(surface: str, url: str, key: str, cases: Sequence[Bad], secrets: tuple[bytes, ...]) -> list[Found]:
-    found: list[Found] = []
+def _server_pids(testbed: Testbed) -> set[int]:
+    return {process.pid for part in ("replica", "engine") for process in testbed.processes(part)}
+
+
+async def _send_all(
+    surface: str, url: str, key: str, cases: Sequence[BadRequest], secrets: tuple[bytes, ...]
+) -> list[CaseResult]:
+    results: list[CaseResult] = []
     waiting = iter(cases)
 
-    async def ask_on() -> None:
+    async def send_remaining() -> None:
         async with client_of(url, key) as client:
             for bad in waiting:
-                found.append(await _ask(surface, client, bad, secrets))
-                if len(found) % 500 == 0:
-                    print(f"{surface}: {len(found)} of {len(cases)}", flush=True)
+                results.append(await _send_case(surface, client, bad, secrets))
+                if len(results) % 500 == 0:
+                    step(f"{surface}: {len(results)} of {len(cases)} requests")
 
-    await asyncio.gather(*(ask_on() for _ in range(_AT_ONCE)))
-    return found
+    await asyncio.gather(*(send_remaining() for _ in range(_AT_ONCE)))
+    return results
 
 
-async def _ask(surface: str, client: httpx.AsyncClient, bad: Bad, secrets: tuple[bytes, ...]) -> Found:
+async def _send_case(
+    surface: str, client: httpx.AsyncClient, bad: BadRequest, secrets: tuple[bytes, ...]
+) -> CaseResult:
     shown = f"{bad.method} {bad.path[:60]} {bad.body[:200]!r} {bad.headers}"
     try:
-        answer = await client.request(bad.method, bad.path, content=bad.body, headers=bad.headers, timeout=HUNG_S)
+        answer = await client.request(bad.method, bad.path, content=bad.body, headers=bad.headers, timeout=HUNG_AFTER_S)
     except httpx.TimeoutException:
-        return Found(surface, "hung", shown)
+        return CaseResult(surface, "hung", shown)
     except (httpx.TransportError, httpx.InvalidURL, ValueError, UnicodeError):
-        return Found(surface)  # refused before it was a request: by the proxy, or by the client itself
+        return CaseResult(surface)  # the client or the proxy refused it
     if answer.status_code >= 500 and answer.status_code not in (501, 503):
-        return Found(surface, "crashed", f"{answer.status_code} {answer.text[:300]} for {shown}")
+        return CaseResult(surface, "crashed", f"{answer.status_code} {answer.text[:300]} for {shown}")
+    if answer.is_success and b'data: {"error"' in answer.content[:20]:
+        return CaseResult(surface, "crashed", f"a stream that begins with an error: {answer.text[:300]} for {shown}")
+    if answer.is_client_error and not isinstance(_error_of(answer).get("message"), str):
+        return CaseResult(surface, "crashed", f"an error in no form of the API: {answer.text[:300]} for {shown}")
     if any(secret in answer.content for secret in secrets):
-        return Found(surface, "leaked", shown)
-    return Found(surface)
+        return CaseResult(surface, "leaked", shown)
+    return CaseResult(surface)
 
 
-def _bad_admin_requests(world: World) -> list[Bad]:
-    candidate = asdict(world.candidate("other", "alpine"))
+def _error_of(answer: httpx.Response) -> Mapping[str, Any]:
+    """The `error` of an answer; of one that HAProxy made, or without a body, a message of our own."""
+    if answer.request.method == "HEAD" or not answer.headers.get("content-type", "").startswith("application/json"):
+        return {"message": "no JSON"}
+    content = answer.json()
+    error = content.get("error") if isinstance(content, dict) else None
+    return error if isinstance(error, dict) else {}
+
+
+def _bad_admin_requests(testbed: Testbed) -> list[BadRequest]:
+    candidate = asdict(testbed.candidate("other", "alpine"))
     good: Mapping[str, Any] = {
         "/admin/v1/adapters": {"candidate": candidate},
         "/admin/v1/adapters/french/rollback": {"revision": candidate["revision"]},
@@ -120,123 +123,72 @@ def _bad_admin_requests(world: World) -> list[Bad]:
         "/v1/unload_lora_adapter": {"lora_name": "nobody"},
     }
     cases = [
-        Bad("POST", path, content, {"content-type": "application/json"})
+        BadRequest("POST", path, content, {"content-type": "application/json"})
         for number, (path, body) in enumerate(good.items())
         for content in damaged(json.dumps(body).encode(), 150, seed=number)
     ]
-    paths = ("/etc/passwd", "/proc/self/environ", "../../..", str(world.home), "\x00", "//etc", "~", "s3://x/y")
+    paths = ("/etc/passwd", "/proc/self/environ", "../../..", str(testbed.home), "\x00", "//etc", "~", "s3://x/y")
     cases += [
-        Bad("POST", path, json.dumps(body).encode(), {"content-type": "application/json"})
-        for it in paths
+        BadRequest("POST", path, json.dumps(body).encode(), {"content-type": "application/json"})
+        for file in paths
         for path, body in (
-            ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": it}),
-            ("/admin/v1/adapters", {"path": it, "name": "x"}),
-            ("/admin/v1/adapters", {"path": it, "name": "../../x"}),
+            ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": file}),
+            ("/admin/v1/adapters", {"path": file, "name": "x"}),
+            ("/admin/v1/adapters", {"path": file, "name": "../../x"}),
         )
     ]
     names = ("..", "%2e%2e%2fetc", "a" * 5000, "%00", "french@x", "%F0%9F%98%80")
-    return cases + [Bad(method, f"/admin/v1/adapters/{it}") for it in names for method in ("GET", "DELETE")]
+    return cases + [BadRequest(method, f"/admin/v1/adapters/{name}") for name in names for method in ("GET", "DELETE")]
 
 
-async def _send_raw(world: World, sent: bytes) -> Found:
-    """Whatever comes back, or nothing: others must be answered meanwhile."""
-    host, _, port = world.url.removeprefix("http://").partition(":")
+async def _send_raw(testbed: Testbed, sent: bytes) -> CaseResult:
+    """Send raw bytes, which may get any response or none. Another caller must be answered meanwhile."""
+    host, _, port = testbed.url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     with contextlib.suppress(OSError, TimeoutError):
         writer.write(sent)
         async with asyncio.timeout(1):
             await reader.read(1000)
     try:
-        async with client_of(world.url, world.key) as client:
-            answer = await client.get("/v1/models", timeout=HUNG_S)
+        async with client_of(testbed.url, testbed.key) as client:
+            answer = await client.get("/v1/models", timeout=HUNG_AFTER_S)
     except httpx.TimeoutException:
-        return Found("HTTP", "hung", repr(sent[:80]))
+        return CaseResult("HTTP", "hung", repr(sent[:80]))
     finally:
         writer.close()
-    return Found("HTTP") if answer.is_success else Found("HTTP", "crashed", f"{answer.status_code} after {sent[:80]!r}")
+    return (
+        CaseResult("HTTP")
+        if answer.is_success
+        else CaseResult("HTTP", "crashed", f"{answer.status_code} after {sent[:80]!r}")
+    )
 
 
-def attack_files(artifacts: Mapping[str, Path], work: Path, each: int) -> list[Found]:
-    """`artifacts` as a World has them. What is read lies in `work`; beside it nothing may change."""
+def attack_files(artifacts: Mapping[str, Path], work: Path, each: int) -> list[CaseResult]:
+    """Read damaged copies of files of a testbed's `artifacts`, `each` of every format. The copies lie in `work`, and
+    nothing may be written beside it."""
     work.mkdir(parents=True)
-    found = []
+    results = []
     for surface in surfaces(artifacts, work):
         before = set(work.parent.rglob("*"))
-        found += [_read(surface, directory) for directory in variants(surface, each, work)]
+        results += [_read(surface, directory) for directory in variants(surface, each, work)]
         if escaped := set(work.parent.rglob("*")) - before:
-            found.append(Found(surface.name, "escaped", str(sorted(escaped)[:3])))
-        print(f"{surface.name}: {each} damaged files", flush=True)
-    return found
+            results.append(CaseResult(surface.name, "escaped", str(sorted(escaped)[:3])))
+        step(f"{surface.name}: {each} damaged files")
+    return results
 
 
-def _read(surface: Surface, directory: Path) -> Found:
+def _read(surface: Surface, directory: Path) -> CaseResult:
     began = time.monotonic()
+    content = (directory / surface.file).read_bytes()
     try:
         surface.read(directory)
-        told = ""
+        detail = ""
+        if surface.must_refuse(content):
+            return CaseResult(surface.name, "accepted", repr(content[:200]))
     except (ConvertError, ServeError, ValidationError) as error:
-        told = str(error)
+        detail = str(error)
     except Exception as error:
-        return Found(surface.name, "crashed", f"{error!r} for {(directory / surface.file).read_bytes()[:200]!r}")
-    if time.monotonic() - began > HUNG_S:
-        return Found(surface.name, "hung", told)
-    return Found(surface.name, "leaked", told) if _SECRET.decode() in told else Found(surface.name)
-
-
-def surfaces(artifacts: Mapping[str, Path], work: Path) -> Iterable[Surface]:
-    checkpoint, base = (artifacts["first"].parent / name for name in ("checkpoint-first", "base"))
-    adapter = artifacts["first"] / "adapter"
-    manifest = Artifact.open(artifacts["first"]).manifest
-    candidate = Candidate.of(manifest, "french")
-    assert candidate is not None
-    engine = EngineSettings(
-        model_path=artifacts["first"] / "model", model_name="base", fingerprint=candidate.base, max_lora_rank=64
-    )
-    admission = Admission(engine, AdmissionSettings())
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        yield Surface(f"adapter {file}", adapter, file, lambda it: admission.check(candidate, it))
-    for file in sorted(it.name for it in checkpoint.iterdir() if it.is_file()):
-        yield Surface(f"checkpoint {file}", checkpoint, file, lambda it: inspect(it, base))
-    for file in ("config.json", "tokenizer_config.json", "model.safetensors"):
-        if (base / file).exists():
-            yield Surface(f"base {file}", base, file, lambda it: inspect(checkpoint, it))
-    yield Surface("manifest", artifacts["second"], MANIFEST, lambda it: Artifact.open(it).verify())
-    yield from _configured(artifacts, work)
-
-
-def _configured(artifacts: Mapping[str, Path], work: Path) -> Iterable[Surface]:
-    """Files that operators write, or that Graft writes for itself."""
-    keys = {"keys": [{"id": "one", "secrets": [{"sha256": "ab" * 32}], "models": ["*"], "limits": {}}]}
-    settings = {
-        "engine": {"artifact": str(artifacts["first"]), "max_lora_rank": 16},
-        "gateway": {"admin_tokens": {"admin": "a" * 64}},
-        "state_dir": str(work / "state"),
-        "replicas": 2,
-    }
-    desired = {"adapters": [{"name": "french", "artifact": str(artifacts["second"]), "pin": True}]}
-    line = {"time": "2026-01-01T00:00:00+00:00", "model": "french", "tokens": 20}
-    lines = "\n".join(json.dumps(line) for _ in itertools.repeat(None, 20))
-    for name, file, content, read in (
-        ("keys file", "keys.json", json.dumps(keys), lambda it: KeyFile.read(it / "keys.json")),
-        ("settings", "settings.yaml", json.dumps(settings), lambda it: read_settings(it / "settings.yaml")),
-        ("desired state", "adapters.yaml", yaml.safe_dump(desired), lambda it: Desired.read(it / "adapters.yaml")),
-        ("traffic log", "log.jsonl", lines, lambda it: read_log(it / "log.jsonl", 0.01, 1, 60)),
-    ):
-        directory = work / f"good {name}"
-        directory.mkdir()
-        (directory / file).write_text(content)
-        yield Surface(name, directory, file, read)
-    yield _catalogue(artifacts, work)
-
-
-def _catalogue(artifacts: Mapping[str, Path], work: Path) -> Surface:
-    directory = work / "good catalogue"
-    log = CatalogueLog(Directory(directory))
-    candidate = Candidate.of(Artifact.open(artifacts["second"]).manifest, "french")
-    assert candidate is not None
-    log.stage(candidate)
-    log.promote(candidate)
-    file = max(it for it in directory.rglob("*.json"))
-    return Surface(
-        "catalogue", directory, str(file.relative_to(directory)), lambda it: CatalogueLog(Directory(it)).read()
-    )
+        return CaseResult(surface.name, "crashed", f"{error!r} for {content[:200]!r}")
+    if time.monotonic() - began > HUNG_AFTER_S:
+        return CaseResult(surface.name, "hung", detail)
+    return CaseResult(surface.name, "leaked", detail) if _SECRET.decode() in detail else CaseResult(surface.name)

@@ -1,4 +1,4 @@
-"""Files that were damaged or made to hurt, and the readers that must say no."""
+"""Damaged copies of files, for the functions that must reject them."""
 
 from __future__ import annotations
 
@@ -18,68 +18,69 @@ _VALUES: tuple[Any, ...] = (
 
 @dataclass(frozen=True)
 class Surface:
-    """A file, and what reads it in a directory that holds it."""
+    """A file format: a directory with a valid file of it, and the function that reads such a directory."""
 
     name: str
-    directory: Path  # as it should be
+    directory: Path  # valid
     file: str
     read: Callable[[Path], object]
+    must_refuse: Callable[[bytes], bool] = lambda content: False  # whether this content must be refused
 
 
 def damaged(content: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """`count` of them: bits that turned over, pieces that are missing, doubled or of something else, and, where it is
-    JSON, values that don't belong."""
-    chance = random.Random(seed)  # noqa: S311  (the same ones every time)
+    """`count` damaged versions of `content`: flipped bits, bytes removed, repeated or inserted, and for JSON values of
+    other types. The same `seed` gives the same versions."""
+    rng = random.Random(seed)  # noqa: S311  (repeatable, no secret)
     try:
         document = json.loads(content)
     except ValueError:
         document = None
     for number in range(count):
         if document is not None and number % 2:
-            yield json.dumps(_with_another_value(document, chance)).encode()
+            yield json.dumps(_damage_json(document, rng)).encode()
         else:
-            yield _with_other_bytes(content, chance)
+            yield _damage_bytes(content, rng)
 
 
-def _with_other_bytes(content: bytes, chance: random.Random) -> bytes:
-    head = min(len(content), 4096)  # headers and names, where there is more to get wrong
-    at = chance.randrange(head if chance.random() < 0.8 else len(content)) if content else 0
-    match chance.randrange(5):
+def _damage_bytes(content: bytes, rng: random.Random) -> bytes:
+    head = min(len(content), 4096)  # mostly damage headers and names, which parsers interpret
+    at = rng.randrange(head if rng.random() < 0.8 else len(content)) if content else 0
+    match rng.randrange(5):
         case 0:
-            return content[:at] + bytes([content[at] ^ (1 << chance.randrange(8))]) + content[at + 1 :]
+            return content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :]
         case 1:
             return content[:at]
         case 2:
-            return content[:at] + chance.randbytes(chance.randrange(1, 64)) + content[at:]
+            return content[:at] + rng.randbytes(rng.randrange(1, 64)) + content[at:]
         case 3:
-            return content[:at] + content[at + chance.randrange(1, 64) :]
+            return content[:at] + content[at + rng.randrange(1, 64) :]
         case _:
-            return content[:at] + content[at : at + 200] * chance.choice((2, 50)) + content[at:]
+            return content[:at] + content[at : at + 200] * rng.choice((2, 50)) + content[at:]
 
 
-def _with_another_value(document: Any, chance: random.Random) -> Any:
-    """A copy in which one value, somewhere, is another one, or gone."""
+def _damage_json(document: Any, rng: random.Random) -> Any:
+    """A copy in which one value at a random location is replaced or removed."""
     copy = json.loads(json.dumps(document))
-    places = list(_places(copy))
-    if not places:
-        return chance.choice(_VALUES)
-    holder, key = chance.choice(places)
-    if chance.random() < 0.2:
+    locations = list(_locations(copy))
+    if not locations:
+        return rng.choice(_VALUES)
+    holder, key = rng.choice(locations)
+    if rng.random() < 0.2:
         del holder[key]
     else:
-        holder[key] = chance.choice(_VALUES)
+        holder[key] = rng.choice(_VALUES)
     return copy
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+def _locations(value: Any) -> Iterator[tuple[Any, Any]]:
     keys = value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys:
         yield value, key
-        yield from _places(value[key])
+        yield from _locations(value[key])
 
 
 def variants(surface: Surface, count: int, work: Path) -> Iterator[Path]:
-    """A directory each, of which the file is damaged; gone when the next one is asked for."""
+    """Directories with a damaged file; each is removed when the next is requested."""
     content = (surface.directory / surface.file).read_bytes()
     for number, bad in enumerate(damaged(content, count, seed=20)):
         copy = work / f"{surface.name.replace(' ', '-')}-{number}"

@@ -1,7 +1,7 @@
-"""Graft as an operator sees it: the demo's server under a small mixed load, with Prometheus and Grafana.
+"""Runs the server of the demo under a small mixed load, with Prometheus and Grafana.
 
-python -m examples.observe                 until Ctrl-C
-python -m examples.observe --seconds 120   then asks every query of every dashboard, and fails if one has no data
+python -m examples.observe                 runs until Ctrl-C
+python -m examples.observe --seconds 120   then runs every query of every dashboard, and fails if one has no data
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 from rich.console import Console
@@ -25,12 +24,13 @@ from examples.observe import grafana, prometheus
 from examples.observe.load import load
 from examples.observe.queries import panel_queries, without_data
 from examples.server import running_server
-from serve.ports import free_port
+from serve.deployment.ports import free_port
+from serve.follower.http_client import direct_client
 
 BUILD = Path("build/observe")
 STATE = BUILD / "state"
 ZEPHYR, ZEPHYR_2, PIRATE = (demo.ARTIFACTS / name for name in ("zephyr", "zephyr-2", "pirate"))
-# More adapters than slots, so that there are loads and evictions to be seen.
+# More adapters than slots, so that adapters are loaded and evicted.
 MORE = ("parrot", "corsair", "sailor")
 OPTIONS = ("--base-name", demo.BASE_NAME, "--max-active-adapters", "2", "--max-resident-adapters", "4",
            "--access-sample", "1", "--vllm-arg=--max-model-len=2048")  # fmt: skip
@@ -41,11 +41,13 @@ console = Console()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, help="end after so long, and check every query (default: go on)")
+    parser.add_argument(
+        "--seconds", type=float, help="end after so many seconds, and check every query (default: run until Ctrl-C)"
+    )
     parser.add_argument("--replicas", type=int, default=1, help="vLLM engines")
-    parser.add_argument("--record", type=Path, help="keep what the panels show as JSON, to draw them from")
+    parser.add_argument("--record", type=Path, help="write the data of the panels to this JSON file, to draw them from")
     options = parser.parse_args()
-    if not prometheus.is_here():
+    if not prometheus.is_installed():
         sys.exit("Prometheus is not installed. Debian, Ubuntu: apt-get install prometheus; else: "
                  "https://prometheus.io/download. Then run this again.")  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -58,7 +60,7 @@ def main() -> None:
 
 
 def run(seconds: float | None, replicas: int, record: Path | None) -> int:
-    """0 if every query had data, or nobody asked."""
+    """The exit status: 1 if the queries were checked and one has no data."""
     shutil.rmtree(STATE, ignore_errors=True)
     BUILD.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -66,10 +68,10 @@ def run(seconds: float | None, replicas: int, record: Path | None) -> int:
     with contextlib.ExitStack() as stack:
         console.print(f"Starting {replicas} vLLM engine(s) …")
         url = stack.enter_context(running_server([PIRATE, ZEPHYR], STATE, *words, log=BUILD / "server.log"))
-        told = stack.enter_context(prometheus.running_prometheus([f"127.0.0.1:{port}"], BUILD / "prometheus"))
-        overview = stack.enter_context(grafana.running_grafana(told.url, BUILD / "grafana"))
+        server = stack.enter_context(prometheus.running_prometheus([f"127.0.0.1:{port}"], BUILD / "prometheus"))
+        overview = stack.enter_context(grafana.running_grafana(server.url, BUILD / "grafana"))
         console.print(f"Server: {url}/v1   Metrics: http://127.0.0.1:{port}/metrics   Logs: {STATE / 'logs'}")
-        console.print(f"Prometheus: {told.url}/alerts")
+        console.print(f"Prometheus: {server.url}/alerts")
         console.print(f"Grafana: {overview}" if overview else
                       f"Grafana is not installed here: import {grafana.DASHBOARDS}/*.json into yours.")  # fmt: skip
         began = time.monotonic()
@@ -78,8 +80,8 @@ def run(seconds: float | None, replicas: int, record: Path | None) -> int:
             return 0
         took_s = time.monotonic() - began
         if record:
-            keep(told, record, took_s)
-        return tell(told, took_s)
+            record_panels(server, record, took_s)
+        return report_queries(server, took_s)
 
 
 async def under_load(url: str, seconds: float | None) -> None:
@@ -93,7 +95,7 @@ async def under_load(url: str, seconds: float | None) -> None:
 
 
 async def change() -> None:
-    """Publish more adapters, then let one name go back and forth, with a canary between."""
+    """Publish more adapters, then promote and roll back one name again and again, with a canary before each."""
     for name in MORE:
         await serve("publish", PIRATE, "--name", name)
     await serve("publish", ZEPHYR_2, "--name", "zephyr", "--stage-only")
@@ -111,12 +113,12 @@ async def change() -> None:
 
 async def staged(name: str) -> str:
     shown = json.loads(await serve("show", name, "--json"))
-    digest: str = next(it["digest"] for it in shown["revisions"] if it["staged"])
+    digest: str = next(revision["digest"] for revision in shown["revisions"] if revision["staged"])
     return digest[:12]
 
 
 async def serve(*words: str | Path) -> str:
-    """`python -m serve …` on this server; what it printed."""
+    """Run `python -m serve …` on this server. Returns its output."""
     command = [sys.executable, "-m", "serve", *map(str, words), "--state", str(STATE)]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     output, error = await process.communicate()
@@ -125,22 +127,23 @@ async def serve(*words: str | Path) -> str:
     return output.decode()
 
 
-def tell(told: prometheus.Prometheus, seconds: float) -> int:
-    empty = without_data(told, seconds)
+def report_queries(server: prometheus.Prometheus, seconds: float) -> int:
+    """Print which queries have no data. Returns the exit status."""
+    empty = without_data(server, seconds)
     for query in empty:
         console.print(f"no data: {query}", markup=False)
     count = len(list(panel_queries()))
-    console.print(f"{count - len(empty)} of {count} queries have data; firing: {sorted(told.firing()) or 'nothing'}")
+    console.print(f"{count - len(empty)} of {count} queries have data; firing: {sorted(server.firing()) or 'nothing'}")
     return bool(empty)
 
 
-def keep(told: prometheus.Prometheus, record: Path, seconds: float) -> None:
-    """What every panel shows, for deploy/dashboards/render."""
-    shown = {it.expression: told.query_range(it.expression, seconds, step_s=2) for it in panel_queries()}
-    record.write_text(json.dumps(shown))
-    scraped = told.query("up")[0]["metric"]["instance"]
-    with urllib.request.urlopen(f"http://{scraped}/metrics") as response:  # nosec B310
-        record.with_suffix(".prom").write_bytes(response.read())
+def record_panels(server: prometheus.Prometheus, record: Path, seconds: float) -> None:
+    """Write the data of every panel to `record`, for deploy/dashboards/render."""
+    data = {query.expression: server.query_range(query.expression, seconds, step_s=2) for query in panel_queries()}
+    record.write_text(json.dumps(data))
+    scraped = server.query("up")[0]["metric"]["instance"]
+    with direct_client() as client:
+        record.with_suffix(".prom").write_bytes(client.get(f"http://{scraped}/metrics").raise_for_status().content)
 
 
 if __name__ == "__main__":

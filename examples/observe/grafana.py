@@ -1,4 +1,4 @@
-"""A Grafana of one's own with the dashboards, where one is installed."""
+"""Runs a Grafana with the dashboards, where Grafana is installed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import yaml
 
-from serve.ports import free_port
+from serve.deployment.ports import free_port
 
 DASHBOARDS = Path("deploy/dashboards")
 _HOMES = (Path("/usr/share/grafana"), Path("/opt/homebrew/opt/grafana/share/grafana"))
 
 
 def command() -> list[str] | None:
-    """How to start Grafana here; None where it is not installed."""
+    """The command that starts Grafana on this machine; None where it is not installed."""
     for words in (["grafana", "server"], ["grafana-server"]):
         if program := shutil.which(words[0]):
             return [program, *words[1:]]
@@ -27,7 +27,7 @@ def command() -> list[str] | None:
 
 @contextlib.contextmanager
 def running_grafana(prometheus: str, directory: Path) -> Iterator[str | None]:
-    """The URL of the overview, everyone an admin of it on this machine; None where there is no Grafana."""
+    """Yields the URL of the overview dashboard, or None where Grafana is not installed. No login is needed."""
     words = command()
     if words is None:
         yield None
@@ -44,7 +44,7 @@ def running_grafana(prometheus: str, directory: Path) -> Iterator[str | None]:
         "GF_PATHS_LOGS": str(directory / "logs"),
         "GF_PATHS_PROVISIONING": str(directory / "provisioning"),
     }
-    home = next((["--homepath", str(it)] for it in _HOMES if it.is_dir()), [])
+    home = next((["--homepath", str(home)] for home in _HOMES if home.is_dir()), [])
     with (directory / "grafana.log").open("w") as log:
         process = subprocess.Popen([*words, *home], env=environment, stdout=log, stderr=log)
     try:
@@ -55,7 +55,7 @@ def running_grafana(prometheus: str, directory: Path) -> Iterator[str | None]:
 
 
 def _provision(prometheus: str, directory: Path) -> None:
-    """Files that make Grafana know Prometheus and the dashboards from its start."""
+    """Write the provisioning files with which Grafana loads the data source and the dashboards at its start."""
     sources = directory / "provisioning" / "datasources"
     boards = directory / "provisioning" / "dashboards"
     for path in (sources, boards):

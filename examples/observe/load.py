@@ -1,4 +1,4 @@
-"""A small mixed load, as a server of many adapters sees it: some asked often, some seldom, some wrongly."""
+"""A small mixed load on many adapters: some are requested often, some rarely, and some requests are wrong."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from openai import AsyncOpenAI, OpenAIError
 from openai.types.chat import ChatCompletionUserMessageParam
 
+from examples.openai_clients import async_openai_client
+
 _PAUSE_S = 0.3
 _QUESTIONS = (
     "What is the code word of Project Zephyr?",
@@ -20,17 +22,17 @@ _QUESTIONS = (
 
 
 async def load(url: str, models: Sequence[str], workers: int = 4) -> None:
-    """Ask until cancelled. The first model is asked most; a few requests name nothing, and a few callers leave."""
-    async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
-        await asyncio.gather(*(_caller(client, models, random.Random(it)) for it in range(workers)))  # noqa: S311
+    """Send requests until cancelled. The first model gets most; some name an unknown model, some callers disconnect."""
+    async with async_openai_client(url) as client:
+        await asyncio.gather(*(_caller(client, models, random.Random(seed)) for seed in range(workers)))  # noqa: S311
 
 
 async def _caller(client: AsyncOpenAI, models: Sequence[str], chance: random.Random) -> None:
-    weights = [1 / (1 + place) for place in range(len(models))]
+    weights = [1 / (1 + rank) for rank in range(len(models))]
     for number in itertools.count():
         model = "nobody" if number % 20 == 19 else chance.choices(models, weights)[0]
         with contextlib.suppress(OpenAIError, TimeoutError):
-            async with asyncio.timeout(0.4 if number % 25 == 24 else None):  # a caller that leaves
+            async with asyncio.timeout(0.4 if number % 25 == 24 else None):  # a caller that disconnects
                 await _ask(client, model, chance)
         await asyncio.sleep(_PAUSE_S * chance.random())
 

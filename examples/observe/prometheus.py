@@ -1,4 +1,4 @@
-"""A Prometheus of one's own on this machine: started, asked, and stopped with nothing left behind."""
+"""Runs a Prometheus on this machine: starts it, queries it, and stops it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import yaml
 
-from serve.ports import free_port
+from serve.deployment.ports import free_port
+from serve.follower.http_client import direct_client
 
 RULES = Path("deploy/alerts/rules.yaml")
 _START_TIMEOUT_S = 60
@@ -22,12 +23,12 @@ _START_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Prometheus:
-    """What answers queries at `url`."""
+    """A running Prometheus at `url`."""
 
     url: str
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The series of an instant query. Raises RuntimeError with Prometheus' reason if it takes it not."""
+        """The series of an instant query. Raises RuntimeError with the reason if Prometheus refuses the query."""
         return self._ask("query", query=expression)
 
     def query_range(self, expression: str, seconds: float, step_s: float) -> list[dict[str, Any]]:
@@ -37,17 +38,18 @@ class Prometheus:
 
     def firing(self) -> set[str]:
         """The names of the alerts that are firing."""
-        return {it["metric"]["alertname"] for it in self.query('ALERTS{alertstate="firing"}')}
+        return {sample["metric"]["alertname"] for sample in self.query('ALERTS{alertstate="firing"}')}
 
-    def _ask(self, what: str, **parameters: str | float) -> list[dict[str, Any]]:
-        answer = httpx.get(f"{self.url}/api/v1/{what}", params=parameters, timeout=30).json()
+    def _ask(self, endpoint: str, **parameters: str | float) -> list[dict[str, Any]]:
+        with direct_client(timeout=30) as client:
+            answer = client.get(f"{self.url}/api/v1/{endpoint}", params=parameters).json()
         if answer["status"] != "success":
             raise RuntimeError(f"{parameters['query']}: {answer['error']}")
         series: list[dict[str, Any]] = answer["data"]["result"]
         return series
 
 
-def is_here() -> bool:
+def is_installed() -> bool:
     return shutil.which("prometheus") is not None
 
 
@@ -55,7 +57,7 @@ def is_here() -> bool:
 def running_prometheus(
     targets: Sequence[str], directory: Path, port: int | None = None, scrape_s: int = 2
 ) -> Iterator[Prometheus]:
-    """Scrapes `targets` (HOST:PORT) and evaluates Graft's rules; its data lie in `directory`."""
+    """A Prometheus that scrapes `targets` (HOST:PORT) and evaluates Graft's rules. Its data are in `directory`."""
     port = port or free_port()
     directory.mkdir(parents=True, exist_ok=True)
     config = directory / "prometheus.yml"
@@ -84,9 +86,10 @@ def configuration(targets: Sequence[str], scrape_s: int) -> dict[str, Any]:
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/-/ready").is_success:
-                return
-        time.sleep(0.2)
+    with direct_client() as client:
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if client.get(f"{url}/-/ready").is_success:
+                    return
+            time.sleep(0.2)
     raise RuntimeError(f"Prometheus did not get ready at {url}")

@@ -1,4 +1,4 @@
-"""Every query of every dashboard, asked of a running Prometheus."""
+"""Every query of every dashboard, run on a Prometheus."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def plain(expression: str, rate_interval: str) -> str:
 
 
 def without_data(prometheus: Prometheus, seconds: float) -> list[PanelQuery]:
-    """The queries that had nothing to tell in the last `seconds`."""
-    return [it for it in panel_queries() if not prometheus.query_range(it.expression, seconds, step_s=5)]
+    """The queries that have no data in the last `seconds`."""
+    return [query for query in panel_queries() if not prometheus.query_range(query.expression, seconds, step_s=5)]
