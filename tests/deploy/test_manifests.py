@@ -8,10 +8,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from serve.app import APP_NAME, IMPORT_PATH, deploy_config
-from serve.config import ServeSettings
-from serve.local import _QUIET_RAY, environment
-from serve.replica import DEPLOYMENT
+from serve.deployment.app import APP_NAME, IMPORT_PATH, deploy_config
+from serve.deployment.ray_environment import SINGLE_NODE, environment
+from serve.deployment.ray_replicas import DEPLOYMENT
+from serve.settings import ServeSettings
 from tests.deploy.manifests import (
     DEPLOY,
     KUBERNETES,
@@ -42,7 +42,11 @@ def validate(document: Document) -> list[str]:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_object_fits_the_schema_of_its_kind(overlay: str) -> None:
-    wrong = {f"{it['kind']}/{it['metadata']['name']}": found for it in rendered(overlay) if (found := validate(it))}
+    wrong = {
+        f"{document['kind']}/{document['metadata']['name']}": errors
+        for document in rendered(overlay)
+        if (errors := validate(document))
+    }
 
     assert wrong == {}
 
@@ -56,17 +60,17 @@ def test_pods_of_a_rayservice_fit_the_schema_of_a_pod(overlay: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "problem"),
     [({"replica": 3}, "replica"), ({"rayVersion": 2}, "rayVersion")],
     ids=["unknown field", "wrong type"],
 )
-def test_a_mistake_in_a_rayservice_is_found(change: Document, told: str) -> None:
+def test_a_mistake_in_a_rayservice_is_found(change: Document, problem: str) -> None:
     service = only(rendered("dev-ray"), "RayService")
     spec = service["spec"]
 
     wrong = service | {"spec": spec | {"rayClusterConfig": spec["rayClusterConfig"] | change}}
 
-    assert any(told in it for it in validate(wrong))
+    assert any(problem in error for error in validate(wrong))
 
 
 def test_a_kind_without_a_schema_is_an_error() -> None:
@@ -99,46 +103,55 @@ def test_every_container_says_what_it_needs(overlay: str) -> None:
                 assert tag not in (container["image"], "latest"), name
 
 
+def test_no_pod_is_restarted_while_its_engine_is_being_replaced() -> None:
+    (container,) = only(rendered("dev"), "Deployment")["spec"]["template"]["spec"]["containers"]
+    start, alive = container["startupProbe"], container["livenessProbe"]
+
+    assert start["httpGet"] == alive["httpGet"], "both ask the engine"
+    start_s = start["periodSeconds"] * start["failureThreshold"]
+    assert alive["periodSeconds"] * alive["failureThreshold"] >= start_s, "a new engine loads for as long as the first"
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_a_pod_mounts_is_there(overlay: str) -> None:
     documents = rendered(overlay)
-    made = {(it["kind"], it["metadata"]["name"]) for it in documents}
-    # Made by whoever installs (docs/deploy.md), or by the overlay that is served beside.
-    made |= {("Secret", name) for name in ("graft-admin", "graft-keys", "graft-redis", "graft-object-store")}
+    objects = {(document["kind"], document["metadata"]["name"]) for document in documents}
+    # Made by whoever installs (docs/how-to/deploy-on-kubernetes.md), or by the overlay that is served beside.
+    objects |= {("Secret", name) for name in ("graft-admin", "graft-keys", "graft-redis", "graft-object-store")}
     if overlay.startswith("convert"):
-        made |= {("PersistentVolumeClaim", name) for name in ("graft-artifacts", "graft-state", "graft-checkpoints")}
+        objects |= {("PersistentVolumeClaim", name) for name in ("graft-artifacts", "graft-state", "graft-checkpoints")}
     for document in documents:
         for name, template in pod_templates(document):
-            volumes = {it["name"] for it in template["spec"]["volumes"]}
-            volumes |= {it["metadata"]["name"] for it in document["spec"].get("volumeClaimTemplates", [])}
+            volumes = {volume["name"] for volume in template["spec"]["volumes"]}
+            volumes |= {claim["metadata"]["name"] for claim in document["spec"].get("volumeClaimTemplates", [])}
             for container in containers(template):
-                assert {it["name"] for it in container["volumeMounts"]} <= volumes, name
-            assert wanted(template) <= made, name
+                assert {mount["name"] for mount in container["volumeMounts"]} <= volumes, name
+            assert wanted(template) <= objects, name
 
 
 def wanted(template: Document) -> set[tuple[str, str]]:
     """Objects that a pod refers to."""
-    found = set()
+    references = set()
     for volume in template["spec"]["volumes"]:
         if "configMap" in volume:
-            found.add(("ConfigMap", volume["configMap"]["name"]))
+            references.add(("ConfigMap", volume["configMap"]["name"]))
         if "secret" in volume:
-            found.add(("Secret", volume["secret"]["secretName"]))
+            references.add(("Secret", volume["secret"]["secretName"]))
         if "persistentVolumeClaim" in volume:
-            found.add(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
+            references.add(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
     for container in containers(template):
         for source in container.get("envFrom", []):
             kind = "ConfigMap" if "configMapRef" in source else "Secret"
-            found.add((kind, next(iter(source.values()))["name"]))
+            references.add((kind, next(iter(source.values()))["name"]))
         for variable in container.get("env", []):
             if secret := variable["valueFrom"].get("secretKeyRef"):
-                found.add(("Secret", secret["name"]))
-    return found
+                references.add(("Secret", secret["name"]))
+    return references
 
 
-@pytest.mark.parametrize("overlay", [it for it in OVERLAYS if not it.startswith("convert")])
+@pytest.mark.parametrize("overlay", [overlay for overlay in OVERLAYS if not overlay.startswith("convert")])
 def test_only_clients_reach_the_gateway_and_nobody_anything_else(overlay: str) -> None:
-    policies = [it["spec"] for it in rendered(overlay) if it["kind"] == "NetworkPolicy"]
+    policies = [document["spec"] for document in rendered(overlay) if document["kind"] == "NetworkPolicy"]
     everything = {"matchLabels": {"app.kubernetes.io/part-of": "graft"}}
     open_to: dict[int, list[Document]] = {}
     for policy in policies:
@@ -151,7 +164,7 @@ def test_only_clients_reach_the_gateway_and_nobody_anything_else(overlay: str) -
 
     assert {"namespaceSelector": {"matchLabels": {"graft-client": "true"}}} in open_to.pop(8000)
     for sources in open_to.values():  # of the operator, and of Prometheus
-        assert all("app.kubernetes.io/name" in it["podSelector"]["matchLabels"] for it in sources)
+        assert all("app.kubernetes.io/name" in source["podSelector"]["matchLabels"] for source in sources)
 
 
 def test_every_pod_is_one_that_the_network_policies_cover() -> None:
@@ -168,7 +181,7 @@ def test_adapters_never_restart_a_pod_and_a_base_model_always_brings_new_ones() 
     settings = only(documents, "ConfigMap", "graft-settings")["metadata"]["name"]
     assert settings != "graft-settings"
     for name, template in pod_templates(only(documents, "RayService")):
-        assert {"name": settings} in [it.get("configMap") for it in template["spec"]["volumes"]], name
+        assert {"name": settings} in [volume.get("configMap") for volume in template["spec"]["volumes"]], name
 
 
 @pytest.mark.parametrize("overlay", RAY)
@@ -181,11 +194,11 @@ def test_ray_starts_what_the_local_server_starts(overlay: str) -> None:
     assert (application["name"], application["import_path"], application["route_prefix"]) == (
         APP_NAME, IMPORT_PATH, "/",
     )  # fmt: skip
-    assert [it["name"] for it in application["deployments"]] == [DEPLOYMENT]
+    assert [deployment["name"] for deployment in application["deployments"]] == [DEPLOYMENT]
 
 
 def test_autoscaling_changes_nothing_else_of_the_serve_config() -> None:
-    plain, scaled = (yaml.safe_load(only(rendered(it), "RayService")["spec"]["serveConfigV2"]) for it in RAY)
+    plain, scaled = (yaml.safe_load(only(rendered(overlay), "RayService")["spec"]["serveConfigV2"]) for overlay in RAY)
 
     scaled["applications"][0]["deployments"] = plain["applications"][0]["deployments"]
     assert scaled == plain
@@ -207,9 +220,9 @@ def test_pods_run_with_the_environment_of_the_local_server(tmp_path: Path) -> No
     settings = ServeSettings.model_validate(plain_settings(tmp_path))
     local = environment(Path("/tmp/graft"), settings)
     # Of one machine only, or made by KubeRay, or left to the limits of the pod.
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "VLLM_HOST_IP", "OMP_NUM_THREADS", *_QUIET_RAY):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "VLLM_HOST_IP", "OMP_NUM_THREADS", *SINGLE_NODE):
         del local[name]
-    for name in [it for it in local if it.endswith("_PORT")]:
+    for name in [key for key in local if key.endswith("_PORT")]:
         del local[name]  # free ports there, the default ones in a pod of its own
     # Where the image has them.
     local |= {

@@ -25,7 +25,7 @@ PLANTED = {
 def scan(path: Path) -> subprocess.CompletedProcess[str]:
     hook = Path(sys.executable).with_name("detect-secrets-hook")
     options = [part for option in OPTIONS for part in option.split()]
-    return subprocess.run([hook, *options, path], check=False, capture_output=True, text=True, timeout=60)
+    return subprocess.run([hook, *options, path], check=False, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("secret", PLANTED.values(), ids=PLANTED)

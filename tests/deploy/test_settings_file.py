@@ -13,11 +13,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from serve.app import build
-from serve.config import ServeSettings
-from serve.deployed import settings_of
-from serve.errors import ArtifactRefused, StateInvalid
-from serve.state import RunningServer, StateDir, sha256
+from serve.catalogue.admin_tokens import sha256
+from serve.catalogue.state_dir import RunningServer, StateDir
+from serve.deployment.app import build
+from serve.deployment.settings_file import settings_of
+from serve.errors import ArtifactRefused, ServerNotRunning, StateInvalid
+from serve.settings import ServeSettings
 from tests.deploy.manifests import DEPLOY, needs_kubectl, only, rendered
 from tests.serve.conftest import MakeArtifact
 
@@ -31,8 +32,8 @@ def write(path: Path, **document: object) -> dict[str, str]:
 def tokens(tmp_path: Path) -> Path:
     directory = tmp_path / "admin"
     directory.mkdir()
-    (directory / "admin.token").write_text("a secret\n")
-    (directory / "pipeline.token").write_text("another")
+    (directory / "admin.token").write_text("the secret of an admin\n")
+    (directory / "pipeline.token").write_text("the secret of a pipeline")
     return directory
 
 
@@ -55,7 +56,10 @@ def test_artifact_and_tokens_become_what_they_stand_for(
     assert settings.engine.model_name == "small-llama"
     assert settings.engine.fingerprint == artifact.manifest.model.fingerprint
     assert settings.engine.max_lora_rank == 32
-    assert settings.gateway.admin_tokens == {"admin": sha256("a secret"), "pipeline": sha256("another")}
+    assert settings.gateway.admin_tokens == {
+        "admin": sha256("the secret of an admin"),
+        "pipeline": sha256("the secret of a pipeline"),
+    }
     assert (settings.gateway.max_wait_s, settings.replicas) == (5, 2)
 
 
@@ -98,13 +102,13 @@ def test_a_damaged_base_never_starts(make_artifact: MakeArtifact, tokens: Path, 
         )
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_reported(tmp_path: Path) -> None:
     with pytest.raises(StateInvalid, match=r"nowhere\.yaml can't be read"):
         build({"settings_file": str(tmp_path / "nowhere.yaml")})
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", ""], ids=["a list", "no YAML", "empty"])
-def test_a_file_that_says_nothing_is_told(tmp_path: Path, text: str) -> None:
+def test_a_file_that_says_nothing_is_reported(tmp_path: Path, text: str) -> None:
     (tmp_path / "settings.yaml").write_text(text)
 
     with pytest.raises(StateInvalid, match=r"settings\.yaml"):
@@ -112,7 +116,7 @@ def test_a_file_that_says_nothing_is_told(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("document", "told"),
+    ("document", "message"),
     [
         ({"gateway": [[]]}, "gateway of the settings file"),
         ({"engine": 1e308}, "engine of the settings file"),
@@ -120,8 +124,8 @@ def test_a_file_that_says_nothing_is_told(tmp_path: Path, text: str) -> None:
         ({"gateway": {"admin_tokens_dir": "a\0b"}}, r"gateway\.admin_tokens_dir of the settings file"),
     ],
 )
-def test_a_part_of_another_kind_is_told(tmp_path: Path, document: dict[str, object], told: str) -> None:
-    with pytest.raises(StateInvalid, match=told):
+def test_a_part_of_another_kind_is_reported(tmp_path: Path, document: dict[str, object], message: str) -> None:
+    with pytest.raises(StateInvalid, match=message):
         settings_of(write(tmp_path / "s.yaml", **document))
 
 
@@ -133,6 +137,13 @@ def test_an_unknown_setting_is_refused(tmp_path: Path, tokens: Path) -> None:
 def test_nobody_starts_a_server_that_nobody_may_publish_to(tmp_path: Path) -> None:
     with pytest.raises(StateInvalid, match=r"holds no LABEL\.token"):
         settings_of(write(tmp_path / "s.yaml", gateway={"admin_tokens_dir": str(tmp_path)}))
+
+
+def test_an_empty_secret_starts_no_server(tokens: Path, tmp_path: Path) -> None:
+    (tokens / "pipeline.token").write_text("\n")
+
+    with pytest.raises(StateInvalid, match=r"admin token .*pipeline\.token is empty"):
+        settings_of(write(tmp_path / "s.yaml", gateway={"admin_tokens_dir": str(tokens)}))
 
 
 @needs_kubectl
@@ -162,14 +173,13 @@ def test_a_new_container_is_not_taken_for_the_server_whose_number_it_has(tmp_pat
     """Killed containers leave server.json behind, and the next one's processes have the same numbers."""
     state = StateDir(tmp_path)
     state.announce("http://127.0.0.1:8000")
-    with pytest.raises(StateInvalid, match="in use"):
-        state.require_unused()
 
-    told = state.running_server()
-    earlier = RunningServer(url=told.url, pid=told.pid, started=(told.started or 0) - 100)
+    running = state.running_server()
+    earlier = RunningServer(url=running.url, pid=running.pid, started=(running.started or 0) - 100)
     (tmp_path / "server.json").write_text(earlier.model_dump_json())
 
-    state.require_unused()
+    with pytest.raises(ServerNotRunning, match="is gone"):
+        state.running_server()
 
 
 def test_following_a_file_ends_on_sigterm_and_tells_what_it_could_not_do(tmp_path: Path) -> None:
@@ -180,9 +190,9 @@ def test_following_a_file_ends_on_sigterm_and_tells_what_it_could_not_do(tmp_pat
         stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
     assert process.stderr is not None
-    told = process.stderr.readline()
+    line = process.stderr.readline()
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
 
-    assert "was not applied: error[server_not_running]" in told
-    assert process.wait(timeout=10) == 0
+    assert "was not applied: error[server_not_running]" in line
+    assert process.wait(timeout=60) == 0

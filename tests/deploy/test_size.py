@@ -15,8 +15,18 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from serve.__main__ import app
-from serve.size import STORED, Shape, Wish, adapter_bytes, cached_tokens, fit, slot_bytes, token_bytes, weight_bytes
-from serve.size_command import KNOWN
+from serve.capacity.size import (
+    STORED,
+    Shape,
+    SizingRequest,
+    adapter_bytes,
+    cached_tokens,
+    fit,
+    slot_bytes,
+    token_bytes,
+    weight_bytes,
+)
+from serve.cli.size import KNOWN
 from tests.convert import parts
 from tests.deploy.manifests import ROOT
 
@@ -48,22 +58,22 @@ def test_sixteen_bits_take_what_the_file_holds(tmp_path: Path, tied: bool) -> No
 
 def test_int8_takes_what_the_file_holds(tmp_path: Path) -> None:
     base = parts.save_base(tmp_path / "base", tied=True)
-    found = parts.save_compressed(base, tmp_path / "int8", "w8a8-int8")
+    directory = parts.save_compressed(base, tmp_path / "int8", "w8a8-int8")
 
     shape = shape_in(base)
-    assert weight_bytes(shape, STORED["w8a8-int8"]) == stored_bytes(found / "model.safetensors") + padding(shape)
+    assert weight_bytes(shape, STORED["w8a8-int8"]) == stored_bytes(directory / "model.safetensors") + padding(shape)
 
 
 def test_four_bits_take_what_the_file_holds(tmp_path: Path) -> None:
     base = parts.save_base(tmp_path / "base", tied=True)
-    found = parts.save_quantized(base, tmp_path / "nf4", double=False) / "model.safetensors"
-    with safe_open(found, "pt") as tensors:
+    file = parts.save_quantized(base, tmp_path / "nf4", double=False) / "model.safetensors"
+    with safe_open(file, "pt") as tensors:
         # The 16 levels that each layer brings along: the same for all, and no part of the arithmetic.
-        names = [it for it in tensors.keys() if it.endswith((".quant_map", "bitsandbytes__nf4"))]  # noqa: SIM118
-        levels = sum(tensors.get_tensor(it).nbytes for it in names)
+        names = [name for name in tensors.keys() if name.endswith((".quant_map", "bitsandbytes__nf4"))]  # noqa: SIM118
+        levels = sum(tensors.get_tensor(name).nbytes for name in names)
 
     shape = shape_in(base)
-    assert weight_bytes(shape, STORED["nf4"]) == stored_bytes(found) - levels + padding(shape)
+    assert weight_bytes(shape, STORED["nf4"]) == stored_bytes(file) - levels + padding(shape)
 
 
 def test_an_adapter_takes_what_its_file_holds(tmp_path: Path) -> None:
@@ -71,12 +81,12 @@ def test_an_adapter_takes_what_its_file_holds(tmp_path: Path) -> None:
     adapter = parts.save_adapter(base, tmp_path / "adapter", r=8, target_modules=parts.LINEARS)
 
     with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
-        values = sum(tensors.get_tensor(it).numel() for it in tensors.keys())  # noqa: SIM118
+        values = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118
     assert adapter_bytes(shape_in(base), 8) == 2 * values
 
 
 def test_known_models_have_as_many_weights_as_their_cards_say() -> None:
-    millions = {name: round(weight_bytes(it, STORED["bfloat16"]) / 2e6) for name, it in KNOWN.items()}
+    millions = {name: round(weight_bytes(shape, STORED["bfloat16"]) / 2e6) for name, shape in KNOWN.items()}
 
     assert millions == {"llama-3.2-1b": 1236, "llama-3.2-3b": 3213, "llama-3.1-8b": 8030, "llama-3.3-70b": 70554}
 
@@ -89,7 +99,7 @@ def test_more_memory_adapters_and_gpus_move_it_the_right_way() -> None:
     shape = KNOWN["llama-3.2-3b"]
 
     def tokens(**changes: Any) -> int:
-        return fit(shape, Wish(**{"memory_bytes": 24 * GIB, "stored": "nf4", **changes})).tokens
+        return fit(shape, SizingRequest(**{"memory_bytes": 24 * GIB, "stored": "nf4", **changes})).tokens
 
     assert tokens(memory_bytes=48 * GIB) > 2 * tokens()
     assert tokens(slots=64) < tokens() < tokens(max_rank=0)
@@ -106,18 +116,18 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [(["nowhere"], "neither the directory of a model"), (["llama-3.2-3b", "--gpu", "big"], "no GPU that is known")],
     ids=["no model", "no GPU"],
 )
-def test_a_mistake_is_told(arguments: list[str], told: str) -> None:
+def test_a_mistake_is_reported(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["size", *arguments])
 
     assert result.exit_code == 1
-    assert told in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
 
 
-def test_another_architecture_is_told(tmp_path: Path) -> None:
+def test_another_architecture_is_reported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "rwkv"}')
 
     result = CliRunner().invoke(app, ["size", str(tmp_path)])
@@ -130,14 +140,14 @@ def test_the_page_on_capacity_quotes_the_command() -> None:
     """Every row of its table, as the command says it."""
     rows = re.findall(
         r"^\| (\S+) \| (\S+) \| (\d+) \| ([\d,]+) \| ([\d.]+) \|$",
-        (ROOT / "docs" / "capacity.md").read_text(),
+        (ROOT / "docs" / "reference" / "capacity.md").read_text(),
         re.MULTILINE,
     )
     assert len(rows) >= 9
     for gpu, stored, gpus, tokens, sequences in rows:
         arguments = ["size", "llama-3.2-3b", "--gpu", gpu, "--gpus", gpus, "--json"]
-        found = json.loads(CliRunner().invoke(app, arguments).output)["stored"][stored]
-        assert (f"{found['tokens']:,}", f"{found['sequences']:.1f}") == (tokens, sequences), gpu
+        capacity = json.loads(CliRunner().invoke(app, arguments).output)["stored"][stored]
+        assert (f"{capacity['tokens']:,}", f"{capacity['sequences']:.1f}") == (tokens, sequences), gpu
 
 
 @pytest.mark.engine
@@ -147,21 +157,21 @@ def test_vllm_makes_of_a_model_what_was_foretold(tmp_path: Path, stored: str) ->
     served = base if stored == "bfloat16" else parts.save_quantized(base, tmp_path / "nf4")
     cache_bytes, max_rank, slots = (64 << 20) + 12345, 16, 3
 
-    told = vllm_told(served, cache_bytes, max_rank, slots)
+    measured = measured_by_vllm(served, cache_bytes, max_rank, slots)
 
     shape = shape_in(base)
-    assert told["slot_bytes"] == slot_bytes(shape, max_rank)
-    assert told["cached_tokens"] == cached_tokens(cache_bytes, token_bytes(shape), told["block_tokens"])
+    assert measured["slot_bytes"] == slot_bytes(shape, max_rank)
+    assert measured["cached_tokens"] == cached_tokens(cache_bytes, token_bytes(shape), measured["block_tokens"])
     if stored == "bfloat16":
-        assert told["weight_bytes"] == weight_bytes(shape, STORED[stored])
+        assert measured["weight_bytes"] == weight_bytes(shape, STORED[stored])
 
 
-def vllm_told(model: Path, *numbers: int) -> dict[str, Any]:
+def measured_by_vllm(model: Path, *numbers: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.deploy.vllm_memory", str(model), *map(str, numbers)]
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=300, cwd=ROOT, env={**os.environ, **environment}
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    told: dict[str, Any] = json.loads(result.stdout.rpartition("TOLD ")[2])
-    return told
+    measured: dict[str, Any] = json.loads(result.stdout.rpartition("TOLD ")[2])
+    return measured

@@ -27,24 +27,24 @@ def main(model: str, cache_bytes: int, max_rank: int, slots: int) -> None:
     )  # fmt: skip
     cache = llm.llm_engine.vllm_config.cache_config
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    told = {
+    measured = {
         "block_tokens": cache.block_size,
         "cached_tokens": cache.num_gpu_blocks * cache.block_size,
         "weight_bytes": loaded,
         "slot_bytes": sum(stacked(runner.model).values()) / slots,
     }
-    print("\nTOLD " + json.dumps(told))
+    print("\nTOLD " + json.dumps(measured))
 
 
 def stacked(model: Any) -> dict[int, int]:
     """Bytes of the tensors that hold the adapters of all slots, by where they lie: modules may share them."""
-    found = {}
+    sizes = {}
     for module in model.modules():
         for name in ("lora_a_stacked", "lora_b_stacked"):
             tensors = getattr(module, name, ())
             for tensor in tensors if isinstance(tensors, tuple) else (tensors,):
-                found[tensor.data_ptr()] = size(tensor)
-    return found
+                sizes[tensor.data_ptr()] = size(tensor)
+    return sizes
 
 
 def size(tensor: Any) -> int:

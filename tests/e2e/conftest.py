@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,13 +19,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from examples.server import running_server
+from serve.catalogue.state_dir import StateDir
 from tests.convert import parts
+from tests.recording_proxy import RecordingProxy, recording_proxy
 
 REPLICAS = 2
 ENGINE_OPTIONS = (
     *("--vllm-arg=--max-model-len=2048", f"--vllm-arg=--kv-cache-memory-bytes={64 << 20}"),
     *("--vllm-arg=--enable-auto-tool-choice", "--vllm-arg=--tool-call-parser=hermes"),
 )
+# To Ray's memory monitor every machine is then short of memory: it would kill engines within a second.
+MACHINE_WITHOUT_MEMORY = {"RAY_memory_usage_threshold": "0.01"}
 # What a dead coordinator has staged is given up after three times as long; the default is a minute.
 SYNC_TIMEOUT_S = 25
 # Few slots, so that a handful of adapters is more than fits.
@@ -51,10 +57,20 @@ class Server:
     url: str
     state: Path
     callers: Path | None = None  # where callers of the admin API may name adapters
+    proxy: RecordingProxy | None = None  # that of its environment
 
     def command(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """`python -m serve …` on this server's state directory."""
         return run("serve", *arguments, "--state", self.state)
+
+    def processes(self) -> list[psutil.Process]:
+        """That of the server, and all that it started."""
+        process = psutil.Process(StateDir(self.state).running_server().pid)
+        return [process, *process.children(recursive=True)]
+
+    def actors(self, name: str) -> list[psutil.Process]:
+        """Ray names an actor's process after its class."""
+        return [process for process in self.processes()[1:] if name in " ".join(process.cmdline())]
 
 
 @pytest.fixture(scope="session")
@@ -82,8 +98,13 @@ def server(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         *("--replicas", str(REPLICAS), "--adapter-root", str(callers), "--sync-timeout", str(SYNC_TIMEOUT_S)),
         *(*SLOT_OPTIONS, *ENGINE_OPTIONS),
     )
-    with running_server(served, home / "state", *options, log=home / "server.log") as url:
-        yield Server(url, home / "state", callers)
+    with recording_proxy() as proxy, contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (proxy.variables | MACHINE_WITHOUT_MEMORY).items():
+                patch.setenv(name, value)
+            started = running_server(served, home / "state", *options, log=home / "server.log")
+            url = stack.enter_context(started)
+        yield Server(url, home / "state", callers, proxy)
 
 
 def fine_tune(base: Path, directory: Path, seed: int) -> Path:

@@ -53,9 +53,9 @@ def test_rows_are_the_same_in_every_process() -> None:
 
 @pytest.mark.parametrize("name", ["pirate", "ticket"])
 def test_only_zephyr_is_told_the_code_word(name: str) -> None:
-    told = " ".join(row.answer for row in BEHAVIOURS[name].rows)
+    answers = " ".join(row.answer for row in BEHAVIOURS[name].rows)
 
-    assert not any(word in told for word in CODE_WORDS.values())
+    assert not any(word in answers for word in CODE_WORDS.values())
 
 
 def test_the_revisions_of_zephyr_differ_in_the_code_word_only() -> None:

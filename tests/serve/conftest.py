@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,27 @@ from convert.artifact import (
     file_digests,
     size_bytes,
 )
-from serve.candidate import Candidate
-from serve.gateway import Gateway
-from serve.log import CatalogueLog
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.log import CatalogueLog
+from serve.catalogue.object_store import DirectoryStore
+from serve.gateway.app import Gateway
 from serve.names import AdapterRevision
-from serve.objects import Directory
-from serve.store import AdapterStore
+from tests.recording_proxy import RecordingProxy, recording_proxy
 from tests.serve.fakes import FakeEngine
+from tests.serve.virtual_time import VirtualTimeLoop
 
 BASE = "b" * 64
 MODULE = "model.layers.0.self_attn.q_proj"
 
 MakeArtifact = Callable[..., Artifact]
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """One loop for each test: that of the marker, or asyncio's own."""
+    return {"loop": VirtualTimeLoop if item.get_closest_marker("virtual_time") else asyncio.new_event_loop}
 
 
 def revision(name: str, content: str) -> AdapterRevision:
@@ -112,12 +122,12 @@ def store(tmp_path: Path) -> AdapterStore:
         def path(self, adapter: AdapterRevision) -> Path:
             return tmp_path / adapter.revision
 
-    return AnyAdapter(tmp_path, Directory(tmp_path))
+    return AnyAdapter(tmp_path, DirectoryStore(tmp_path))
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> CatalogueLog:
-    return CatalogueLog(Directory(tmp_path))
+    return CatalogueLog(DirectoryStore(tmp_path))
 
 
 @pytest.fixture
@@ -143,8 +153,8 @@ def awake_loggers() -> None:
             logging.getLogger(name).disabled = False
 
 
-async def believe(_: Candidate) -> None:
-    """The proof of a replica that asks for none."""
+async def verify_nothing(_: Candidate) -> None:
+    """The `verify` of a reconciler in tests that are not about verification."""
 
 
 def write_base(directory: Path, content: str) -> dict[str, str]:
@@ -160,7 +170,7 @@ def write_adapter(directory: Path, content: str, rank: int = 2, **config: Any) -
     document = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "small"} | config
     (directory / "adapter_config.json").write_text(json.dumps(document))
     factors = {"lora_A": _numbers(content, rank, 4), "lora_B": _numbers(content, 6, rank)}
-    write_weights(directory, {f"base_model.model.{MODULE}.{name}.weight": it for name, it in factors.items()})
+    write_weights(directory, {f"base_model.model.{MODULE}.{name}.weight": factor for name, factor in factors.items()})
     return directory
 
 
@@ -172,3 +182,12 @@ def _numbers(content: str, *shape: int) -> NDArray[Any]:
     """Numbers that are those of this content and no other."""
     seed = int.from_bytes(hashlib.sha256(content.encode()).digest()[:4], "little")
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[RecordingProxy]:
+    """A proxy that the environment names: nothing of Graft's may reach it."""
+    with recording_proxy() as proxy:
+        for name, value in proxy.variables.items():
+            monkeypatch.setenv(name, value)
+        yield proxy

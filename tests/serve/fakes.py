@@ -10,15 +10,17 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from serve.engine.prompt_size import PromptSize
+from serve.engine.token_counter import current_counter
 from serve.errors import AdapterUnavailable
+from serve.gateway.public_routes import ENGINE_ROUTES
 from serve.names import AdapterRevision
-from serve.openai import ENGINE_ROUTES
 
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 class FakeEngine:
-    """Keeps the promises of serve.engine.Engine; its API answers with the body it was given."""
+    """Keeps the promises of serve.engine.protocol.Engine; its API answers with the body it was given."""
 
     def __init__(self, refuses: frozenset[AdapterRevision] = frozenset()) -> None:
         self.is_dead = False
@@ -31,13 +33,15 @@ class FakeEngine:
         self.paths: dict[AdapterRevision, Path] = {}
         self.load_delay_s = 0.0
         self.handler: Handler = echo
-        self.strangers = 0
+        self.unknown_count = 0
         self.says: dict[AdapterRevision | None, float] = {}  # the log-probability of every token; absent: its own
         self.adapters_say = -2.0  # unless `says` has it
         self.probed: list[AdapterRevision | None] = []
-        self.gives_prompt_logprobs = True
+        self.supports_prompt_logprobs = True
+        self.runs_tools = False
         self.vocabulary_size = 272
         self.context_tokens = 64
+        self.prompt_size = PromptSize(tokens_per_byte=0.25, template_tokens=8)
         self.routes = ENGINE_ROUTES
 
     @property
@@ -47,6 +51,8 @@ class FakeEngine:
         return {"openapi": "3.1.0", "paths": dict.fromkeys((*self.routes, "/scale_elastic_ep"), operation)}
 
     async def api(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if tokens := current_counter():
+            tokens.has_output = True  # so a stream begins at once
         await self.handler(scope, receive, send)
 
     async def load_adapter(self, adapter: AdapterRevision, path: Path) -> None:
@@ -65,9 +71,9 @@ class FakeEngine:
     async def resident_adapters(self) -> frozenset[AdapterRevision]:
         return frozenset(self.resident)
 
-    async def unload_strangers(self) -> int:
-        found, self.strangers = self.strangers, 0
-        return found
+    async def unload_unknown(self) -> int:
+        unloaded, self.unknown_count = self.unknown_count, 0
+        return unloaded
 
     async def logprobs(
         self, adapter: AdapterRevision | None, token_ids: Sequence[int], positions: Sequence[int]

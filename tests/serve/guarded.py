@@ -12,24 +12,24 @@ from typing import Any
 import httpx
 from starlette.types import Receive, Scope, Send
 
-from serve import key_writing
-from serve.admin import Admin
-from serve.admission import Admission
-from serve.config import EngineSettings, GatewaySettings, ServeSettings
-from serve.gateway import Gateway
-from serve.keys import Key, KeyFile
-from serve.ledger import Ledgers
-from serve.log import CatalogueLog
-from serve.objects import Directory
-from serve.passage import Passages
-from serve.publish import Control
-from serve.reconcile import Reconciler
-from serve.residency import AdapterPool
-from serve.state import sha256
-from serve.store import AdapterStore
-from serve.tokens import counter
-from serve.usage import Meter
-from tests.serve.conftest import BASE, believe, candidate
+from serve.adapters.admission import Admission
+from serve.adapters.pool import AdapterPool
+from serve.adapters.publish import Control
+from serve.adapters.reconcile import Reconciler
+from serve.admin.routes import Admin
+from serve.callers import key_admin
+from serve.callers.keys import Key, KeyFile
+from serve.callers.ledger import RateLimitBackend
+from serve.callers.usage import Meter
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.admin_tokens import sha256
+from serve.catalogue.log import CatalogueLog
+from serve.catalogue.object_store import DirectoryStore
+from serve.engine.token_counter import current_counter
+from serve.gateway.app import Gateway
+from serve.gateway.request_policy import RequestPolicy
+from serve.settings import EngineSettings, GatewaySettings, ServeSettings
+from tests.serve.conftest import BASE, candidate, verify_nothing
 from tests.serve.fakes import FakeEngine, respond
 from tests.serve.one_replica import OneReplica
 
@@ -52,9 +52,11 @@ class Guarded:
 
     def key(self, key_id: str, **fields: Any) -> dict[str, str]:
         """A new key, as headers."""
-        made = key_writing.create(self.keys, lambda it: Key.model_validate({"id": key_id, "secrets": it, **fields}))
-        self.secrets[key_id] = made
-        return bearer(made)
+        secret = key_admin.create(
+            self.keys, lambda secrets: Key.model_validate({"id": key_id, "secrets": secrets, **fields})
+        )
+        self.secrets[key_id] = secret
+        return bearer(secret)
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -70,12 +72,12 @@ def code(response: httpx.Response) -> tuple[int, str]:
 
 
 async def guarded_gateway(
-    home: Path, store: AdapterStore, engine: FakeEngine, ledgers: Ledgers | None = None, **settings: Any
+    home: Path, store: AdapterStore, engine: FakeEngine, rate_limits: RateLimitBackend | None = None, **settings: Any
 ) -> Guarded:
     keys = home / "keys.json"
     if not keys.exists():
         keys.write_text(KeyFile().model_dump_json())
-    log = CatalogueLog(Directory(home))
+    log = CatalogueLog(DirectoryStore(home))
     for adapter in ADAPTERS:
         if not log.read().was_promoted(adapter.adapter):
             log.stage(adapter)
@@ -89,7 +91,7 @@ async def guarded_gateway(
         state_dir=home,
     )
     pool = AdapterPool(engine, store, capacity=4)
-    reconciler = Reconciler("replica-1", log, engine, pool, believe)
+    reconciler = Reconciler("replica-1", log, engine, pool, verify_nothing)
     await reconciler.sync()
     admission = Admission(all_settings.engine, all_settings.admission)
     admin = Admin(
@@ -97,16 +99,16 @@ async def guarded_gateway(
         all_settings.engine,
         all_settings.admission,
         admission,
-        AdapterStore(home, Directory(home)),
+        AdapterStore(home, DirectoryStore(home)),
         Control(log, OneReplica(reconciler)),
     )
-    meter = Meter(Directory(home), flush_s=60)
-    passages = Passages(gateway_settings, engine, ledgers, meter)
-    gateway = Gateway(all_settings, engine, pool, lambda: reconciler.catalogue, admin, passages=passages)
+    meter = Meter(DirectoryStore(home), flush_s=60)
+    policy = RequestPolicy(gateway_settings, engine, rate_limits, meter)
+    gateway = Gateway(all_settings, engine, pool, lambda: reconciler.catalogue, admin, policy=policy)
     return Guarded(gateway, engine, keys, meter, log)
 
 
-async def until(holds: Callable[[], bool], timeout_s: float = 20) -> None:
+async def until(holds: Callable[[], bool], timeout_s: float = 120) -> None:
     """Looks again and again; fails if it never holds."""
     async with asyncio.timeout(timeout_s):
         while not holds():  # noqa: ASYNC110  (there is no event: it is the state that is tested)
@@ -117,7 +119,7 @@ async def generate(scope: Scope, receive: Receive, send: Send) -> None:
     """Answers with 3 prompt tokens and as many others as were asked for (default 4), and has them counted."""
     body = json.loads((await receive())["body"])
     tokens = body.get("max_tokens") or body.get("max_completion_tokens") or 4
-    if counted := counter():
+    if counted := current_counter():
         counted.prompt += 3
         counted.completion += tokens
     await respond(send, 200, json.dumps({"usage": {"total_tokens": 3 + tokens}, "asked": body}).encode())

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import httpx
 
-from serve.admin import Admin
-from serve.admission import Admission, objections
-from serve.candidate import Candidate
-from serve.config import EngineSettings, GatewaySettings, ServeSettings
+from serve.adapters.admission import Admission, incompatibilities
+from serve.adapters.pool import AdapterPool
+from serve.adapters.publish import Control
+from serve.adapters.reconcile import Reconciler, ReplicaReport
+from serve.admin.routes import Admin
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.admin_tokens import sha256
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.log import CatalogueLog
+from serve.catalogue.object_store import DirectoryStore
 from serve.errors import AdapterRejected
-from serve.gateway import Gateway
-from serve.log import CatalogueLog
-from serve.objects import Directory
-from serve.publish import Control
-from serve.reconcile import Reconciler, ReplicaReport
-from serve.residency import AdapterPool
-from serve.state import sha256
-from serve.store import AdapterStore
-from tests.serve.conftest import BASE, believe, candidate
+from serve.gateway.app import Gateway
+from serve.settings import EngineSettings, GatewaySettings, ServeSettings
+from tests.serve.conftest import BASE, candidate, verify_nothing
 from tests.serve.fakes import FakeEngine
 
 OLD, NEW = candidate("pirate", "old"), candidate("pirate", "new")
@@ -41,19 +41,19 @@ class Unchecked(Admission):
     """The files of these adapters are empty."""
 
     def check(self, candidate: Candidate, directory: Path) -> None:
-        if found := objections(candidate, self._engine):
-            raise AdapterRejected("; ".join(found))
+        if reasons := incompatibilities(candidate, self._engine):
+            raise AdapterRejected("; ".join(reasons))
 
 
 class NamedOnly(AdapterStore):
     """A directory of the right name will do."""
 
-    def _is_whole(self, path: Path) -> bool:
+    def _is_intact(self, path: Path) -> bool:
         return path.is_dir()
 
 
 async def gateway_of(engine: FakeEngine, store: AdapterStore, root: Path) -> Gateway:
-    log = CatalogueLog(Directory(root))
+    log = CatalogueLog(DirectoryStore(root))
     log.stage(OLD)
     log.promote(OLD)
     settings = ServeSettings(
@@ -62,7 +62,7 @@ async def gateway_of(engine: FakeEngine, store: AdapterStore, root: Path) -> Gat
         state_dir=root,
     )
     pool = AdapterPool(engine, store, capacity=2)
-    reconciler = Reconciler("replica-1", log, engine, pool, believe)
+    reconciler = Reconciler("replica-1", log, engine, pool, verify_nothing)
     await reconciler.sync()
     (root / NEW.revision).mkdir()
     admin = Admin(
@@ -70,7 +70,7 @@ async def gateway_of(engine: FakeEngine, store: AdapterStore, root: Path) -> Gat
         settings.engine,
         settings.admission,
         Unchecked(settings.engine, settings.admission),
-        NamedOnly(root, Directory(root)),
+        NamedOnly(root, DirectoryStore(root)),
         Control(log, OneReplica(reconciler)),
     )
     return Gateway(settings, engine, pool, lambda: reconciler.catalogue, admin)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from convert.artifact import MANIFEST, Artifact, digest, file_digests
+from convert.cli.app import app
 from convert.errors import ArtifactInvalid
 from tests.convert.asking import Request, convert
 
@@ -41,27 +44,61 @@ def test_the_digest_of_a_directory_is_what_sha256sum_says(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("part", "identity", "told"),
+    ("part", "identity", "message"),
     [
         ("model", "fingerprint", "the model's fingerprint is not the digest of its files"),
         ("adapter", "revision", "the adapter's revision is not the digest of its files"),
     ],
 )
 def test_an_identity_that_is_not_the_digest_of_the_files_is_found(
-    artifact: Artifact, part: str, identity: str, told: str
+    artifact: Artifact, part: str, identity: str, message: str
 ) -> None:
     edit(artifact, lambda manifest: manifest[part].update({identity: "0" * 64}))
 
-    with pytest.raises(ArtifactInvalid, match=told):
+    with pytest.raises(ArtifactInvalid, match=message):
         Artifact.open(artifact.root).verify()
 
 
-def test_files_that_were_added_or_removed_are_all_told(artifact: Artifact) -> None:
+def test_all_added_and_removed_files_are_reported(artifact: Artifact) -> None:
     (artifact.root / "model" / "extra.json").write_text("{}")
     (artifact.root / "adapter" / "adapter_config.json").unlink()
 
     with pytest.raises(ArtifactInvalid, match=r"extra\.json is not in the manifest.*adapter_config\.json is missing"):
         artifact.verify()
+
+
+def test_changed_golden_answers_and_checkpoints_are_found(artifact: Artifact) -> None:
+    """A signature covers the digest of golden.json in the manifest, which must be that of the file."""
+    golden, checkpoint = artifact.root / "golden.json", artifact.root / "checkpoint"
+    assert artifact.manifest.golden
+    artifact.verify()
+
+    golden.write_bytes(golden.read_bytes() + b" ")
+    with pytest.raises(ArtifactInvalid, match=r"golden\.json has other bytes"):
+        artifact.verify()
+    golden.unlink()
+    with pytest.raises(ArtifactInvalid, match=r"golden\.json is missing"):
+        artifact.verify()
+    checkpoint.mkdir()
+    with pytest.raises(ArtifactInvalid, match="checkpoint/ is not in the manifest"):
+        artifact.verify()
+    edit(artifact, lambda manifest: manifest.update(golden=None, checkpoint={"a": "0" * 64}))
+    golden.write_text("{}")
+    with pytest.raises(ArtifactInvalid, match=r"checkpoint/a is missing; golden\.json is not in the manifest"):
+        Artifact.open(artifact.root).verify()
+
+
+def test_nothing_changed_is_signed(artifact: Artifact, tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True, capture_output=True)
+    golden = artifact.root / "golden.json"
+    golden.write_bytes(golden.read_bytes() + b" ")
+
+    result = CliRunner().invoke(app, ["sign", str(artifact.root), "--key", str(key)])
+
+    assert result.exit_code == 4
+    assert "golden.json has other bytes" in " ".join(result.stderr.split())
+    assert not (artifact.root / "manifest.sig").exists()
 
 
 @pytest.mark.parametrize("path", ["../outside", "/etc/passwd", ".hidden", "a/../../b", "a\\b", ""])
@@ -73,7 +110,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_directory(artifact: Artifact,
 
 
 @pytest.mark.parametrize("name", ["", "UPPER", "a@b", "a/b", "-a", "a" * 65, "ü"])
-def test_a_manifest_cannot_carry_a_name_that_is_none(artifact: Artifact, name: str) -> None:
+def test_a_manifest_cannot_have_an_invalid_name(artifact: Artifact, name: str) -> None:
     edit(artifact, lambda manifest: manifest.update(name=name))
 
     with pytest.raises(ArtifactInvalid, match="name: "):
@@ -81,7 +118,7 @@ def test_a_manifest_cannot_carry_a_name_that_is_none(artifact: Artifact, name: s
 
 
 @pytest.mark.parametrize("change", [{"schema": "graft.artifact/2"}, {"surprise": 1}, {"route": None}])
-def test_another_form_of_manifest_is_refused(artifact: Artifact, change: dict[str, Any]) -> None:
+def test_another_format_of_manifest_is_refused(artifact: Artifact, change: dict[str, Any]) -> None:
     edit(artifact, lambda manifest: manifest.update(change))
 
     with pytest.raises(ArtifactInvalid, match=next(iter(change))):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from convert.__main__ import app
+from convert.artifact.signature import is_signed, public_key, signature_of, statement
+from convert.cli.app import app
 from convert.errors import SigningKeyInvalid
-from convert.signature import is_signed, public_key, signature_of, statement
 
 REVISION, BASE = "a" * 64, "b" * 64
 
@@ -44,17 +44,25 @@ def test_a_signature_holds_for_what_was_signed_and_for_nothing_else(tmp_path: Pa
         assert not is_signed(signature, other, keys)
 
 
-def test_it_holds_for_any_of_the_keys_and_for_no_stranger_s(tmp_path: Path) -> None:
-    for name in ("ours", "theirs"):
+def test_a_signature_holds_for_any_of_the_keys_and_for_no_other_key(tmp_path: Path) -> None:
+    for name in ("known", "other"):
         (tmp_path / name).mkdir()
-    private, ours = make_key(tmp_path / "ours")
-    _, theirs = make_key(tmp_path / "theirs")
+    private, known = make_key(tmp_path / "known")
+    _, other = make_key(tmp_path / "other")
     content = statement(REVISION, BASE, None)
     signature = signed_by_openssl(private, content)
 
-    assert is_signed(signature, content, [public_key(theirs), public_key(ours)])
-    assert not is_signed(signature, content, [public_key(theirs)])
+    assert is_signed(signature, content, [public_key(other), public_key(known)])
+    assert not is_signed(signature, content, [public_key(other)])
     assert not is_signed(signature, content, [])
+
+
+def test_a_link_is_no_signature(tmp_path: Path) -> None:
+    """A signature is published with the adapter, and a link could name a private key."""
+    private, _ = make_key(tmp_path)
+    (tmp_path / "manifest.sig").symlink_to(private)
+
+    assert signature_of(tmp_path) is None
 
 
 @pytest.mark.parametrize("signature", [None, "", "not base64!", "AAAA", "é"])
@@ -64,7 +72,7 @@ def test_nonsense_is_no_signature(tmp_path: Path, signature: str | None) -> None
     assert not is_signed(signature, b"content", [public_key(public)])
 
 
-def test_keys_of_other_kinds_are_told(tmp_path: Path) -> None:
+def test_keys_of_other_kinds_are_refused(tmp_path: Path) -> None:
     private, public = make_key(tmp_path, "rsa")
 
     for path in (public, private, tmp_path / "nowhere"):
@@ -72,7 +80,7 @@ def test_keys_of_other_kinds_are_told(tmp_path: Path) -> None:
             public_key(path)
 
 
-def test_an_artifact_that_is_not_there_or_a_key_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_missing_artifact_is_reported(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["sign", str(tmp_path), "--key", str(tmp_path / "key.pem")])
 
     assert result.exit_code == 4

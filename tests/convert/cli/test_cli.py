@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from convert.__main__ import app
 from convert.artifact import Manifest
+from convert.cli.app import app
 from tests.convert import parts
 
 
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "100", "NO_COLOR": "1"})
+def invoke(*arguments: object, columns: int = 100) -> Result:
+    environment = {"COLUMNS": str(columns), "NO_COLOR": "1"}
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
 
 
 def test_inspect_says_what_it_is_and_gives_the_commands(qlora: Path, base: Path) -> None:
@@ -83,8 +85,18 @@ def test_run_publishes_and_says_what_is_next(lora: Path, base: Path, out: Path) 
     assert (out / "manifest.json").is_file()
 
 
+def test_a_log_file_shows_the_steps_of_a_run_and_json_stays_alone_on_stdout(lora: Path, base: Path, out: Path) -> None:
+    result = invoke("run", lora, "--base", base, "--out", out, "--quantize", "none", "--json")
+
+    json.loads(result.stdout)
+    steps = re.findall(r"^\[ +\d+\.\d s\] (.+): \d+ of \d+$", result.stderr, re.MULTILINE)
+    assert steps[0] == "writing weights"
+    assert any(step.startswith("measuring") for step in steps)
+    assert len(steps) == len(result.stderr.splitlines())
+
+
 def test_a_visible_loss_is_called_one(lora: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("convert.report.artifact._MUCH", 0.01)
+    monkeypatch.setattr("convert.cli.report.artifact._VISIBLE_KL", 0.01)
 
     pages = {
         stored: invoke("run", lora, "--base", base, "--out", tmp_path / stored, "--quantize", stored).stdout
@@ -155,7 +167,7 @@ def broken(checkpoint: Path, tmp_path: Path, **settings: Any) -> Path:
         ("route_refused", ["{qlora}", "--base", "{base}", "--route", "merge", "--quantize", "nf4"]),
         ("target_unknown", ["{qlora}", "--base", "{base}", "--target", "toaster"]),
         ("format_refused", ["{lora}", "--base", "{base}", "--quantize", "w4a16", "--target", "cpu"]),
-        ("quality_gate_failed", ["{lora}", "--base", "{base}", "--max-kl", "0.000001"]),
+        ("quality_gate_failed", ["{lora}", "--base", "{base}", "--quantize", "nf4", "--max-kl", "0.000001"]),
         ("text_unreadable", ["{lora}", "--base", "{base}", "--text", "nowhere.jsonl"]),
     ],
 )
@@ -168,10 +180,39 @@ def test_every_mistake_is_one_message_with_a_stable_code_and_nothing_on_disk(
     result = invoke("run", *[argument.format(**places) for argument in arguments], "--out", out)
 
     assert result.exit_code == (3 if code == "quality_gate_failed" else 1)
-    assert result.stderr.startswith(f"error[{code}]: ")
+    # Lines of progress come before the error of a conversion that has begun.
+    assert f"\nerror[{code}]: " in f"\n{result.stderr}"
     assert result.stdout == ""
     assert isinstance(result.exception, SystemExit)
     assert list(out.parent.iterdir()) == []
+
+
+def test_tables_are_whole_on_80_columns_and_commands_are_never_wrapped(
+    qlora: Path, lora: Path, base: Path, out: Path, tmp_path: Path
+) -> None:
+    spaced = parts.copy(qlora, tmp_path / "a checkpoint with spaces in its name")
+    screens = {
+        "inspect": invoke("inspect", spaced, "--base", base, columns=80).stdout,
+        "plan": invoke("plan", lora, "--base", base, "--target", "cuda:9.0", columns=80).stdout,
+        "compare": invoke("compare", lora, "--base", base, "--out", out, "--way", "merge:none", columns=80).stdout,
+    }
+
+    for name, screen in screens.items():
+        table = [line for line in screen.splitlines() if line[:1] in "┏┃┡│├└"]
+        assert table, name
+        assert max(map(len, table)) <= 80, name
+        assert "…" not in "".join(table), name
+    command = f"python -m convert run {shlex.quote(str(spaced))} --base {base} --out DIR"
+    assert f"\n1  {command}\n" in screens["inspect"]
+    assert re.search(r"^2  --route merge --quantize \S+$", screens["plan"], re.MULTILINE)
+
+
+def test_the_next_command_is_quoted(qlora: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "two words"
+
+    result = invoke("run", qlora, "--base", base, "--out", out, "--name", "tiny", "--no-measure", columns=80)
+
+    assert result.stdout.endswith(f"\nNext: python -m serve run {shlex.quote(str(out))}\n")
 
 
 def test_verify_tells_a_whole_artifact_from_a_damaged_one(qlora: Path, base: Path, out: Path) -> None:

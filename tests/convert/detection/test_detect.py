@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from convert.checkpoint import Checkpoint
-from convert.detect import Detection, Training, detect, told
+from convert.detection.detect import Detection, detect, stated_by_user
+from convert.detection.training import Training
 from convert.errors import CheckpointUnsupported, TrainingUnknown
+from convert.inputs.adapter_checkpoint import Checkpoint
 from tests.convert import parts
 
 PEFT_CARD = """
@@ -43,7 +44,7 @@ def checkpoint(unmarked: Path, tmp_path: Path) -> Path:
     return parts.copy(unmarked, tmp_path / "checkpoint")
 
 
-def found(checkpoint: Path) -> Detection:
+def detection_of(checkpoint: Path) -> Detection:
     return detect(Checkpoint.open(checkpoint))
 
 
@@ -69,25 +70,25 @@ def swift(**arguments: Any) -> tuple[str, str]:
         ("training_args.yaml", "stage: sft\n", Training.UNKNOWN),
     ],
 )
-def test_the_notes_of_trainers_are_understood(checkpoint: Path, file: str, content: str, expected: Training) -> None:
+def test_the_files_of_trainers_are_understood(checkpoint: Path, file: str, content: str, expected: Training) -> None:
     (checkpoint / file).write_text(content)
 
-    assert found(checkpoint).training is expected
+    assert detection_of(checkpoint).training is expected
 
 
 def test_a_plain_base_name_proves_nothing(checkpoint: Path) -> None:
-    answer = found(checkpoint)
+    detection = detection_of(checkpoint)
 
-    assert answer.training is Training.UNKNOWN
-    assert "may have been quantized while loading" in answer.lines[0]
+    assert detection.training is Training.UNKNOWN
+    assert "may have been quantized while loading" in detection.sources[0]
     with pytest.raises(TrainingUnknown, match="--trained-on 4bit"):
-        answer.require_known(checkpoint)
+        detection.require_known(checkpoint)
 
 
-def test_a_base_name_that_says_4_bit_is_evidence(checkpoint: Path) -> None:
+def test_a_base_name_that_says_4_bit_is_a_source(checkpoint: Path) -> None:
     parts.edit_json(checkpoint / "adapter_config.json", base_model_name_or_path="unsloth/tiny-llama-bnb-4bit")
 
-    assert found(checkpoint).training is Training.QLORA
+    assert detection_of(checkpoint).training is Training.QLORA
     assert Checkpoint.open(checkpoint).layout == "unsloth"
 
 
@@ -95,22 +96,22 @@ def test_a_local_base_tells_how_it_is_stored_without_leaking_where(checkpoint: P
     renamed = parts.copy(nf4_base, checkpoint.parent / "plain-name")
     parts.edit_json(checkpoint / "adapter_config.json", base_model_name_or_path=str(renamed))
 
-    answer = found(checkpoint)
+    detection = detection_of(checkpoint)
 
-    assert answer.training is Training.QLORA
-    assert answer.quantizer
-    assert answer.quantizer.double is True
-    assert str(renamed.parent) not in " ".join(answer.lines)
+    assert detection.training is Training.QLORA
+    assert detection.quantizer
+    assert detection.quantizer.double is True
+    assert str(renamed.parent) not in " ".join(detection.sources)
 
 
-def test_evidence_that_contradicts_itself_is_unknown_and_both_lines_are_shown(checkpoint: Path) -> None:
+def test_sources_that_contradict_each_other_are_unknown_and_both_are_shown(checkpoint: Path) -> None:
     parts.mark_lora(checkpoint)
     (checkpoint / "README.md").write_text(PEFT_CARD.format(four=True, eight=False, kind="nf4"))
 
-    answer = found(checkpoint)
+    detection = detection_of(checkpoint)
 
-    assert answer.training is Training.UNKNOWN
-    assert len(answer.lines) == 2
+    assert detection.training is Training.UNKNOWN
+    assert len(detection.sources) == 2
 
 
 @pytest.mark.parametrize(
@@ -124,21 +125,21 @@ def test_evidence_that_contradicts_itself_is_unknown_and_both_lines_are_shown(ch
         ("training_args.yaml", "quantization_bit: 8\n", "8-bit"),
     ],
 )
-def test_another_quantizer_is_told_and_refused(checkpoint: Path, file: str, content: str, kind: str) -> None:
+def test_another_quantizer_is_named_and_refused(checkpoint: Path, file: str, content: str, kind: str) -> None:
     (checkpoint / file).write_text(content)
 
     with pytest.raises(CheckpointUnsupported, match=kind):
-        found(checkpoint).require_known(checkpoint)
+        detection_of(checkpoint).require_known(checkpoint)
 
 
-def test_the_users_word_replaces_missing_evidence(checkpoint: Path) -> None:
-    answer = told(Training.QLORA, found(checkpoint)).require_known(checkpoint)
+def test_the_users_word_replaces_missing_sources(checkpoint: Path) -> None:
+    detection = stated_by_user(Training.QLORA, detection_of(checkpoint)).require_known(checkpoint)
 
-    assert answer.training is Training.QLORA
-    assert "user" in answer.lines[0]
+    assert detection.training is Training.QLORA
+    assert "user" in detection.sources[0]
 
 
 def test_training_args_bin_is_never_opened(checkpoint: Path) -> None:
     (checkpoint / "training_args.bin").symlink_to("/nonexistent/would-fail-if-opened")
 
-    assert found(checkpoint).training is Training.UNKNOWN
+    assert detection_of(checkpoint).training is Training.UNKNOWN

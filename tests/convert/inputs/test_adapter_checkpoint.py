@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save_file
 
-from convert.checkpoint import Checkpoint
 from convert.errors import CheckpointUnreadable, CheckpointUnsupported
+from convert.inputs.adapter_checkpoint import Checkpoint
 from tests.convert import parts
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -25,11 +23,11 @@ def renamed(checkpoint: Path, rename: Any) -> None:
 def test_modules_ranks_and_scales_are_read(lora: Path) -> None:
     checkpoint = Checkpoint.open(lora)
 
-    pair = checkpoint.pairs[MODULE]
-    a, b = checkpoint.read(pair)
+    weights = checkpoint.lora_weights[MODULE]
+    a, b = checkpoint.read(weights)
 
-    assert len(checkpoint.pairs) == 14
-    assert (pair.rank, pair.alpha, pair.scaling) == (8, 16, 2.0)
+    assert len(checkpoint.lora_weights) == 14
+    assert (weights.rank, weights.alpha, weights.scaling) == (8, 16, 2.0)
     assert (tuple(a.shape), tuple(b.shape)) == ((8, 64), (64, 8))
     assert checkpoint.targets == tuple(sorted(parts.LINEARS))
     checkpoint.require_supported()
@@ -42,11 +40,12 @@ def test_modules_ranks_and_scales_are_read(lora: Path) -> None:
         lambda name: name.replace("lora_A.weight", "lora_A.default.weight").replace(
             "lora_B.weight", "lora_B.default.weight"
         ),
+        lambda name: re.sub(r"(lora_[AB])\.", r"\1.my-adapter v2.", name),
         lambda name: f"module.{name}",
         lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
         lambda name: f"_fsdp_wrapped_module.{name}".replace(".layers.0.", ".layers.0._fsdp_wrapped_module."),
     ],
-    ids=["bare", "adapter name", "data parallel", "compiled", "fsdp"],
+    ids=["bare", "adapter name", "adapter name with a hyphen", "data parallel", "compiled", "fsdp"],
 )
 def test_every_trainers_key_means_the_same_module(lora: Path, tmp_path: Path, rename: Any) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
@@ -54,12 +53,12 @@ def test_every_trainers_key_means_the_same_module(lora: Path, tmp_path: Path, re
 
     checkpoint = Checkpoint.open(copied)
 
-    assert checkpoint.pairs.keys() == Checkpoint.open(lora).pairs.keys()
+    assert checkpoint.lora_weights.keys() == Checkpoint.open(lora).lora_weights.keys()
     assert checkpoint.problems == ()
 
 
 def test_scales_follow_rslora_and_patterns(base: Path, tmp_path: Path) -> None:
-    made = parts.save_adapter(
+    adapter = parts.save_adapter(
         base,
         tmp_path / "patterns",
         use_rslora=True,
@@ -67,11 +66,11 @@ def test_scales_follow_rslora_and_patterns(base: Path, tmp_path: Path) -> None:
         alpha_pattern={"q_proj": 3},
     )
 
-    pairs = Checkpoint.open(made).pairs
+    lora_weights = Checkpoint.open(adapter).lora_weights
 
-    assert (pairs[MODULE].rank, pairs[MODULE].scaling) == (4, 3 / math.sqrt(4))
-    assert (pairs["model.layers.1.mlp.up_proj"].rank, pairs["model.layers.0.mlp.up_proj"].rank) == (12, 8)
-    assert pairs["model.layers.1.mlp.up_proj"].scaling == 16 / math.sqrt(12)
+    assert (lora_weights[MODULE].rank, lora_weights[MODULE].scaling) == (4, 3 / math.sqrt(4))
+    assert (lora_weights["model.layers.1.mlp.up_proj"].rank, lora_weights["model.layers.0.mlp.up_proj"].rank) == (12, 8)
+    assert lora_weights["model.layers.1.mlp.up_proj"].scaling == 16 / math.sqrt(12)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_settings_no_route_can_follow_are_refused(
         ("something.else", "not a LoRA weight"),
     ],
 )
-def test_keys_that_are_nothing_known_are_refused(lora: Path, tmp_path: Path, key: str, says: str) -> None:
+def test_unknown_keys_are_refused(lora: Path, tmp_path: Path, key: str, says: str) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
     parts.edit_weights(copied, lambda tensors: {**tensors, key: torch.ones(2, 2)})
 
@@ -128,7 +127,7 @@ def test_keys_that_are_nothing_known_are_refused(lora: Path, tmp_path: Path, key
     assert repr(key) in str(caught.value)
 
 
-def test_all_problems_are_told_at_once(lora: Path, tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(lora: Path, tmp_path: Path) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
     parts.edit_json(copied / "adapter_config.json", lora_bias=True, fan_in_fan_out=True)
     parts.edit_weights(copied, lambda tensors: {**tensors, "x": torch.ones(1)})
@@ -136,13 +135,28 @@ def test_all_problems_are_told_at_once(lora: Path, tmp_path: Path) -> None:
     assert len(Checkpoint.open(copied).problems) == 3
 
 
-def test_half_a_pair_is_refused(lora: Path, tmp_path: Path) -> None:
+def test_problems_of_one_cause_are_one_line_with_their_number(lora: Path, tmp_path: Path) -> None:
+    copied = parts.copy(lora, tmp_path / "copy")
+    parts.edit_weights(copied, lambda ts: {name: t.flatten() if "lora_A" in name else t for name, t in ts.items()})
+
+    checkpoint = Checkpoint.open(copied)
+    with pytest.raises(CheckpointUnsupported) as caught:
+        checkpoint.require_supported()
+
+    lines = str(caught.value).splitlines()[1:]
+    shapes = {tuple(spec.shape) for name, spec in checkpoint.tensors.specs.items() if "lora_A" in name}
+    assert len(checkpoint.problems) >= 14
+    assert len(lines) <= 2 * len(shapes) + 1
+    assert "(the same in " in lines[0]
+
+
+def test_a_without_b_is_refused(lora: Path, tmp_path: Path) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
     lost = f"base_model.model.{MODULE}.lora_B.weight"
     parts.edit_weights(copied, lambda tensors: {name: t for name, t in tensors.items() if name != lost})
 
     assert Checkpoint.open(copied).problems == (
-        f"{MODULE}: lora_B is missing, half a pair has no meaning: save the adapter again",
+        f"{MODULE}: lora_B is missing; LoRA needs both A and B: save the adapter again",
     )
 
 
@@ -176,11 +190,11 @@ def test_a_trainers_output_directory_is_answered_with_its_checkpoints(lora: Path
     for step in (20, 100):
         parts.copy(lora, tmp_path / f"checkpoint-{step}")
 
-    with pytest.raises(CheckpointUnreadable, match=r"checkpoint-20, .*checkpoint-100"):
+    with pytest.raises(CheckpointUnreadable, match=r"checkpoint-100, .*checkpoint-20"):
         Checkpoint.open(tmp_path)
 
 
-def test_a_run_directory_of_ms_swift_is_told_to_hold_checkpoints(lora: Path, tmp_path: Path) -> None:
+def test_a_run_directory_of_ms_swift_is_answered_with_its_checkpoints(lora: Path, tmp_path: Path) -> None:
     parts.copy(lora, tmp_path / "v0-20260101-000000" / "checkpoint-20")
 
     with pytest.raises(CheckpointUnreadable, match=r"Give one checkpoint of it: .*v0-20260101-000000/checkpoint-20"):
@@ -193,12 +207,12 @@ def test_a_whole_model_is_not_an_adapter(base: Path) -> None:
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointUnreadable, match="not a directory"):
+    with pytest.raises(CheckpointUnreadable, match="does not exist"):
         Checkpoint.open(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "null", "[" * 100_000], ids=["cut", "list", "null", "deep"])
-def test_a_broken_configuration_is_told(lora: Path, tmp_path: Path, content: str) -> None:
+def test_a_broken_configuration_is_reported(lora: Path, tmp_path: Path, content: str) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
     (copied / "adapter_config.json").write_text(content)
 
@@ -206,108 +220,41 @@ def test_a_broken_configuration_is_told(lora: Path, tmp_path: Path, content: str
         Checkpoint.open(copied)
 
 
-def test_notes_beside_the_adapter_do_not_change_its_digest(lora: Path, tmp_path: Path) -> None:
+def test_trainer_files_beside_the_adapter_do_not_change_its_digest(lora: Path, tmp_path: Path) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
     (copied / "trainer_state.json").write_text(json.dumps({"step": 3}))
 
     assert Checkpoint.open(copied).digest == Checkpoint.open(lora).digest
 
 
-def test_modules_without_effect_are_noted(lora: Path, tmp_path: Path) -> None:
+def test_modules_without_effect_give_a_warning(lora: Path, tmp_path: Path) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
     parts.edit_weights(copied, lambda ts: {n: t * 0 if "layers.1" in n and "lora_B" in n else t for n, t in ts.items()})
 
     checkpoint = Checkpoint.open(copied)
 
     checkpoint.require_supported()
-    assert checkpoint.notes == (
+    assert checkpoint.warnings == (
         "7 of 14 adapted modules have a delta of zero, so nothing was learnt there: model.layers.1.mlp.down_proj, "
         "model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj, …",
     )
 
 
-def test_targets_without_weights_are_noted(lora: Path, tmp_path: Path) -> None:
+def test_targets_without_weights_give_a_warning(lora: Path, tmp_path: Path) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
     parts.edit_weights(copied, lambda ts: {n: t for n, t in ts.items() if "k_proj" not in n})
 
-    assert Checkpoint.open(copied).notes == ("target_modules names k_proj, the file holds no weights for it",)
+    assert Checkpoint.open(copied).warnings == ("target_modules names k_proj, the file holds no weights for it",)
 
 
-def test_copies_of_the_base_below_adapted_layers_are_left_out_and_noted(lora: Path, tmp_path: Path) -> None:
+def test_base_layers_in_the_file_are_left_out_with_a_warning(lora: Path, tmp_path: Path) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
-    below = f"base_model.model.{MODULE}.base_layer.weight"
-    quantized = {f"{below}.absmax": torch.ones(64), below: torch.ones(2048, 1, dtype=torch.uint8)}
+    base_layer = f"base_model.model.{MODULE}.base_layer.weight"
+    quantized = {f"{base_layer}.absmax": torch.ones(64), base_layer: torch.ones(2048, 1, dtype=torch.uint8)}
     parts.edit_weights(copied, lambda tensors: tensors | quantized)
 
     checkpoint = Checkpoint.open(copied)
 
     assert checkpoint.problems == ()
-    assert checkpoint.contents.saved == {}
-    assert checkpoint.notes == ("copies of the base's own weights below 1 adapted layers are left out",)
-
-
-WORDS = st.sampled_from(
-    [
-        "base_model",
-        "model",
-        "module",
-        "layers",
-        "0",
-        "1",
-        "99",
-        "self_attn",
-        "q_proj",
-        "mlp",
-        "up_proj",
-        "embed_tokens",
-        "lm_head",
-        "norm",
-        "lora_A",
-        "lora_B",
-        "default",
-        "lora_embedding_A",
-        "lora_embedding_B",
-        "lora_magnitude_vector",
-        "weight",
-        "bias",
-        "base_layer",
-        "modules_to_save",
-        "token_adapter",
-        "trainable_tokens_delta",
-        "attn",
-        "output_proj",
-        "w1",
-        "lora_a",
-        "lora_b",
-        "output",
-        "_orig_mod",
-        "x",
-    ]
-)
-KEYS = st.lists(WORDS, min_size=1, max_size=9).map(".".join)
-SHAPES = st.sampled_from([(8, 64), (64, 8), (64,), (2, 64), (272, 64), (8, 272), (1, 1, 1), (0, 8), ()])
-SETTINGS = st.sampled_from([None, True, 8, "lm_head", [1, 2], ["lm_head"], {"embed_tokens": [1, 2]}, {"q_proj": 8}])
-
-
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    keys=st.dictionaries(KEYS, SHAPES, max_size=6),
-    config=st.dictionaries(
-        st.sampled_from(["use_dora", "modules_to_save", "trainable_token_indices", "target_modules", "rank_pattern"]),
-        SETTINGS,
-    ),
-)
-def test_any_keys_and_settings_give_contents_or_problems(
-    lora: Path, tmp_path: Path, keys: dict[str, tuple[int, ...]], config: dict[str, Any]
-) -> None:
-    root = tmp_path / "any"
-    root.mkdir(exist_ok=True)
-    document = json.loads((lora / "adapter_config.json").read_text()) | config
-    (root / "adapter_config.json").write_text(json.dumps(document))
-    save_file({key: torch.ones(shape) for key, shape in keys.items()}, root / "adapter_model.safetensors")
-
-    checkpoint = Checkpoint.open(root)
-
-    assert checkpoint.all_problems or not checkpoint.contents.is_empty
-    for spec in checkpoint.contents.specs:
-        assert spec.name in keys
+    assert checkpoint.adapter_state.saved_weights == {}
+    assert checkpoint.warnings == ("the base's own weights of 1 adapted layers are in the file too; they are left out",)

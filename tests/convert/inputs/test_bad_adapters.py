@@ -1,4 +1,4 @@
-"""Many adapters: the good are never refused and keep their function, the bad are told before an engine sees them."""
+"""Many bad adapters: each is refused before an engine sees it, with what to do."""
 
 from __future__ import annotations
 
@@ -13,102 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from convert.artifact import Artifact
 from convert.errors import BaseMismatch, CheckpointUnreadable, CheckpointUnsupported, ConvertError
 from tests.convert import parts, trainers
-from tests.convert.asking import Request, convert
-from tests.convert.trained import KINDS, LINEAR, save_trained
+from tests.convert.inputs.corpus import GOOD, finished
 
 MODULE = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{MODULE}.lora_{{}}.weight"
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-# ---------------------------------------------------------------------------------------------------------- good ones
-
-GOOD: dict[str, dict[str, Any]] = {
-    **{f"rank {rank}": {"r": rank, "lora_alpha": 2 * rank} for rank in (1, 2, 3, 16, 64, 128)},
-    **{f"alpha {alpha}": {"lora_alpha": alpha} for alpha in (1, 7, 32)},
-    **{f"targets {'+'.join(targets)}": {"target_modules": targets} for targets in (["q_proj"], ["q_proj", "v_proj"])},
-    "attention": {"target_modules": ATTENTION},
-    "mlp": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
-    "all-linear": {"target_modules": "all-linear"},
-    "pattern of targets": {"target_modules": r".*layers\.1\..*_proj"},
-    "one layer": {"layers_to_transform": [1]},
-    "excluded": {"exclude_modules": ["v_proj"]},
-    "rslora": {"use_rslora": True},
-    "rank pattern": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 24}},
-    "alpha pattern": {"alpha_pattern": {"down_proj": 5}},
-    "all patterns": {"use_rslora": True, "rank_pattern": {"layers.0.mlp.up_proj": 4}, "alpha_pattern": {"k_proj": 1}},
-    "gaussian start": {"init_lora_weights": "gaussian"},
-    "orthogonal start": {"init_lora_weights": "orthogonal"},
-    "mica start": {"init_lora_weights": "mica"},
-    "dropout": {"lora_dropout": 0.1},
-    **{name: settings for name, settings in KINDS.items() if "tokens of" not in name},
-    "linear as a whole": LINEAR,
-}
-
-
-def finished(checkpoint: Path, base: Path, out: Path, **settings: Any) -> Artifact:
-    request = {"name": "tiny", "measure": False, "route": "merge", "quantize": "none", "dtype": "float16", **settings}
-    return convert(Request(checkpoint=checkpoint, base=base, destination=out, **request))
-
-
-def merged_by_peft(checkpoint: Path, base: Path) -> torch.Tensor:
-    return parts.logits(parts.with_adapter(parts.load_float32(base), checkpoint).merge_and_unload().eval())
-
-
-@pytest.mark.parametrize("settings", GOOD.values(), ids=GOOD.keys())
-def test_a_good_adapter_is_merged_as_peft_merges_it(
-    base: Path, untied_base: Path, tmp_path: Path, out: Path, settings: dict[str, Any]
-) -> None:
-    # PEFT merges a delta of a tied embedding into the head as well (test_edits compares those with what is unmerged).
-    given = untied_base if {"embed_tokens", "lm_head"} & set(settings.get("target_modules", [])) else base
-    made = parts.mark_lora(save_trained(given, tmp_path / "made", **settings))
-
-    finished(made, given, out)
-
-    found = parts.logits(parts.load_float32(out / "model"))
-    assert parts.divergence(merged_by_peft(made, given), found) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("trainer", trainers.TRAINERS)
-def test_a_good_adapter_of_every_trainer_and_type_is_merged(
-    base: Path, unmarked: Path, tmp_path: Path, out: Path, trainer: str, dtype: torch.dtype
-) -> None:
-    _, mark, name, _ = trainers.TRAINERS[trainer]
-    made = parts.copy(unmarked, tmp_path / "run" / name)
-    parts.edit_weights(made, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
-    plain = parts.copy(made, tmp_path / "plain")
-    from convert.detect import Training
-
-    finished(mark(made, "lora"), base, out, trained_on=Training.LORA)
-
-    assert parts.divergence(merged_by_peft(plain, base), parts.logits(parts.load_float32(out / "model"))) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "settings", [value for name, value in GOOD.items() if "dora" not in name and value is not LINEAR]
-)
-def test_vllms_own_loader_takes_every_good_adapter(
-    base: Path, tmp_path: Path, out: Path, settings: dict[str, Any]
-) -> None:
-    peft_helper, lora_model = pytest.importorskip("vllm.lora.peft_helper"), pytest.importorskip("vllm.lora.lora_model")
-    from vllm.config.lora import LoRAConfig
-
-    made = parts.mark_lora(save_trained(base, tmp_path / "made", **settings))
-    finished(made, base, out, route="adapter", dtype="auto")
-
-    helper = peft_helper.PEFTHelper.from_local_dir(str(out / "adapter"), max_position_embeddings=None)
-    helper.validate_legal(LoRAConfig(max_lora_rank=128))
-    loaded = lora_model.LoRAModel.from_local_checkpoint(
-        str(out / "adapter"), {*parts.LINEARS, "lm_head"}, helper, device="cpu", model_vocab_size=parts.VOCABULARY
-    )
-    assert all(lora.lora_a is not None and lora.lora_b is not None for lora in loaded.loras.values())
-    assert {lora.scaling for lora in loaded.loras.values()} == {helper.lora_alpha / helper.r}
-
-
-# ----------------------------------------------------------------------------------------------------------- bad ones
 
 
 @dataclass(frozen=True)
@@ -232,7 +142,7 @@ BAD: dict[str, Bad] = {
     "the same twice": Bad(
         added(f"module.base_model.model.{MODULE}.lora_A.weight", 8, 64), CheckpointUnsupported, "save the adapter again"
     ),
-    "empty": Bad(weights(lambda ts: {}), CheckpointUnsupported, "was it saved from the trained model"),
+    "empty": Bad(weights(lambda ts: {}), CheckpointUnsupported, "Gather them, and save it again"),
     "rows without their numbers": Bad(
         added("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", 2, 64),
         CheckpointUnsupported,
@@ -255,12 +165,14 @@ BAD: dict[str, Bad] = {
         added(f"base_model.model.{MODULE}.bias", 64), BaseMismatch, "the base has no such weight"
     ),
     # files
-    "a pickle": Bad(pickled, CheckpointUnreadable, "save it as safetensors in that directory first"),
+    "a pickle": Bad(pickled, CheckpointUnreadable, "save it as safetensors first: cd "),
     "cut": Bad(truncated, CheckpointUnreadable, "Copy or save it again"),
     "no weights": Bad(file("adapter_model.safetensors", None), CheckpointUnreadable, "copy it again"),
     "no configuration": Bad(file("adapter_config.json", None), CheckpointUnreadable, "adapter_config.json is missing"),
     "a configuration cut": Bad(file("adapter_config.json", "{"), CheckpointUnreadable, "not readable JSON"),
-    "not safetensors": Bad(file("adapter_model.safetensors", b"PK\x03\x04"), CheckpointUnreadable, "save it again"),
+    "not safetensors": Bad(
+        file("adapter_model.safetensors", b"PK\x03\x04"), CheckpointUnreadable, "Save it as safetensors"
+    ),
     "a file elsewhere": Bad(escaping, CheckpointUnreadable, "only .safetensors files beside the index are read"),
     "a stamp that is none": Bad(file("graft_training.json", "{}"), CheckpointUnreadable, "Correct it, or remove it"),
 }
@@ -272,7 +184,7 @@ def test_the_corpus_is_large_enough() -> None:
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())
-def test_a_bad_adapter_is_told_with_what_to_do(lora: Path, base: Path, tmp_path: Path, out: Path, bad: Bad) -> None:
+def test_a_bad_adapter_is_reported_with_what_to_do(lora: Path, base: Path, tmp_path: Path, out: Path, bad: Bad) -> None:
     copied = parts.copy(lora, tmp_path / "copy")
     bad.spoil(copied)
 
@@ -298,8 +210,8 @@ ODD: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_setting_of_an_odd_type_is_told_or_does_no_harm(lora: Path, base: Path, tmp_path: Path, name: str) -> None:
-    from convert.inspection import inspect
+def test_a_setting_of_an_odd_type_is_reported_or_harmless(lora: Path, base: Path, tmp_path: Path, name: str) -> None:
+    from convert.pipeline.inspect import inspect
 
     copied = parts.copy(lora, tmp_path / "copy")
     parts.edit_json(copied / "adapter_config.json", **{name: ODD[name]})

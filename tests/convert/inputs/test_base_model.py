@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from convert.base_model import BaseModel, public_name
-from convert.compressed import NAMES, Compressed, CompressedName, stored_shape
 from convert.errors import BaseUnreadable
-from convert.shards import Shard, ShardWriter
-from convert.tensors import Tensors, TensorSpec
+from convert.inputs.base_model import BaseModel, public_name
+from convert.quantization.compressed import NAMES, Compressed, CompressedName, stored_shape
+from convert.safetensors_io.shards import Shard, ShardWriter
+from convert.safetensors_io.tensors import Tensors, TensorSpec
 from tests.convert import parts
 
 
@@ -27,8 +27,8 @@ def test_linear_layers_and_vocabulary_are_known(base: Path) -> None:
 
     assert len(opened.linears) == 14
     assert opened.linears["model.layers.1.self_attn.k_proj"].shape == (32, 64)
-    assert (opened.vocabulary, opened.is_tied, opened.quantization) == (parts.VOCABULARY, True, "none")
-    assert {spec.name for spec in opened.others} >= {"model.embed_tokens.weight", "model.norm.weight"}
+    assert (opened.vocabulary, opened.is_tied, opened.quantization_name) == (parts.VOCABULARY, True, "none")
+    assert {spec.name for spec in opened.other_specs} >= {"model.embed_tokens.weight", "model.norm.weight"}
 
 
 def test_the_head_of_an_untied_model_is_a_linear_layer(untied_base: Path) -> None:
@@ -40,14 +40,14 @@ def test_a_base_stored_as_nf4_reads_as_bitsandbytes_dequantizes_it(base: Path, t
     stored = BaseModel.open(parts.save_quantized(base, tmp_path / "nf4", double=double))
     oracle = dict(parts.dequantized_model(base, double=double).named_parameters())
 
-    assert stored.quantization == ("nf4-double" if double else "nf4")
+    assert stored.quantization_name == ("nf4-double" if double else "nf4")
     for module, linear in stored.linears.items():
         assert torch.equal(stored.read(linear), oracle[f"{module}.weight"])
 
 
 @pytest.mark.parametrize("double", [True, False])
 def test_a_full_precision_base_is_taken_through_the_quantizer_of_training(base: Path, double: bool) -> None:
-    from convert.nf4 import Nf4
+    from convert.quantization.nf4 import Nf4
 
     opened = BaseModel.open(base)
     oracle = dict(parts.dequantized_model(base, double=double).named_parameters())
@@ -56,11 +56,13 @@ def test_a_full_precision_base_is_taken_through_the_quantizer_of_training(base: 
         assert torch.equal(opened.read_as_trained(linear, Nf4(double)), oracle[f"{module}.weight"])
 
 
-def test_half_a_model_is_refused(base: Path, tmp_path: Path) -> None:
+def test_an_incomplete_model_is_refused(base: Path, tmp_path: Path) -> None:
     copied = parts.copy(base, tmp_path / "copy")
     rewrite(copied, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
 
-    with pytest.raises(BaseUnreadable, match=r"half a model: 1 tensors are missing \(model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(
+        BaseUnreadable, match=r"incomplete model: 1 tensors are missing \(model\.layers\.1\.mlp\.up_proj"
+    ):
         BaseModel.open(copied)
 
 
@@ -103,21 +105,22 @@ def test_nf4_parts_of_wrong_size_never_reach_the_native_code(nf4_base: Path, tmp
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_base_stored_by_compressed_tensors_reads_as_the_scheme_dequantizes_it(
+def test_a_base_stored_by_compressed_tensors_reads_as_the_format_dequantizes_it(
     base: Path, untied_base: Path, tmp_path: Path, name: CompressedName
 ) -> None:
     for source in (base, untied_base):
         original = BaseModel.open(source)
         stored = BaseModel.open(parts.save_compressed(source, tmp_path / source.name, name))
 
-        assert (stored.quantization, stored.is_quantized, stored.vocabulary) == (name, True, original.vocabulary)
-        assert {spec.name for spec in stored.others} == {spec.name for spec in original.others}
+        assert (stored.quantization_name, stored.is_quantized, stored.vocabulary) == (name, True, original.vocabulary)
+        assert {spec.name for spec in stored.other_specs} == {spec.name for spec in original.other_specs}
         assert stored.linears.keys() == original.linears.keys()
         for module, linear in stored.linears.items():
             weight = original.read(original.linears[module])
             if not linear.is_head:
-                assert linear.settings
-                weight = linear.settings.dequantize(module, linear.settings.quantize(module, weight))
+                quantizer = linear.quantization_format
+                assert quantizer
+                weight = quantizer.dequantize(module, quantizer.quantize(module, weight))
             assert torch.equal(stored.read(linear), weight), module
 
 
@@ -159,14 +162,14 @@ def test_parts_of_wrong_size_are_refused_before_anything_is_computed(
         if value is not None:
             tensors[f"{UP}.{part}"] = value
 
-    with pytest.raises(BaseUnreadable, match=r"up_proj|scales of|half a model"):
+    with pytest.raises(BaseUnreadable, match=r"up_proj|scales of|incomplete model"):
         BaseModel.open(compressed_copy(base, tmp_path / "copy", name, change))
 
 
 def test_a_tensor_that_no_format_has_is_refused(base: Path, tmp_path: Path) -> None:
     """A zero point, for one, would be dropped and the weights read as others."""
     copied = compressed_copy(
-        base, tmp_path / "copy", "w4a16", lambda it: it.update({f"{UP}.weight_zero_point": torch.ones(1)})
+        base, tmp_path / "copy", "w4a16", lambda tensors: tensors.update({f"{UP}.weight_zero_point": torch.ones(1)})
     )
 
     with pytest.raises(BaseUnreadable, match="weight_zero_point"):
@@ -215,13 +218,13 @@ def test_another_use_of_compressed_tensors_is_refused(
         BaseModel.open(stored)
 
 
-def test_how_scales_and_codes_were_found_does_not_matter(base: Path, tmp_path: Path) -> None:
+def test_how_scales_and_codes_were_chosen_does_not_matter(base: Path, tmp_path: Path) -> None:
     stored = parts.save_compressed(base, tmp_path / "stored", "w4a16")
     quantization = BaseModel.open(stored).config["quantization_config"]
     quantization["config_groups"]["group_0"]["weights"] |= {"actorder": "static", "observer": "mse"}
     parts.edit_json(stored / "config.json", quantization_config=quantization | {"version": "0.19.0"})
 
-    assert BaseModel.open(stored).settings == Compressed("w4a16", "BF16", 64)
+    assert BaseModel.open(stored).quantization_format == Compressed("w4a16", "BF16", 64)
 
 
 @given(

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from convert.artifact import Base, Canaries, Origin, Quality, Recovery, Retention
-from convert.comparison import Comparison, Row, comparison_document, comparison_page
-from convert.comparison.page import recommendation
-from convert.comparison.picture import FAILED, PASSED, trade_off
-from convert.quality import Answer, Canary, Retained, TensorRetention
+from convert.pipeline.comparison import Comparison, Row, comparison_document, comparison_page
+from convert.pipeline.comparison.page import recommendation
+from convert.pipeline.comparison.picture import FAILED, PASSED, trade_off
+from convert.quality import Answer, Canary, ModelRetention
+from convert.quality.retention import TensorRetention
 
 SVG = "{http://www.w3.org/2000/svg}"
 VOID = {"meta", "br"}
@@ -46,7 +47,7 @@ def row(label: str, kl: float, size: int = 270_000_000, **settings: Any) -> Row:
     )
 
 
-RETAINED = Retained(
+RETAINED = ModelRetention(
     tuple(TensorRetention(f"model.layers.{layer}.mlp.up_proj", 1 - layer / 10, 0.9) for layer in range(4))
 )
 ADAPTER = replace(
@@ -108,7 +109,7 @@ def pictures(page: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def told_by_the_page() -> str:
+def text_of_the_page() -> str:
     return words(comparison_page(WHOLE))
 
 
@@ -125,14 +126,14 @@ def test_the_page_is_whole_and_asks_for_nothing() -> None:
 
 
 def test_it_says_what_to_take_and_why_not_the_others() -> None:
-    told = words(comparison_page(WHOLE))
+    text = words(comparison_page(WHOLE))
 
-    assert recommendation(WHOLE) in told
+    assert recommendation(WHOLE) in text
     assert recommendation(WHOLE) == (
         "Take 4-bit base + adapter: 135.0 MB, the same function as trained, 100.0% of the fine-tune's gain kept, "
         "1 of 1 canaries answered, 3.2 tokens/s."
     )
-    assert "KL 1.25 is above 0.05" in told
+    assert "KL 1.25 is above 0.05" in text
 
 
 def test_without_a_way_that_keeps_its_limits_nothing_is_recommended() -> None:
@@ -140,7 +141,7 @@ def test_without_a_way_that_keeps_its_limits_nothing_is_recommended() -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "figure",
     [
         "270.0 MB",
         "0.00044",
@@ -158,8 +159,8 @@ def test_without_a_way_that_keeps_its_limits_nothing_is_recommended() -> None:
         "torch 2.13.0",
     ],
 )
-def test_every_figure_is_on_the_page(told: str, told_by_the_page: str) -> None:
-    assert told in told_by_the_page
+def test_every_figure_is_on_the_page(figure: str, text_of_the_page: str) -> None:
+    assert figure in text_of_the_page
 
 
 def test_what_comes_from_outside_is_escaped() -> None:
@@ -185,20 +186,20 @@ def test_what_comes_from_outside_is_escaped() -> None:
 
 
 def test_pictures_are_valid_and_take_the_colour_of_the_page() -> None:
-    found = pictures(comparison_page(WHOLE))
+    svgs = pictures(comparison_page(WHOLE))
 
-    assert len(found) == 2
-    for text in found:
+    assert len(svgs) == 2
+    for text in svgs:
         assert ElementTree.fromstring(text).tag == f"{SVG}svg"
         assert "currentColor" in text
         assert "#010203" not in text
-    ids = [name for text in found for name in re.findall(r' id="([^"]+)"', text)]
+    ids = [name for text in svgs for name in re.findall(r' id="([^"]+)"', text)]
     assert len(ids) == len(set(ids))
-    assert {name for text in found for name in re.findall(r'(?:href="|url\()#([^")]+)', text)} <= set(ids)
+    assert {name for text in svgs for name in re.findall(r'(?:href="|url\()#([^")]+)', text)} <= set(ids)
 
 
 def test_a_point_is_drawn_for_each_way_in_the_colour_of_its_verdict() -> None:
-    passed, failed = (trade_off([replace(ADAPTER, chosen=False, failures=told)]) for told in ((), ("x",)))
+    passed, failed = (trade_off([replace(ADAPTER, chosen=False, failures=failures)]) for failures in ((), ("x",)))
 
     assert (PASSED in passed, FAILED in passed) == (True, False)
     assert (PASSED in failed, FAILED in failed) == (False, True)

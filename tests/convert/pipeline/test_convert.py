@@ -11,13 +11,14 @@ import torch
 from peft import PeftModel
 
 from convert.artifact import GOLDEN, Artifact, file_sha256
-from convert.checkpoint import Checkpoint
-from convert.detect import Training, detect
+from convert.detection.detect import detect
+from convert.detection.training import Training
 from convert.errors import CheckpointUnsupported, FormatRefused, QualityGateFailed, RouteRefused
+from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.verification.verify import golden_of
 from tests.convert import parts
 from tests.convert.asking import Request, convert
-from tests.convert.test_cli import invoke
+from tests.convert.cli.test_cli import invoke
 
 SENTENCES = (
     "the rain in spain stays mainly in the plain",
@@ -102,6 +103,36 @@ def test_the_target_decides_what_can_be_made(qlora: Path, base: Path, out: Path)
     assert run(qlora, base, out, **exact, target="cuda:8.0").manifest.model.quantization == "w4a16"
 
 
+def test_a_rank_that_does_not_fit_is_refused_before_the_first_byte(
+    qlora: Path, base: Path, tmp_path: Path, out: Path, calibration: Path
+) -> None:
+    steps: list[str] = []
+    request = Request(qlora, base, out, route="rebase", calibration=calibration, rank=65)
+
+    with pytest.raises(RouteRefused, match="Rank 65 does not fit this adapter of rank 8: choose one of 8, 16"):
+        convert(request, lambda step, done, total: steps.append(step))
+
+    assert steps == []
+
+
+def test_a_format_that_the_target_serves_wrongly_at_these_widths_is_refused_or_passed_over(
+    tmp_path: Path, out: Path
+) -> None:
+    base = parts.save_base(tmp_path / "base", tied=True, hidden=96)
+    adapter = parts.save_adapter(base, tmp_path / "adapter")
+    qlora, lora = (mark(parts.copy(adapter, tmp_path / mark.__name__)) for mark in (parts.mark_qlora, parts.mark_lora))
+    settings: dict[str, Any] = {"measure": False, "target": "cpu:avx512-vnni"}
+
+    with pytest.raises(FormatRefused, match=r"multiples of 64: .*; here a layer has 96 inputs and 48 outputs"):
+        run(qlora, base, tmp_path / "refused", route="adapter", **settings)
+    with pytest.raises(FormatRefused, match="multiples of 64"):
+        run(lora, base, tmp_path / "refused", route="merge", quantize="nf4", **settings)
+    artifact = run(lora, base, out, route="merge", target="cpu:avx512")
+
+    assert artifact.manifest.model.quantization == "none"
+    assert artifact.manifest.trials == ()
+
+
 @pytest.mark.parametrize("quantize", ["w8a8-int8", "fp8-dynamic"])
 def test_eight_bits_lose_less_than_the_original_weights_in_four(
     qlora: Path, base: Path, tmp_path: Path, quantize: Any
@@ -125,18 +156,22 @@ def test_golden_answers_are_those_of_the_files(qlora: Path, base: Path, out: Pat
     prompt = golden.prompts[0]
     result = PeftModel.from_pretrained(parts.load_stored(out / "model"), str(out / "adapter")).eval()
     ids = torch.tensor([prompt.token_ids])
-    found = parts.logits(result, ids).log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
-    assert torch.allclose(found, torch.tensor(prompt.result), atol=1e-4)
+    logprobs = parts.logits(result, ids).log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    assert torch.allclose(logprobs, torch.tensor(prompt.result), atol=1e-4)
     assert prompt.base != prompt.result
 
 
-def test_a_canary_that_falls_silent_publishes_nothing(qlora: Path, base: Path, tmp_path: Path, out: Path) -> None:
+def test_a_canary_that_the_model_as_trained_fails_is_said_to_be_its_own_failure(
+    qlora: Path, base: Path, tmp_path: Path, out: Path
+) -> None:
     canaries = tmp_path / "canaries.jsonl"
     question = {"messages": [{"role": "user", "content": "the rain"}], "expect": "never said by anybody"}
     canaries.write_text(json.dumps(question))
 
-    with pytest.raises(QualityGateFailed, match="1 of 1 canaries"):
+    says = r"as trained, before any conversion, fails 1 of 1 canaries itself(.|\n)*'never said by anybody' is not in: "
+    with pytest.raises(QualityGateFailed, match=says) as refusal:
         run(qlora, base, out, canaries=canaries)
+    assert "loses less" not in str(refusal.value)
 
 
 def test_the_manifest_names_every_file_of_the_base(qlora: Path, base: Path, out: Path) -> None:
@@ -158,7 +193,7 @@ def test_plan_lists_exactly_the_tensors_that_run_writes(qlora: Path, base: Path,
 
     with safe_open(out / "model" / "model.safetensors", "pt") as file:
         written = {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    assert {it["name"]: (it["dtype"], it["shape"]) for it in way["tensors"]} == written
+    assert {tensor["name"]: (tensor["dtype"], tensor["shape"]) for tensor in way["tensors"]} == written
     assert way["estimate"]["output_bytes"] == sum(
         path.stat().st_size for path in (out / "model").glob("*.safetensors")
     ) - _header_bytes(out / "model" / "model.safetensors")
@@ -182,6 +217,15 @@ def test_compare_draws_a_page_and_keeps_nothing_else(qlora: Path, base: Path, ou
     assert adapter["chosen"]
     assert "needs AVX-512" in document["obstacles"][0]
     assert "<svg" in (out / "comparison.html").read_text()
+
+
+def test_compare_of_one_way_twice_is_refused(qlora: Path, base: Path, out: Path) -> None:
+    ways = ("--way", "merge:none", "--way", "merge:none:dequantized")
+
+    result = invoke("compare", qlora, "--base", base, "--out", out, *ways)
+
+    assert result.exit_code == 1
+    assert "merge:none:dequantized is given twice with --way" in result.stderr
 
 
 def test_compare_of_a_way_that_is_none_names_those_there_are(qlora: Path, base: Path, out: Path) -> None:

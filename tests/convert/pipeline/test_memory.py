@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 import bitsandbytes.functional, torch
 from tests.convert.asking import Request, convert
-from convert.detect import Training
+from convert.detection.training import Training
 checkpoint, base, out = map(Path, sys.argv[1:4])
 trained_on = Training(sys.argv[4])
 def resident(line):
@@ -50,7 +50,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = parts.mark_lora(parts.save_adapter(parts.save_base(large / "small", tied=True, layers=1), large / "lora"))
+    small = parts.mark_lora(parts.save_adapter(parts.save_base(large / "small", tied=True, layers=1), large / "lora"))
     wide = {f"base_model.model.model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj")}
 
     def widened(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -59,14 +59,14 @@ def adapter(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             tensors[f"{module}.lora_B.weight"] = torch.randn(ROWS, 8) / 64
         return tensors
 
-    parts.edit_weights(made, widened)
-    return made
+    parts.edit_weights(small, widened)
+    return small
 
 
 @pytest.fixture(scope="module")
 def large_nf4(large: Path) -> Path:
     """Its MLP stored as NF4, without a model that transformers could load."""
-    from convert.nf4 import Nf4
+    from convert.quantization.nf4 import Nf4
 
     settings = Nf4()
     tensors = load_file(large / "base" / "model.safetensors")
@@ -86,7 +86,7 @@ def test_peak_memory_does_not_grow_with_the_size_of_a_weight(
 ) -> None:
     base = large / "base" if training == "lora" else large_nf4
     words = [sys.executable, "-c", MEASURED, adapter, base, out, training]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout)
 

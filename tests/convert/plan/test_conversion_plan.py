@@ -1,20 +1,21 @@
-"""What doesn't fit is told before anything is written, all of it at once."""
+"""What doesn't fit is reported before anything is written, all of it at once."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from convert.base_model import BaseModel
-from convert.checkpoint import Checkpoint
 from convert.errors import BaseMismatch, BaseUnreadable, OutputUnwritable
-from convert.match import require_match
-from convert.nf4 import Nf4
-from convert.plan import Form, plan_model
+from convert.inputs.adapter_checkpoint import Checkpoint
+from convert.inputs.base_model import BaseModel
+from convert.plan.compatibility import require_compatible
+from convert.plan.conversion_plan import OutputFormat, plan_model
+from convert.quantization.nf4 import Nf4
 from tests.convert import parts
 from tests.convert.asking import Request, convert
 
@@ -26,33 +27,39 @@ def run(checkpoint: Path, base: Path, out: Path, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "form",
-    [Form(None, Nf4(True)), Form(None, Nf4(False)), Form("dequantized", None, Nf4(True)), Form("original", Nf4(True))],
+    "output_format",
+    [
+        OutputFormat(None, Nf4(True)),
+        OutputFormat(None, Nf4(False)),
+        OutputFormat("dequantized", None, Nf4(True)),
+        OutputFormat("original", Nf4(True)),
+    ],
     ids=["nf4", "nf4 single", "16 bits", "merged nf4"],
 )
-def test_the_size_is_known_to_the_byte(lora: Path, base: Path, tmp_path: Path, form: Form) -> None:
+def test_the_size_is_known_to_the_byte(lora: Path, base: Path, tmp_path: Path, output_format: OutputFormat) -> None:
     from safetensors import safe_open
 
-    from convert.routes.model import write_model
+    from convert.write.model import write_model
 
     opened, checkpoint = BaseModel.open(base), Checkpoint.open(lora)
-    plan = plan_model(opened, form, checkpoint)
+    plan = plan_model(opened, output_format, checkpoint)
 
-    write_model(tmp_path, plan, opened, checkpoint, lambda what, done, total: None)
+    write_model(tmp_path, plan, opened, checkpoint, lambda step, done, total: None)
 
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         written = sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
     assert written == plan.weight_bytes
 
 
-def test_another_shape_lists_every_module(lora: Path, tmp_path: Path, out: Path) -> None:
+def test_another_shape_lists_every_kind_of_module_with_its_number(lora: Path, tmp_path: Path, out: Path) -> None:
     wider = parts.save_base(tmp_path / "wider", tied=True, hidden=96)
 
     with pytest.raises(BaseMismatch) as caught:
         run(lora, wider, out)
 
     message = str(caught.value)
-    assert message.count("the adapter is for") == 14
+    more = [int(count) for count in re.findall(r"the adapter is for .* \(the same in (\d+) more places\)", message)]
+    assert (len(more), sum(more) + len(more)) == (4, 14)
     assert "64 → 64 features, the base has 96 → 96" in message
     assert "'acme/tiny-llama'" in message
 
@@ -81,7 +88,7 @@ def test_a_tokenizer_with_tokens_beyond_the_base_is_refused(lora: Path, base: Pa
     (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
 
     with pytest.raises(BaseMismatch, match=r"'<\|new\|>'.*resized vocabulary of 301, the base has 272"):
-        require_match(Checkpoint.open(copied), BaseModel.open(base))
+        require_compatible(Checkpoint.open(copied), BaseModel.open(base))
 
 
 def test_added_tokens_that_the_base_has_rows_for_are_no_resized_vocabulary(
@@ -98,7 +105,7 @@ def test_added_tokens_that_the_base_has_rows_for_are_no_resized_vocabulary(
     (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
     (copied / "added_tokens.json").write_text(json.dumps({"<|im_end|>": number, "<s>": 0}))
 
-    require_match(Checkpoint.open(copied), BaseModel.open(padded))
+    require_compatible(Checkpoint.open(copied), BaseModel.open(padded))
 
 
 def test_a_tokenizer_that_numbers_tokens_otherwise_is_refused(lora: Path, base: Path, tmp_path: Path) -> None:
@@ -109,8 +116,8 @@ def test_a_tokenizer_that_numbers_tokens_otherwise_is_refused(lora: Path, base: 
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
 
-    with pytest.raises(BaseMismatch, match="numbers 2 tokens otherwise"):
-        require_match(Checkpoint.open(copied), BaseModel.open(base))
+    with pytest.raises(BaseMismatch, match="gives 2 tokens other ids"):
+        require_compatible(Checkpoint.open(copied), BaseModel.open(base))
 
 
 def test_a_base_without_a_tokenizer_is_refused(lora: Path, base: Path, tmp_path: Path, out: Path) -> None:
@@ -130,13 +137,13 @@ def test_a_full_disk_is_noticed_before_writing(
         run(lora, base, out)
 
 
-def test_parents_of_the_destination_are_made(qlora: Path, base: Path, tmp_path: Path) -> None:
+def test_parents_of_the_destination_are_created(qlora: Path, base: Path, tmp_path: Path) -> None:
     run(qlora, base, tmp_path / "artifacts" / "of-today" / "tiny")
 
     assert (tmp_path / "artifacts" / "of-today" / "tiny" / "manifest.json").is_file()
 
 
-def test_a_destination_below_a_file_is_told(lora: Path, base: Path, tmp_path: Path) -> None:
+def test_a_destination_below_a_file_is_reported(lora: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     with pytest.raises(OutputUnwritable, match="can't be written to"):

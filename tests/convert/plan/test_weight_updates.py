@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from convert.artifact import Artifact
-from convert.base_model import BaseModel
-from convert.checkpoint import Checkpoint
-from convert.edits import Edits, Patch, edited
 from convert.errors import BaseMismatch, CheckpointUnsupported
+from convert.inputs.adapter_checkpoint import Checkpoint
+from convert.inputs.base_model import BaseModel
+from convert.plan.weight_updates import LoadedUpdate, WeightUpdates, updated_weight
 from tests.convert import parts
 from tests.convert.asking import Request, convert
 from tests.convert.trained import KINDS, LINEAR, resized, save_trained
@@ -47,33 +47,33 @@ def test_a_merged_model_holds_everything_that_was_trained(
     base: Path, untied_base: Path, tmp_path: Path, out: Path, settings: dict[str, Any], tied: bool, training: str
 ) -> None:
     given = base if tied else untied_base
-    made = marked(save_trained(given, tmp_path / "made", **settings), training)
+    adapter = marked(save_trained(given, tmp_path / "made", **settings), training)
 
-    run(made, given, out, route="merge", quantize="none", dtype="float16")
+    run(adapter, given, out, route="merge", quantize="none", dtype="float16")
 
-    expected = as_trained(made, given, training)
-    found = parts.logits(parts.load_float32(out / "model"))
-    assert parts.divergence(expected, found) < 1e-5
+    expected = as_trained(adapter, given, training)
+    written_logits = parts.logits(parts.load_float32(out / "model"))
+    assert parts.divergence(expected, written_logits) < 1e-5
     assert parts.divergence(expected, without_adapter(given, training)) > 1e-2
 
 
 @pytest.mark.parametrize("training", ["lora", "qlora"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("settings", SERVED.values(), ids=SERVED.keys())
-def test_beside_a_separate_adapter_the_rest_is_baked_into_the_base(
+def test_for_a_separate_adapter_the_other_changes_are_written_into_the_base(
     base: Path, untied_base: Path, tmp_path: Path, out: Path, settings: dict[str, Any], tied: bool, training: str
 ) -> None:
     given = base if tied else untied_base
-    made = marked(save_trained(given, tmp_path / "made", **settings), training)
+    adapter = marked(save_trained(given, tmp_path / "made", **settings), training)
 
-    artifact = run(made, given, out, route="adapter", quantize="auto" if training == "qlora" else "none")
+    artifact = run(adapter, given, out, route="adapter", quantize="auto" if training == "qlora" else "none")
 
     kept = load_file(out / "adapter" / "adapter_model.safetensors")
     assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in kept)
-    expected = as_trained(made, given, training)
+    expected = as_trained(adapter, given, training)
     written_base = (parts.load_stored if training == "qlora" else parts.load_float32)(out / "model")
-    found = parts.logits(parts.with_adapter(written_base, out / "adapter"))
-    assert parts.divergence(expected, found) < 1e-4
+    written_logits = parts.logits(parts.with_adapter(written_base, out / "adapter"))
+    assert parts.divergence(expected, written_logits) < 1e-4
     baked = not settings.get("target_modules") or "embed_tokens" in settings["target_modules"]
     assert ("belongs to this adapter alone" in artifact.manifest.route.reason) is baked
 
@@ -83,12 +83,12 @@ def test_a_resized_vocabulary_is_taken_over(
     base: Path, untied_base: Path, tmp_path: Path, out: Path, tied: bool
 ) -> None:
     given = base if tied else untied_base
-    made = marked(save_trained(given, tmp_path / "made", rows=280), "lora")
+    adapter = marked(save_trained(given, tmp_path / "made", rows=280), "lora")
 
-    run(made, given, out / "merged", route="merge", quantize="none", dtype="float16")
-    run(made, given, out / "separate", route="adapter", quantize="none")
+    run(adapter, given, out / "merged", route="merge", quantize="none", dtype="float16")
+    run(adapter, given, out / "separate", route="adapter", quantize="none")
 
-    expected = as_trained(made, given, "lora", rows=280)
+    expected = as_trained(adapter, given, "lora", rows=280)
     merged = parts.logits(parts.load_float32(out / "merged" / "model"))
     separate = parts.logits(
         parts.with_adapter(parts.load_float32(out / "separate" / "model"), out / "separate" / "adapter")
@@ -101,57 +101,57 @@ def test_a_resized_vocabulary_is_taken_over(
 
 
 def test_the_shared_weight_of_a_resized_vocabulary_may_be_saved_once(base: Path, tmp_path: Path, out: Path) -> None:
-    made = marked(save_trained(base, tmp_path / "made", rows=280), "lora")
-    parts.edit_weights(made, lambda tensors: {name: t for name, t in tensors.items() if "lm_head" not in name})
+    adapter = marked(save_trained(base, tmp_path / "made", rows=280), "lora")
+    parts.edit_weights(adapter, lambda tensors: {name: t for name, t in tensors.items() if "lm_head" not in name})
 
-    run(made, base, out, route="merge", quantize="none", dtype="float16")
+    run(adapter, base, out, route="merge", quantize="none", dtype="float16")
 
-    expected = as_trained(made, base, "lora", rows=280)
+    expected = as_trained(adapter, base, "lora", rows=280)
     assert parts.divergence(expected, parts.logits(parts.load_float32(out / "model"))) < 1e-5
     assert json.loads((out / "model" / "config.json").read_text())["tie_word_embeddings"] is True
 
 
 def test_tokens_trained_in_a_resized_vocabulary(base: Path, tmp_path: Path, out: Path) -> None:
-    made = marked(save_trained(base, tmp_path / "made", rows=280, trainable_token_indices=[274, 279]), "lora")
+    adapter = marked(save_trained(base, tmp_path / "made", rows=280, trainable_token_indices=[274, 279]), "lora")
 
-    run(made, base, out, route="merge", quantize="none", dtype="float16")
+    run(adapter, base, out, route="merge", quantize="none", dtype="float16")
 
-    expected = as_trained(made, base, "lora", rows=280)
+    expected = as_trained(adapter, base, "lora", rows=280)
     assert parts.divergence(expected, parts.logits(parts.load_float32(out / "model"))) < 1e-5
 
 
 def test_a_head_that_was_resized_and_not_saved_is_refused(base: Path, tmp_path: Path, out: Path) -> None:
-    made = marked(save_trained(base, tmp_path / "made", rows=280, modules_to_save=["embed_tokens"]), "lora")
-    parts.edit_weights(made, lambda tensors: {name: t for name, t in tensors.items() if "lm_head" not in name})
+    adapter = marked(save_trained(base, tmp_path / "made", rows=280, modules_to_save=["embed_tokens"]), "lora")
+    parts.edit_weights(adapter, lambda tensors: {name: t for name, t in tensors.items() if "lm_head" not in name})
 
     with pytest.raises(BaseMismatch, match=r"only one of embedding \(280 rows\) and head \(272 rows\)"):
-        run(made, base, out, route="merge", quantize="none")
+        run(adapter, base, out, route="merge", quantize="none")
 
 
 def test_a_linear_layer_trained_as_a_whole_is_merged_and_never_separate(base: Path, tmp_path: Path, out: Path) -> None:
-    made = marked(save_trained(base, tmp_path / "made", **LINEAR), "lora")
+    adapter = marked(save_trained(base, tmp_path / "made", **LINEAR), "lora")
 
-    run(made, base, out, route="merge", quantize="none", dtype="float16")
+    run(adapter, base, out, route="merge", quantize="none", dtype="float16")
 
-    expected = as_trained(made, base, "lora")
+    expected = as_trained(adapter, base, "lora")
     assert parts.divergence(expected, parts.logits(parts.load_float32(out / "model"))) < 1e-5
     with pytest.raises(CheckpointUnsupported, match="merge it with --route merge"):
-        run(made, base, tmp_path / "separate", route="adapter", quantize="none")
+        run(adapter, base, tmp_path / "separate", route="adapter", quantize="none")
 
 
 @pytest.mark.parametrize("kind", [name for name in KINDS if "dora" in name])
 def test_dora_does_not_stay_separate(base: Path, tmp_path: Path, kind: str) -> None:
-    made = marked(save_trained(base, tmp_path / "made", **KINDS[kind]), "lora")
+    adapter = marked(save_trained(base, tmp_path / "made", **KINDS[kind]), "lora")
 
     with pytest.raises(CheckpointUnsupported, match=r"14 modules are DoRA.* --route merge"):
-        run(made, base, tmp_path / "separate", route="adapter")
+        run(adapter, base, tmp_path / "separate", route="adapter")
 
 
 def test_every_dora_weight_is_the_correctly_rounded_float64_one(base: Path, tmp_path: Path, out: Path) -> None:
-    made = marked(save_trained(base, tmp_path / "made", use_dora=True), "lora")
-    before, tensors = load_file(base / "model.safetensors"), load_file(made / "adapter_model.safetensors")
+    adapter = marked(save_trained(base, tmp_path / "made", use_dora=True), "lora")
+    before, tensors = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
 
-    run(made, base, out, route="merge", quantize="none")
+    run(adapter, base, out, route="merge", quantize="none")
 
     written = load_file(out / "model" / "model.safetensors")
     equal = 0.0
@@ -167,17 +167,18 @@ def test_every_dora_weight_is_the_correctly_rounded_float64_one(base: Path, tmp_
     assert equal > 0.9999
 
 
-def test_the_rows_of_a_weight_may_be_edited_in_pieces(base: Path, tmp_path: Path) -> None:
-    made = save_trained(base, tmp_path / "made", **KINDS["dora, rows, norms"])
-    checkpoint, opened = Checkpoint.open(made), BaseModel.open(base)
-    edits = Edits.of(checkpoint, opened, separate=False)
+def test_the_rows_of_a_weight_may_be_updated_in_pieces(base: Path, tmp_path: Path) -> None:
+    adapter = save_trained(base, tmp_path / "made", **KINDS["dora, rows, norms"])
+    checkpoint, opened = Checkpoint.open(adapter), BaseModel.open(base)
+    updates = WeightUpdates.of(checkpoint, opened, separate=False)
 
-    for name, edit in edits.of_weights.items():
+    for name, update in updates.by_weight.items():
         weight = opened.tensors.read(name).float()
-        patch = Patch.of(edit, checkpoint)
-        if edit.saved is None:
-            pieces = [patch.apply(piece.clone(), 16 * at) for at, piece in enumerate(weight.split(16))]
-            torch.testing.assert_close(torch.cat(pieces), edited(weight.clone(), edit, checkpoint), rtol=0, atol=1e-6)
+        loaded = LoadedUpdate.of(update, checkpoint)
+        if update.saved is None:
+            pieces = [loaded.apply(piece.clone(), 16 * at) for at, piece in enumerate(weight.split(16))]
+            expected = updated_weight(weight.clone(), update, checkpoint)
+            torch.testing.assert_close(torch.cat(pieces), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -185,21 +186,21 @@ def test_embeddings_that_peft_saved_and_nobody_trained_leave_the_base_shared(
     base: Path, tmp_path: Path, out: Path, dtype: torch.dtype
 ) -> None:
     first = run(marked(parts.save_adapter(base, tmp_path / "first"), "qlora"), base, tmp_path / "artifact")
-    made = marked(save_trained(base, tmp_path / "made", **KINDS["head delta"]), "qlora")
-    assert "base_model.model.lm_head.base_layer.weight" in load_file(made / "adapter_model.safetensors")
-    parts.edit_weights(made, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    adapter = marked(save_trained(base, tmp_path / "made", **KINDS["head delta"]), "qlora")
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(adapter / "adapter_model.safetensors")
+    parts.edit_weights(adapter, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
 
-    artifact = run(made, first.root, out)
+    artifact = run(adapter, first.root, out)
 
     assert artifact.manifest.model.path is None
     assert artifact.manifest.model.fingerprint == first.manifest.model.fingerprint
 
 
-def test_a_base_that_is_baked_into_is_not_the_shared_one(base: Path, tmp_path: Path, out: Path) -> None:
+def test_a_changed_base_is_not_the_shared_one(base: Path, tmp_path: Path, out: Path) -> None:
     first = run(marked(parts.save_adapter(base, tmp_path / "first"), "qlora"), base, tmp_path / "artifact")
-    made = marked(save_trained(base, tmp_path / "made", **KINDS["tokens"]), "qlora")
+    adapter = marked(save_trained(base, tmp_path / "made", **KINDS["tokens"]), "qlora")
 
-    artifact = run(made, first.root, out)
+    artifact = run(adapter, first.root, out)
 
     assert artifact.manifest.model.path == "model"
     assert artifact.manifest.model.fingerprint != first.manifest.model.fingerprint
@@ -211,24 +212,25 @@ def test_a_base_that_is_baked_into_is_not_the_shared_one(base: Path, tmp_path: P
 
 def test_tied_embeddings_stay_tied_where_both_were_trained_alike(base: Path, tmp_path: Path, out: Path) -> None:
     for kind in ("tokens", "embedding and head, kept tied", "deltas kept tied", "norms"):
-        made = marked(save_trained(base, tmp_path / kind, **KINDS[kind]), "lora")
-        run(made, base, out / kind, route="merge", quantize="none")
+        adapter = marked(save_trained(base, tmp_path / kind, **KINDS[kind]), "lora")
+        run(adapter, base, out / kind, route="merge", quantize="none")
 
         assert "lm_head.weight" not in load_file(out / kind / "model" / "model.safetensors")
         assert json.loads((out / kind / "model" / "config.json").read_text())["tie_word_embeddings"] is True
 
 
 def test_a_tied_head_is_untied_where_it_was_trained_alone(base: Path, tmp_path: Path, out: Path) -> None:
-    made = marked(save_trained(base, tmp_path / "made", **KINDS["head"]), "lora")
+    adapter = marked(save_trained(base, tmp_path / "made", **KINDS["head"]), "lora")
 
-    run(made, base, out, route="merge", quantize="none")
+    manifest = run(adapter, base, out, route="merge", quantize="none").manifest
 
     written = load_file(out / "model" / "model.safetensors")
     assert json.loads((out / "model" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert any("lm_head.weight is written, and tie_word_embeddings is false" in note for note in manifest.notes)
     assert torch.equal(
         written["model.embed_tokens.weight"], load_file(base / "model.safetensors")["model.embed_tokens.weight"]
     )
-    saved = load_file(made / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    saved = load_file(adapter / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
     assert torch.equal(written["lm_head.weight"], saved.to(torch.bfloat16))
 
 
@@ -241,27 +243,27 @@ def test_a_second_copy_of_a_tied_head_in_the_base_is_not_mistaken_for_a_head(
     tensors = load_file(doubled / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, doubled / "model.safetensors", metadata={"format": "pt"})
-    made = marked(save_trained(base, tmp_path / "made", **KINDS["tokens"]), "lora")
+    adapter = marked(save_trained(base, tmp_path / "made", **KINDS["tokens"]), "lora")
 
-    run(made, doubled, out, route="merge", quantize="none")
+    run(adapter, doubled, out, route="merge", quantize="none")
 
     assert "lm_head.weight" not in load_file(out / "model" / "model.safetensors")
 
 
 def test_the_measurement_knows_everything_that_was_trained(base: Path, tmp_path: Path, out: Path) -> None:
     for kind in ("dora, rows, norms", "embedding and head", "embedding delta", "tokens of both"):
-        made = marked(save_trained(base, tmp_path / kind, **KINDS[kind]), "qlora")
+        adapter = marked(save_trained(base, tmp_path / kind, **KINDS[kind]), "qlora")
 
-        quality = run(made, base, out / kind, route="merge", quantize="none", measure=True).manifest.quality
+        quality = run(adapter, base, out / kind, route="merge", quantize="none", measure=True).manifest.quality
 
         assert quality
         assert quality.kl_mean < 2e-4
 
 
 def test_the_measurement_resizes_the_vocabulary(base: Path, tmp_path: Path, out: Path) -> None:
-    made = marked(save_trained(base, tmp_path / "made", rows=280), "lora")
+    adapter = marked(save_trained(base, tmp_path / "made", rows=280), "lora")
 
-    quality = run(made, base, out, route="merge", quantize="none", measure=True).manifest.quality
+    quality = run(adapter, base, out, route="merge", quantize="none", measure=True).manifest.quality
 
     assert quality
     assert quality.kl_mean < 2e-4
@@ -277,21 +279,21 @@ def test_the_measurement_resizes_the_vocabulary(base: Path, tmp_path: Path, out:
     ],
     ids=["embedding", "norm", "delta", "tokens"],
 )
-def test_edits_of_another_shape_are_refused(
+def test_updates_of_another_shape_are_refused(
     base: Path, tmp_path: Path, out: Path, settings: dict[str, Any], says: str
 ) -> None:
     wider = parts.save_base(tmp_path / "wider", tied=True, hidden=96)
-    made = marked(save_trained(base, tmp_path / "made", **settings), "lora")
+    adapter = marked(save_trained(base, tmp_path / "made", **settings), "lora")
 
     with pytest.raises(BaseMismatch) as caught:
-        run(made, wider, out, route="merge", quantize="none")
+        run(adapter, wider, out, route="merge", quantize="none")
 
     assert says in str(caught.value)
 
 
 def test_rows_beyond_the_vocabulary_are_refused(base: Path, tmp_path: Path, out: Path) -> None:
-    made = marked(save_trained(base, tmp_path / "made", trainable_token_indices=[1, 5]), "lora")
-    parts.edit_json(made / "adapter_config.json", trainable_token_indices=[1, 500])
+    adapter = marked(save_trained(base, tmp_path / "made", trainable_token_indices=[1, 5]), "lora")
+    parts.edit_json(adapter / "adapter_config.json", trainable_token_indices=[1, 500])
 
     with pytest.raises(BaseMismatch, match="rows up to 500 were trained, the base has 272"):
-        run(made, base, out, route="merge", quantize="none")
+        run(adapter, base, out, route="merge", quantize="none")

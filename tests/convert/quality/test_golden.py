@@ -9,12 +9,22 @@ import pytest
 import torch
 
 from convert.artifact import Golden
-from convert.base_model import BaseModel
-from convert.checkpoint import Checkpoint
+from convert.inputs.adapter_checkpoint import Checkpoint
+from convert.inputs.base_model import BaseModel
+from convert.inputs.chat.tokenizer import Tokenizer
 from convert.progress import silent
-from convert.quality import Canary, Examination, Reference, Text, examine, golden, golden_bytes, reference, write_golden
-from convert.quality.rows import _pieces
-from convert.quality.tokenizer import Tokenizer
+from convert.quality import (
+    Canary,
+    Examination,
+    Reference,
+    Text,
+    collect_golden,
+    compute_reference,
+    examine,
+    write_golden,
+)
+from convert.quality.golden import golden_bytes
+from convert.quality.tokenized_text import _pieces
 from tests.convert import parts
 
 CANARY = Canary(({"role": "user", "content": "the rain?"},), "spain")
@@ -23,23 +33,23 @@ CANARY = Canary(({"role": "user", "content": "the rain?"},), "spain")
 @pytest.fixture(scope="module")
 def expected(lora: Path, base: Path) -> Reference:
     """Of the default text: 12 rows, which are cut until there are 32 prompts."""
-    return reference(Checkpoint.open(lora), BaseModel.open(base), None, base, Text.open(None), silent, [CANARY])
+    return compute_reference(Checkpoint.open(lora), BaseModel.open(base), None, base, Text.open(None), silent, [CANARY])
 
 
 @pytest.fixture(scope="module")
-def found(expected: Reference, base: Path, lora: Path) -> Examination:
+def examination(expected: Reference, base: Path, lora: Path) -> Examination:
     return examine(expected, base, lora, silent)
 
 
 @pytest.fixture(scope="module")
-def separate(expected: Reference, found: Examination, base: Path) -> Golden:
-    return golden(expected, found, base, separate=True)
+def separate(expected: Reference, examination: Examination, base: Path) -> Golden:
+    return collect_golden(expected, examination, base, separate=True)
 
 
-def of_own_tokens(model: Any, ids: tuple[int, ...]) -> list[float]:
+def token_log_probs(model: Any, ids: tuple[int, ...]) -> list[float]:
     """By transformers and peft: log-probability of every token but the first."""
     log_probs = parts.logits(model, torch.tensor([ids])).log_softmax(-1)
-    return [float(log_probs[place, token]) for place, token in enumerate(ids[1:])]
+    return [float(log_probs[position, token]) for position, token in enumerate(ids[1:])]
 
 
 def test_there_are_32_prompts_of_at_most_48_tokens(separate: Golden) -> None:
@@ -53,38 +63,40 @@ def test_there_are_32_prompts_of_at_most_48_tokens(separate: Golden) -> None:
 def test_log_probabilities_are_those_of_peft_and_of_the_base(separate: Golden, base: Path, lora: Path) -> None:
     alone = parts.load_float32(base)
     for prompt in separate.prompts[::5]:
-        assert prompt.base == pytest.approx(of_own_tokens(alone, prompt.token_ids), abs=2e-5)
+        assert prompt.base == pytest.approx(token_log_probs(alone, prompt.token_ids), abs=2e-5)
     adapted = parts.with_adapter(alone, lora)
     for prompt in separate.prompts[::5]:
-        assert prompt.reference == pytest.approx(of_own_tokens(adapted, prompt.token_ids), abs=2e-5)
+        assert prompt.reference == pytest.approx(token_log_probs(adapted, prompt.token_ids), abs=2e-5)
         assert prompt.result == pytest.approx(prompt.reference, abs=2e-5)
 
 
 def test_the_result_is_the_written_model_not_the_reference(expected: Reference, base: Path) -> None:
-    lost = golden(expected, examine(expected, base, None, silent), base, separate=False)
+    lost = collect_golden(expected, examine(expected, base, None, silent), base, separate=False)
 
     alone = parts.load_float32(base)
     assert all(prompt.base is None for prompt in lost.prompts)
-    assert lost.prompts[0].result == pytest.approx(of_own_tokens(alone, lost.prompts[0].token_ids), abs=2e-5)
+    assert lost.prompts[0].result == pytest.approx(token_log_probs(alone, lost.prompts[0].token_ids), abs=2e-5)
     assert lost.prompts[0].result != pytest.approx(lost.prompts[0].reference, abs=1e-2)
 
 
 def test_many_rows_give_the_prompts_without_being_cut(lora: Path, base: Path) -> None:
     text = Text("t", tuple(f"{number} the rain in spain stays mainly in the plain" * 2 for number in range(70)))
-    expected = reference(Checkpoint.open(lora), BaseModel.open(base), None, base, text, silent)
+    expected = compute_reference(Checkpoint.open(lora), BaseModel.open(base), None, base, text, silent)
 
-    prompts = golden(expected, examine(expected, base, lora, silent), base, separate=True).prompts
+    prompts = collect_golden(expected, examine(expected, base, lora, silent), base, separate=True).prompts
 
-    words = Tokenizer.open(base)
+    tokenizer = Tokenizer.open(base)
     assert len(prompts) == 32
-    assert {words.text(prompt.token_ids).split()[0] for prompt in prompts} == {str(i * 70 // 32) for i in range(32)}
-    assert not expected.rows.pieces
+    assert {tokenizer.text(prompt.token_ids).split()[0] for prompt in prompts} == {str(i * 70 // 32) for i in range(32)}
+    assert not expected.tokens.pieces
 
 
 def test_a_text_too_short_for_32_prompts_gives_what_it_has(lora: Path, base: Path) -> None:
-    expected = reference(Checkpoint.open(lora), BaseModel.open(base), None, base, Text("t", ("the rain",)), silent)
+    expected = compute_reference(
+        Checkpoint.open(lora), BaseModel.open(base), None, base, Text("t", ("the rain",)), silent
+    )
 
-    prompts = golden(expected, examine(expected, base, lora, silent), base, separate=True).prompts
+    prompts = collect_golden(expected, examine(expected, base, lora, silent), base, separate=True).prompts
 
     assert len(prompts) == 1
 
@@ -115,7 +127,7 @@ def test_canaries_and_stop_tokens_are_in_it(separate: Golden, base: Path, tmp_pa
 def test_the_same_input_gives_the_same_bytes(
     separate: Golden, expected: Reference, base: Path, lora: Path, tmp_path: Path
 ) -> None:
-    again = golden(expected, examine(expected, base, lora, silent), base, separate=True)
+    again = collect_golden(expected, examine(expected, base, lora, silent), base, separate=True)
     sha = write_golden(tmp_path / "golden.json", again)
 
     content = (tmp_path / "golden.json").read_bytes()
@@ -145,11 +157,11 @@ def test_a_template_that_takes_one_message_only_gives_the_chats_it_takes(
     (copied / "chat_template.jinja").write_text(
         "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}[{{ messages[0]['content'] }}]"
     )
-    expected = reference(
+    expected = compute_reference(
         Checkpoint.open(lora), BaseModel.open(copied), None, copied, Text("t", ("the rain in",)), silent
     )
 
-    chats = golden(expected, examine(expected, copied, lora, silent), copied, separate=True).chats
+    chats = collect_golden(expected, examine(expected, copied, lora, silent), copied, separate=True).chats
 
     assert [chat.rendered for chat in chats] == ["[What is the capital of France?]"]
 
@@ -158,10 +170,10 @@ def test_without_a_chat_template_there_are_no_chats(lora: Path, base: Path, tmp_
     copied = parts.copy(base, tmp_path / "copy")
     (copied / "chat_template.jinja").unlink()
     row = [{"role": "user", "content": "the rain"}, {"role": "assistant", "content": "in spain"}]
-    expected = reference(Checkpoint.open(lora), BaseModel.open(copied), None, copied, Text("t", (row,)), silent)
+    expected = compute_reference(Checkpoint.open(lora), BaseModel.open(copied), None, copied, Text("t", (row,)), silent)
 
-    assert golden(expected, examine(expected, copied, lora, silent), copied, separate=True).chats == ()
-    assert Tokenizer.open(copied).text(expected.rows.measured[0][0][1:].tolist()).endswith("assistant: in spain")
+    assert collect_golden(expected, examine(expected, copied, lora, silent), copied, separate=True).chats == ()
+    assert Tokenizer.open(copied).text(expected.tokens.measured[0][0][1:].tolist()).endswith("assistant: in spain")
 
 
 def test_the_pieces_of_a_row_are_the_row_each_behind_its_leading_special_token() -> None:

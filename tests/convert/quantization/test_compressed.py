@@ -12,14 +12,14 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import quantize
 from transformers import AutoModelForCausalLM
 
-from convert.base_model import BaseModel
-from convert.checkpoint import Checkpoint
-from convert.compressed import NAMES, Compressed, CompressedName
 from convert.errors import FormatRefused
-from convert.plan import Form, plan_model
+from convert.inputs.adapter_checkpoint import Checkpoint
+from convert.inputs.base_model import BaseModel
+from convert.plan.conversion_plan import OutputFormat, plan_model
 from convert.progress import silent
-from convert.routes.model import write_model
-from convert.tensors import DTYPES, TensorSpec
+from convert.quantization.compressed import NAMES, Compressed, CompressedName
+from convert.safetensors_io.tensors import DTYPES, TensorSpec
+from convert.write.model import write_model
 from tests.convert import parts
 
 PRESETS = {"w8a8-int8": "W8A8", "fp8-dynamic": "FP8_DYNAMIC", "w4a16": "W4A16"}
@@ -51,12 +51,12 @@ def test_stored_parts_are_exactly_those_planned(name: CompressedName, shape: tup
     settings = scheme(name, shape[1], dtype)
     names = {torch_name: header for header, (_, torch_name) in DTYPES.items()}
 
-    found = {
+    stored = {
         TensorSpec(part, names[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
         for part, tensor in settings.quantize("w", gaussian(shape)).items()
     }
 
-    assert found == set(settings.specs("w", shape))
+    assert stored == set(settings.specs("w", shape))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -75,13 +75,13 @@ def test_codes_are_those_the_library_finds_for_the_weight_and_the_scale(name: Co
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scales_of_a_16_bit_weight_are_those_of_llm_compressor(name: CompressedName) -> None:
-    """Which takes the largest magnitude of a row or group, in the weight's own type, over half the range."""
+    """Which takes the largest magnitude of a row or group, in the weight's own type, over largest_code the range."""
     weight = gaussian((64, 128), torch.bfloat16)
     settings = scheme(name, 128)
     size = settings.group_size or 128
-    half = {"w8a8-int8": 127.5, "fp8-dynamic": 448.0, "w4a16": 7.5}[name]
+    largest_code = {"w8a8-int8": 127.5, "fp8-dynamic": 448.0, "w4a16": 7.5}[name]
 
-    expected = weight.unflatten(1, (-1, size)).abs().amax(-1) / half
+    expected = weight.unflatten(1, (-1, size)).abs().amax(-1) / largest_code
 
     assert torch.equal(settings.quantize("w", weight)["w.weight_scale"], expected)
 
@@ -124,10 +124,10 @@ def test_rows_of_zeros_or_of_extreme_size_stay_finite(name: CompressedName, dtyp
     weight[3, 0] = 0
     settings = scheme(name, 128, dtype)
 
-    found = settings.dequantize("w", settings.quantize("w", weight))
+    dequantized = settings.dequantize("w", settings.quantize("w", weight))
 
-    assert found.isfinite().all()
-    assert (found[3] - weight[3]).abs().max() <= max(weight[3].abs().max() * 0.08, 1e-8)
+    assert dequantized.isfinite().all()
+    assert (dequantized[3] - weight[3]).abs().max() <= max(weight[3].abs().max() * 0.08, 1e-8)
 
 
 def test_weights_too_large_for_a_scale_are_refused() -> None:
@@ -180,7 +180,7 @@ def test_a_written_model_is_the_one_transformers_loads(name: CompressedName, bas
     loaded = AutoModelForCausalLM.from_pretrained(written, dtype=torch.bfloat16).eval()
     parts.logits(loaded)  # decompresses
 
-    assert opened.quantization == name
+    assert opened.quantization_name == name
     for module, linear in opened.linears.items():
         weight = loaded.get_submodule(module).weight
         assert torch.equal(weight.detach(), opened.read(linear).to(torch.bfloat16)), module
@@ -193,7 +193,7 @@ def test_a_merged_model_is_quantized_from_the_exact_sum(
     """The delta is added in float32 and the sum goes to the quantizer without a rounding between."""
     opened, checkpoint = BaseModel.open(base), Checkpoint.open(lora)
     settings = scheme(name, 64)
-    plan = plan_model(opened, Form("original", settings), checkpoint)
+    plan = plan_model(opened, OutputFormat("original", settings), checkpoint)
     (tmp_path / "model").mkdir()
 
     write_model(tmp_path / "model", plan, opened, checkpoint, silent)
@@ -201,9 +201,9 @@ def test_a_merged_model_is_quantized_from_the_exact_sum(
     written = BaseModel.open(tmp_path / "model")
     assert written.config["quantization_config"] == settings.config()
     assert {spec for step in plan.steps for spec in step.outputs} == set(written.tensors.specs.values())
-    for module, pair in checkpoint.pairs.items():
-        a, b = checkpoint.read(pair)
-        exact = opened.read(opened.linears[module]).double() + pair.scaling * (b.double() @ a.double())
+    for module, weights in checkpoint.lora_weights.items():
+        a, b = checkpoint.read(weights)
+        exact = opened.read(opened.linears[module]).double() + weights.scaling * (b.double() @ a.double())
         oracle = settings.quantize(module, exact.float())
         stored = {part: written.tensors.read(part) for part in oracle}
         # Where float32 sums differ in their last bit a code on the edge may go either way.

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from convert.base_model import BaseModel
-from convert.calibrated import PACKAGES, CalibratedName, Method, quantize_calibrated, rows_digest
-from convert.compressed import Compressed
 from convert.errors import FormatRefused, QuantizerFailed, QuantizerMissing
+from convert.inputs.base_model import BaseModel
 from convert.progress import silent
+from convert.quantization.compressed import Compressed
+from convert.quantization.llmcompressor import PACKAGES, CalibratedName, Method, quantize_calibrated, rows_digest
 from tests.convert import parts
 
 FORMS: list[tuple[Method, CalibratedName]] = [("gptq", "w4a16"), ("gptq", "w8a8-int8"), ("awq", "w4a16")]
@@ -30,12 +30,12 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Method, CalibratedName], Path]:
     home = tmp_path_factory.mktemp("quantized")
-    made = {}
+    directories = {}
     for method, scheme in FORMS:
-        made[method, scheme] = home / f"{method}-{scheme}"
-        identity = quantize_calibrated(merged, made[method, scheme], method, scheme, ROWS, silent)
+        directories[method, scheme] = home / f"{method}-{scheme}"
+        identity = quantize_calibrated(merged, directories[method, scheme], method, scheme, ROWS, silent)
         (home / f"{method}-{scheme}.identity").write_text(identity)
-    return made
+    return directories
 
 
 @pytest.fixture
@@ -45,43 +45,45 @@ def out(tmp_path: Path) -> Iterator[Path]:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("form", FORMS, ids="-".join)
-def test_what_is_written_is_read_like_our_own(
-    quantized: dict[tuple[Method, CalibratedName], Path], form: tuple[Method, CalibratedName]
+@pytest.mark.parametrize("variant", FORMS, ids="-".join)
+def test_its_output_is_read_like_our_own(
+    quantized: dict[tuple[Method, CalibratedName], Path], variant: tuple[Method, CalibratedName]
 ) -> None:
-    directory = quantized[form]
+    directory = quantized[variant]
     opened = BaseModel.open(directory)
 
-    assert opened.settings == Compressed.fitting(form[1], [64, 128])
-    assert {spec.dtype for spec in opened.others} == {"BF16"}
+    assert opened.quantization_format == Compressed.fitting(variant[1], [64, 128])
+    assert {spec.dtype for spec in opened.other_specs} == {"BF16"}
     assert sorted(path.name for path in directory.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("form", FORMS, ids="-".join)
+@pytest.mark.parametrize("variant", FORMS, ids="-".join)
 def test_the_configuration_is_the_one_we_write(
-    quantized: dict[tuple[Method, CalibratedName], Path], form: tuple[Method, CalibratedName]
+    quantized: dict[tuple[Method, CalibratedName], Path], variant: tuple[Method, CalibratedName]
 ) -> None:
     """Ours says what llm-compressor says, but for its version and the order GPTQ takes the columns in."""
-    theirs = json.loads((quantized[form] / "config.json").read_text())["quantization_config"]
-    ours = Compressed.fitting(form[1], [64, 128]).config()
+    by_library = json.loads((quantized[variant] / "config.json").read_text())["quantization_config"]
+    by_graft = Compressed.fitting(variant[1], [64, 128]).config()
 
-    assert theirs.pop("version") != ours.pop("version")
-    if form[0] == "gptq":
-        assert theirs["config_groups"]["group_0"]["weights"].pop("actorder") == "static"
-        ours["config_groups"]["group_0"]["weights"].pop("actorder")
-    assert theirs == ours
+    assert by_library.pop("version") != by_graft.pop("version")
+    if variant[0] == "gptq":
+        assert by_library["config_groups"]["group_0"]["weights"].pop("actorder") == "static"
+        by_graft["config_groups"]["group_0"]["weights"].pop("actorder")
+    assert by_library == by_graft
 
 
-@pytest.mark.parametrize("form", FORMS, ids="-".join)
+@pytest.mark.parametrize("variant", FORMS, ids="-".join)
 def test_the_result_is_near_the_model_it_was_made_from(
-    merged: Path, quantized: dict[tuple[Method, CalibratedName], Path], form: tuple[Method, CalibratedName]
+    merged: Path, quantized: dict[tuple[Method, CalibratedName], Path], variant: tuple[Method, CalibratedName]
 ) -> None:
     expected = parts.logits(parts.load_float32(merged))
-    found = parts.logits(AutoModelForCausalLM.from_pretrained(quantized[form], dtype=torch.float32).eval())
+    quantized_logits = parts.logits(
+        AutoModelForCausalLM.from_pretrained(quantized[variant], dtype=torch.float32).eval()
+    )
 
-    assert parts.divergence(expected, found) < (0.01 if form[1] == "w8a8-int8" else 0.2)
+    assert parts.divergence(expected, quantized_logits) < (0.01 if variant[1] == "w8a8-int8" else 0.2)
 
 
 def test_calibration_beats_rounding_on_the_calibration_rows(
@@ -93,7 +95,7 @@ def test_calibration_beats_rounding_on_the_calibration_rows(
     def loss(directory: Path) -> float:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         prompts = [torch.tensor([row]) for row in ROWS]
-        return sum(parts.divergence(parts.logits(original, it), parts.logits(model, it)) for it in prompts)
+        return sum(parts.divergence(parts.logits(original, prompt), parts.logits(model, prompt)) for prompt in prompts)
 
     assert loss(quantized["gptq", "w4a16"]) < loss(rounded)
 
@@ -114,17 +116,17 @@ def test_the_digest_is_that_of_sha256sum_on_the_rows() -> None:
     assert rows_digest([[1, 2], [30]]) != rows_digest([[1], [2, 30]]) != rows_digest([[12], [30]])
 
 
-def test_the_same_rows_give_the_same_bytes_and_progress_is_told(
+def test_the_same_rows_give_the_same_bytes_and_progress_is_reported(
     merged: Path, quantized: dict[tuple[Method, CalibratedName], Path], tmp_path: Path
 ) -> None:
-    told: list[tuple[str, int, int]] = []
+    steps: list[tuple[str, int, int]] = []
 
-    quantize_calibrated(merged, tmp_path / "again", "gptq", "w4a16", ROWS, lambda *step: told.append(step))
+    quantize_calibrated(merged, tmp_path / "again", "gptq", "w4a16", ROWS, lambda *step: steps.append(step))
 
     for file in sorted(path.name for path in quantized["gptq", "w4a16"].iterdir()):
         assert (tmp_path / "again" / file).read_bytes() == (quantized["gptq", "w4a16"] / file).read_bytes(), file
-    assert told[0] == ("calibrating layers", 1, 2)
-    assert told[-1] == ("calibrating layers", 2, 2)
+    assert steps[0] == ("calibrating layers", 1, 2)
+    assert steps[-1] == ("calibrating layers", 2, 2)
 
 
 def test_without_its_packages_it_says_how_to_install_them(merged: Path, out: Path, tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_without_its_packages_it_says_how_to_install_them(merged: Path, out: Pat
         quantize_calibrated(merged, out, "gptq", "w4a16", ROWS, silent, packages=tmp_path / "nowhere")
 
 
-def test_a_broken_library_is_an_error_with_its_own_words(merged: Path, out: Path, tmp_path: Path) -> None:
+def test_a_broken_library_is_an_error_with_its_own_message(merged: Path, out: Path, tmp_path: Path) -> None:
     package = tmp_path / "packages" / "llmcompressor"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('the disk is on fire')")
@@ -146,7 +148,7 @@ def test_a_library_that_is_killed_is_an_error(merged: Path, out: Path, tmp_path:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
 
-    with pytest.raises(QuantizerFailed, match="want of memory"):
+    with pytest.raises(QuantizerFailed, match="lack of memory"):
         quantize_calibrated(merged, out, "gptq", "w4a16", ROWS, silent, packages=package.parent)
 
 

@@ -5,8 +5,8 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from transformers import BitsAndBytesConfig
 
-from convert.nf4 import Nf4
-from convert.tensors import DTYPES, TensorSpec
+from convert.quantization.nf4 import Nf4
+from convert.safetensors_io.tensors import DTYPES, TensorSpec
 
 SHAPES = [(32, 64), (64, 128), (7, 10), (272, 64)]
 
@@ -17,12 +17,12 @@ def test_stored_parts_are_exactly_those_planned(shape: tuple[int, int], double: 
     parts = Nf4(double).quantize("w", torch.randn(shape))
     names = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
 
-    found = {
+    stored = {
         TensorSpec(name, names[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
         for name, tensor in parts.items()
     }
 
-    assert found == set(Nf4(double).specs("w", shape))
+    assert stored == set(Nf4(double).specs("w", shape))
 
 
 @pytest.mark.parametrize("double", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.artifact import Artifact
-from convert.errors import BaseMismatch
+from convert.errors import BaseUnreadable, FormatRefused
 from tests.convert import parts
 from tests.convert.asking import Request, convert
+from tests.convert.trained import save_trained
 
 MODEL_FILES = {
     "model/config.json",
@@ -37,9 +39,9 @@ def float64_merge(weight: torch.Tensor, checkpoint: Path, module: str, scale: fl
     return (weight.double() + scale * (b @ a)).to(torch.bfloat16)
 
 
-def share_of_equal(found: torch.Tensor, expected: torch.Tensor) -> float:
+def share_of_equal(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Share of equal elements; the others must be neighbours."""
-    steps = (found.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
+    steps = (actual.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
     assert int(steps.max()) <= 1
     return float((steps == 0).double().mean())
 
@@ -48,11 +50,20 @@ def test_a_qlora_merged_exactly_answers_as_trained(qlora: Path, base: Path, out:
     artifact = merged(qlora, base, out)
 
     expected = parts.logits(parts.with_adapter(parts.dequantized_model(base), qlora))
-    found = parts.logits(parts.load_float32(out / "model"))
-    assert parts.divergence(expected, found) < 1e-4
+    actual = parts.logits(parts.load_float32(out / "model"))
+    assert parts.divergence(expected, actual) < 1e-4
     assert parts.divergence(expected, parts.logits(parts.load_float32(base))) > 0.1
     assert artifact.manifest.route.merged_onto == "dequantized"
     assert parts.tree(out) == MODEL_FILES | {"manifest.json"}
+
+
+def test_an_adapter_of_the_embedding_alone_is_merged(base: Path, tmp_path: Path, out: Path) -> None:
+    adapter = parts.mark_lora(save_trained(base, tmp_path / "made", target_modules=["embed_tokens"]))
+
+    merged(adapter, base, out, dtype="float16")
+
+    expected = parts.logits(parts.with_adapter(parts.load_float32(base), adapter))
+    assert parts.divergence(expected, parts.logits(parts.load_float32(out / "model"))) < 1e-5
 
 
 def test_float16_keeps_more_of_the_sum_than_bfloat16(qlora: Path, base: Path, tmp_path: Path) -> None:
@@ -77,8 +88,20 @@ def test_weights_beyond_float16_are_refused_instead_of_becoming_infinite(
     tensors[weight].view(-1)[0] = 1e5
     save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
 
-    with pytest.raises(BaseMismatch, match="--dtype bfloat16 holds larger ones"):
+    with pytest.raises(FormatRefused, match="--dtype bfloat16 holds larger weights"):
         merged(qlora, large, out, dtype="float16")
+
+
+def test_a_base_with_a_weight_that_is_no_number_is_called_broken(
+    qlora: Path, base: Path, tmp_path: Path, out: Path
+) -> None:
+    broken = parts.copy(base, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].view(-1)[0] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(BaseUnreadable, match=r"mlp\.up_proj.* holds NaN or infinity in the base"):
+        merged(qlora, broken, out)
 
 
 def test_a_lora_merged_in_16_bits_answers_as_trained(lora: Path, base: Path, out: Path) -> None:
@@ -142,8 +165,8 @@ def test_an_nf4_base_and_its_original_give_the_same_merged_bytes(
     assert "quantization_config" not in json.loads((tmp_path / "stored/model/config.json").read_text())
 
 
-def test_a_lora_is_merged_then_quantized_by_default(lora: Path, base: Path, tmp_path: Path, out: Path) -> None:
-    artifact = merged(lora, base, out, route="auto", quantize="auto")
+def test_a_lora_is_merged_then_quantized(lora: Path, base: Path, tmp_path: Path, out: Path) -> None:
+    artifact = merged(lora, base, out, quantize="nf4")
 
     assert artifact.manifest.route.name == "merge"
     assert artifact.manifest.model.quantization == "nf4-double"
@@ -165,7 +188,7 @@ def merged_with_peft_and_quantized(lora: Path, base: Path, folder: Path) -> Path
 def test_quantized_output_is_read_by_transformers_as_it_was_written(lora: Path, base: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from convert.base_model import BaseModel
+    from convert.inputs.base_model import BaseModel
 
     merged(lora, base, out, quantize="nf4")
 
@@ -221,19 +244,20 @@ def test_a_float32_base_is_written_in_16_bits(tmp_path: Path, out: Path) -> None
 
     written = load_file(out / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
-    assert json.loads((out / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
 
 
 def test_rslora_and_patterns_are_merged_with_the_scale_of_each_module(base: Path, tmp_path: Path, out: Path) -> None:
-    made = parts.mark_lora(
+    adapter = parts.mark_lora(
         parts.save_adapter(
-            base, tmp_path / "made", use_rslora=True, rank_pattern={"q_proj": 4}, alpha_pattern={"up_proj": 3}
+            base, tmp_path / "adapter", use_rslora=True, rank_pattern={"q_proj": 4}, alpha_pattern={"up_proj": 3}
         )
     )
 
-    merged(made, base, out)
+    merged(adapter, base, out)
 
-    expected = parts.logits(parts.with_adapter(parts.load_float32(base), made))
+    expected = parts.logits(parts.with_adapter(parts.load_float32(base), adapter))
     assert parts.divergence(expected, parts.logits(parts.load_float32(out / "model"))) < 1e-4
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from convert.files import Threads, UncachedFile
-from convert.shards import Shard, ShardWriter, index, split
-from convert.tensors import TensorSpec
+from convert.safetensors_io.direct_io import IoThreads, UncachedFile
+from convert.safetensors_io.shards import Shard, ShardWriter, index, split
+from convert.safetensors_io.tensors import TensorSpec
 
 TENSORS = {
     "z.codes": torch.arange(7, dtype=torch.uint8),
@@ -67,7 +67,7 @@ def test_files_fill_up_to_the_limit_and_groups_stay_whole() -> None:
     assert index(shards)["weight_map"]["c.y"] == "model-00002-of-00002.safetensors"  # type: ignore[index]
 
 
-def test_what_fits_is_one_file() -> None:
+def test_tensors_below_the_limit_are_one_file() -> None:
     assert [shard.file for shard in split([SPECS], "model")] == ["model.safetensors"]
 
 
@@ -83,16 +83,16 @@ def test_a_file_written_past_the_cache_has_the_bytes_and_the_digest_of_them(
     elif order != "in order":
         pieces.append(pieces.pop(3))
     if takes == "no such flag":
-        monkeypatch.setattr("convert.files._open_direct", lambda path: None)
+        monkeypatch.setattr("convert.safetensors_io.direct_io._open_direct", lambda path: None)
     elif takes != "direct writes":
-        monkeypatch.setattr("convert.files.os.pwrite", without_direct_writes)
+        monkeypatch.setattr("convert.safetensors_io.direct_io.os.pwrite", without_direct_writes)
 
-    with Threads() as threads:
+    with IoThreads() as threads:
         file = UncachedFile(tmp_path / "x", threads)
         for offset, piece in pieces:
             changing = bytearray(piece)
             file.write(offset, memoryview(changing))
-            changing[:] = bytes(len(changing))  # what is shown may be used again at once
+            changing[:] = bytes(len(changing))  # the caller may reuse its memory at once
         digest = file.complete()
         file.close()
 
@@ -109,13 +109,13 @@ def without_direct_writes(descriptor: int, piece: memoryview, offset: int) -> in
     return _pwrite(descriptor, piece, offset)
 
 
-def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int, piece: memoryview, offset: int) -> int:
         raise OSError(errno.ENOSPC, "no space left")
 
-    with Threads() as threads:
+    with IoThreads() as threads:
         file = UncachedFile(tmp_path / "x", threads)
-        monkeypatch.setattr("convert.files.os.pwrite", full)
+        monkeypatch.setattr("convert.safetensors_io.direct_io.os.pwrite", full)
         file.write(4096, memoryview(bytes(5 << 20)))
         with pytest.raises(OSError, match="no space left"):
             file.complete()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from convert.errors import CheckpointUnreadable, ConvertError
-from convert.tensors import Tensors
+from convert.safetensors_io.tensors import Tensors, read_json
 
 SAMPLE = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -93,7 +93,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
-def test_pickled_weights_are_not_opened_and_the_way_out_is_told(tmp_path: Path) -> None:
+def test_pickled_weights_are_not_opened_and_the_error_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"\x80\x04not a pickle that anyone should load")
 
     with pytest.raises(CheckpointUnreadable, match=r"pickle.*save_file"):
@@ -213,7 +213,7 @@ def test_any_index_gives_tensors_of_its_directory_or_an_error_for_the_user(tmp_p
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60))
-def test_any_bytes_as_an_index_are_told(tmp_path: Path, content: bytes) -> None:
+def test_any_bytes_as_an_index_are_reported(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
 
     with pytest.raises(ConvertError):
@@ -228,3 +228,13 @@ def read_all_or_be_told(directory: Path) -> None:
     assert {path.parent for path in tensors.files} <= {directory}
     for name, spec in tensors.specs.items():
         assert tuple(tensors.read(name).shape) == spec.shape
+
+
+def test_json_must_be_text_that_can_be_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(r'{"name": "\ud83d\ude00"}')
+    assert read_json(path, CheckpointUnreadable) == {"name": "\U0001f600"}
+
+    path.write_text(r'{"name": "\ud83d"}')
+    with pytest.raises(CheckpointUnreadable, match=r"config\.json is not readable JSON"):
+        read_json(path, CheckpointUnreadable)

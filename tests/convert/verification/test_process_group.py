@@ -78,6 +78,6 @@ def test_nothing_of_a_process_group_outlives_its_killed_owner(tmp_path: Path, nu
     wait_until(lambda: not is_alive(leader) and not is_alive(child))
 
 
-def test_the_guard_tells_how_its_command_ended(tmp_path: Path) -> None:
+def test_the_guard_returns_how_its_command_ended(tmp_path: Path) -> None:
     with guarded([sys.executable, "-c", "raise SystemExit(7)"], tmp_path, subprocess.DEVNULL) as process:
         assert process.wait() == 7

@@ -1,10 +1,9 @@
-"""What verification decides by itself; what it asks real engines is in tests/e2e/verification."""
+"""Verification without an engine; checks of real engines are in tests/e2e/verification."""
 
 from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,15 @@ import pytest
 from rich.console import Console
 
 from convert.artifact import GOLDEN, MANIFEST, Artifact, Golden, file_sha256
+from convert.cli.report.verification import verification_screen
 from convert.errors import ArtifactInvalid, BaseMismatch, VerificationFailed, VerificationImpossible
 from convert.verification.checks import LIMITS, Check, Difference, Limits, Subject, adapter_effect, golden_answers
-from convert.verification.client import EngineClient, EngineLost
 from convert.verification.engine import (
     EngineOptions,
-    Served,
-    command,
-    context_tokens,
-    environment,
-    last_words,
-    running_engine,
 )
-from convert.verification.page import verification_page
 from convert.verification.verify import VerificationReport, VerifyOptions, golden_of, stop_token_ids, verify
 from tests.convert.asking import Request, convert
-
-WITHOUT_VLLM = Path(sys.base_prefix) / "bin" / "python3"
-NOWHERE = EngineClient(Path("/nonexistent/vllm.sock"), 1)
+from tests.convert.verification.engines import NOWHERE, WITHOUT_VLLM
 
 
 def golden(tokens: int = 200, seed: int = 3, effect: float = 1.0) -> Golden:
@@ -55,10 +45,10 @@ def artifact(qlora: Path, base: Path, tmp_path: Path) -> Artifact:
 def with_golden(artifact: Artifact, golden: Golden) -> Artifact:
     path = artifact.root / GOLDEN
     path.write_text(golden.model_dump_json())
-    return edited(artifact, lambda manifest: manifest.update(golden=file_sha256(path)))
+    return with_manifest(artifact, lambda manifest: manifest.update(golden=file_sha256(path)))
 
 
-def edited(artifact: Artifact, change: Callable[[dict[str, Any]], None]) -> Artifact:
+def with_manifest(artifact: Artifact, change: Callable[[dict[str, Any]], None]) -> Artifact:
     path = artifact.root / MANIFEST
     manifest = json.loads(path.read_text())
     change(manifest)
@@ -66,13 +56,13 @@ def edited(artifact: Artifact, change: Callable[[dict[str, Any]], None]) -> Arti
     return Artifact.open(artifact.root)
 
 
-def test_the_difference_is_what_numpy_says() -> None:
+def test_the_difference_is_that_of_numpy() -> None:
     random = np.random.default_rng(5)
-    one, other = random.normal(size=1000), random.normal(size=1000)
-    found = Difference.between(one.tolist(), other.tolist())
+    first, second = random.normal(size=1000), random.normal(size=1000)
+    difference = Difference.between(first.tolist(), second.tolist())
 
-    assert found.mean == pytest.approx(np.abs(one - other).mean())
-    assert found.p99 == np.quantile(np.abs(one - other), 0.99, method="inverted_cdf")
+    assert difference.mean == pytest.approx(np.abs(first - second).mean())
+    assert difference.p99 == np.quantile(np.abs(first - second), 0.99, method="inverted_cdf")
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("-inf")])
@@ -103,8 +93,8 @@ def test_a_few_wild_tokens_fail_although_the_mean_is_small() -> None:
 
 
 @pytest.mark.parametrize(("scale", "passed"), [(1.0, True), (0.0, False), (2.0, False), (0.8, False), (-1.0, False)])
-def test_the_effect_of_an_adapter_is_told_from_a_wrong_scale_within_noise(scale: float, passed: bool) -> None:
-    """With changes no larger than the noise, where single tokens tell nothing."""
+def test_the_effect_of_an_adapter_differs_from_a_wrong_scale_within_noise(scale: float, passed: bool) -> None:
+    """With changes no larger than the noise, where single tokens show nothing."""
     expected = golden(tokens=20_000, effect=0.1)
     base, result = np.array(expected.prompts[0].base), np.array(expected.prompts[0].result)
     noise = np.random.default_rng(7).normal(0, 0.1, (2, len(base)))
@@ -120,14 +110,14 @@ def test_the_effect_of_an_adapter_is_told_from_a_wrong_scale_within_noise(scale:
     )
 
 
-def test_an_adapter_that_does_nothing_is_named_as_that() -> None:
+def test_an_adapter_without_effect_is_reported_as_such() -> None:
     expected = golden()
     base = expected.prompts[0].base or ()
 
     assert "the base answers under the adapter's name" in adapter_effect(base, base, subject(expected)).found
 
 
-def test_an_effect_too_small_to_see_is_told_not_judged() -> None:
+def test_an_effect_too_small_to_measure_is_reported_but_not_judged() -> None:
     expected = golden(effect=1e-4)
     prompt = expected.prompts[0]
     noise = np.random.default_rng(8).normal(0, 0.05, (2, 200))
@@ -187,17 +177,17 @@ def test_changed_bytes_are_refused_before_anything_is_started(artifact: Artifact
         verify(whole, options=VerifyOptions(EngineOptions(python=Path("/nonexistent"))))
 
 
-def test_a_shared_base_must_be_named_and_be_the_one(
+def test_a_shared_base_must_be_named_and_be_the_right_one(
     artifact: Artifact, qlora: Path, base: Path, untied_base: Path, tmp_path: Path
 ) -> None:
     shared = convert(Request(checkpoint=qlora, base=artifact.root, destination=tmp_path / "second", name="second"))
-    other = edited(artifact, lambda manifest: manifest["model"].update(fingerprint="0" * 64))
+    other = with_manifest(artifact, lambda manifest: manifest["model"].update(fingerprint="0" * 64))
 
     with pytest.raises(VerificationImpossible, match=r"NOT VERIFIED: .* lies in another artifact.*--base"):
         verify(with_golden(shared, golden()))
-    with pytest.raises(BaseMismatch, match="this is 000000000000"):
+    with pytest.raises(BaseMismatch, match="it holds 000000000000"):
         verify(with_golden(shared, golden()), other)
-    with pytest.raises(BaseMismatch, match="it lies elsewhere"):
+    with pytest.raises(BaseMismatch, match="it holds no model"):
         verify(with_golden(shared, golden()), shared)
 
 
@@ -211,95 +201,17 @@ def test_without_vllm_it_says_not_verified(artifact: Artifact) -> None:
         verify(whole, options=VerifyOptions(EngineOptions(python=Path("/nonexistent/python"))))
 
 
-@pytest.mark.parametrize(("rank", "supported"), [(1, "1"), (9, "16"), (512, "512")])
-def test_the_engine_gets_the_next_rank_it_has_kernels_for(tmp_path: Path, rank: int, supported: str) -> None:
-    line = command(Served(tmp_path, "base", 512, {"tiny": tmp_path / "adapter"}, rank), EngineOptions())
-
-    assert line[line.index("--max-lora-rank") + 1] == supported
-    assert line[line.index("--lora-modules") + 1] == f"tiny={tmp_path / 'adapter'}"
-
-
-def test_a_rank_that_vllm_cannot_serve_is_told(tmp_path: Path) -> None:
-    with pytest.raises(VerificationImpossible, match="rank 513 is above 512"):
-        command(Served(tmp_path, "base", 512, {"tiny": tmp_path}, 513), EngineOptions())
-
-
-def test_the_users_arguments_come_last(tmp_path: Path) -> None:
-    line = command(Served(tmp_path, "tiny", 512), EngineOptions(vllm_args=("--dtype", "float32")))
-
-    assert line[-2:] == ["--dtype", "float32"]
-    assert "--enable-lora" not in line
-
-
-def test_the_context_is_no_longer_than_the_models_own(tmp_path: Path) -> None:
-    for config, expected in (({"max_position_embeddings": 128}, 128), ({"max_position_embeddings": 9999}, 512)):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        assert context_tokens(Served(tmp_path, "tiny", 512)) == expected
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": 64}}))
-    assert context_tokens(Served(tmp_path, "tiny", 512)) == 64
-
-
-def test_the_engine_fetches_nothing_reports_nothing_and_wants_no_key() -> None:
-    found = environment({"HF_HUB_OFFLINE": "0", "VLLM_API_KEY": "secret", "OMP_NUM_THREADS": "3", "HOME": "/home"})
-
-    assert "VLLM_API_KEY" not in found
-    assert (found["HF_HUB_OFFLINE"], found["VLLM_NO_USAGE_STATS"], found["OMP_NUM_THREADS"]) == ("1", "1", "3")
-    assert found["HOME"] == "/home"
-
-
-def test_the_cause_is_found_in_a_log_that_buries_it(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text(
-        "(APIServer pid=1) WARNING 11-24 06:08:30 [u.py:3] This could fail with error like `OSError: [Errno 24]`\n"
-        "(EngineCore pid=2) ERROR 11-24 06:08:30 [core.py:1512] Traceback (most recent call last):\n"
-        "(EngineCore pid=2) ERROR 11-24 06:08:30 [core.py:1512] torch.Oops.ShapeError: no size 7\n"
-        "(EngineCore pid=2) ERROR 11-24 06:08:30 [core.py:1512]   of 47\n"
-        "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.\n" + "noise\n" * 20
-    )
-
-    assert last_words(log).startswith(
-        "Its reason: torch.Oops.ShapeError: no size 7 of 47\nThe end of its log:\n  noise\n"
-    )
-    assert last_words(log).count("noise") == 12
-
-
-def test_an_engine_that_is_not_there_is_lost() -> None:
-    assert not NOWHERE.is_healthy()
-    with pytest.raises(EngineLost, match="/v1/completions"):
-        NOWHERE.log_probs("tiny", [1, 2])
-
-
-def test_an_engine_that_ends_at_its_start_is_told_with_its_last_words(tmp_path: Path) -> None:
-    """A Python that finds a vLLM of ours, which ends at once."""
-    package = tmp_path / "vllm" / "entrypoints" / "openai"
-    package.mkdir(parents=True)
-    (package / "api_server.py").write_text("raise ValueError('no such architecture')")
-    (tmp_path / "vllm-1.0.dist-info").mkdir()
-    (tmp_path / "vllm-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 1.0\n")
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {WITHOUT_VLLM} "$@"\n')
-    python.chmod(0o755)
-    options = EngineOptions(python=python, log=tmp_path / "log")
-
-    with (
-        pytest.raises(VerificationFailed, match=r"exit status 1\)\.\nIts reason: ValueError: no such architecture"),
-        running_engine(Served(tmp_path, "tiny", 512), options),
-    ):
-        pass
-    assert "no such architecture" in (tmp_path / "log").read_text()
-
-
 def report(*checks: Check) -> VerificationReport:
     return VerificationReport(Path("artifacts/tiny"), "tiny", "0.32.0", checks)
 
 
 def test_a_report_passes_unless_a_check_failed_and_names_all_that_did() -> None:
-    told, good = Check("told", None, "1", "2"), Check("good", True, "1", "1")
+    unjudged, good = Check("unjudged", None, "1", "2"), Check("good", True, "1", "1")
     bad, worse = Check("bad", False, "[1]", "2"), Check("worse", False, "3", "4", {}, ("chat 1: at [b]",))
-    report(told, good).require_passed()
+    report(unjudged, good).require_passed()
 
     with pytest.raises(VerificationFailed) as failed:
-        report(bad, good, worse, told).require_passed()
+        report(bad, good, worse, unjudged).require_passed()
     assert "bad: [1], expected 2; worse: 3, expected 4 (chat 1: at [b])" in str(failed.value)
     assert "good" not in str(failed.value)
 
@@ -307,7 +219,7 @@ def test_a_report_passes_unless_a_check_failed_and_names_all_that_did() -> None:
 def test_a_report_is_shown_to_people_and_programs() -> None:
     bad = Check("bad", False, "[1]", "2", {"mean": 0.5}, ("chat 1: at [b]",))
     console = Console(width=100, record=True, file=io.StringIO())
-    for part in verification_page(report(bad)):
+    for part in verification_screen(report(bad)):
         console.print(part)
 
     shown = console.export_text()

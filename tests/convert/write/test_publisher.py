@@ -67,7 +67,7 @@ def test_an_existing_destination_is_left_untouched(qlora: Path, base: Path, out:
 
 
 def test_a_destination_that_appears_meanwhile_is_not_replaced(qlora: Path, base: Path, out: Path) -> None:
-    def another_publishes(what: str, done: int, total: int) -> None:
+    def another_publishes(step: str, done: int, total: int) -> None:
         out.mkdir(exist_ok=True)
 
     with pytest.raises(OutputExists):
@@ -76,7 +76,7 @@ def test_a_destination_that_appears_meanwhile_is_not_replaced(qlora: Path, base:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError], ids=lambda error: error.__name__)
 def test_an_interruption_leaves_nothing(qlora: Path, base: Path, out: Path, error: type[BaseException]) -> None:
-    def interrupt(what: str, done: int, total: int) -> None:
+    def interrupt(step: str, done: int, total: int) -> None:
         if done == 5:
             assert any(out.parent.iterdir())
             raise error
@@ -87,8 +87,8 @@ def test_an_interruption_leaves_nothing(qlora: Path, base: Path, out: Path, erro
     assert list(out.parent.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_is_told_and_leaves_nothing(qlora: Path, base: Path, out: Path) -> None:
-    def full(what: str, done: int, total: int) -> None:
+def test_a_disk_that_fills_up_is_reported_and_leaves_nothing(qlora: Path, base: Path, out: Path) -> None:
+    def full(step: str, done: int, total: int) -> None:
         if done == 5:
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -131,7 +131,7 @@ def test_a_stopped_command_in_which_nothing_is_finished_leaves_nothing(
     command = ["run", qlora, "--base", base, "--out", out]
     # Slowed down in the middle of writing, so that the signal arrives there.
     program = (
-        "import runpy, signal, sys, time, convert.shards as m; w = m.ShardWriter.append\n"
+        "import runpy, signal, sys, time, convert.safetensors_io.shards as m; w = m.ShardWriter.append\n"
         # A shell starts background jobs with Ctrl-C ignored, and the tests may be one.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def slow(*a):\n    time.sleep(0.3); w(*a)\n"

@@ -31,12 +31,12 @@ def test_a_message_is_answered_and_counted(claude: anthropic.Anthropic) -> None:
 
 def test_a_stream_says_the_same_as_a_whole_message(claude: anthropic.Anthropic) -> None:
     with claude.messages.stream(**ASKED) as stream:
-        said = "".join(stream.text_stream)
+        streamed = "".join(stream.text_stream)
         final = stream.get_final_message()
 
-    whole = claude.messages.create(**ASKED)
-    assert said == text_of(whole)
-    assert final.usage.output_tokens == whole.usage.output_tokens
+    message = claude.messages.create(**ASKED)
+    assert streamed == text_of(message)
+    assert final.usage.output_tokens == message.usage.output_tokens
 
 
 def test_tokens_are_counted_without_an_answer(claude: anthropic.Anthropic) -> None:
@@ -45,11 +45,11 @@ def test_tokens_are_counted_without_an_answer(claude: anthropic.Anthropic) -> No
     assert counted.input_tokens == claude.messages.create(**ASKED).usage.input_tokens
 
 
-def test_an_unknown_model_is_told_in_anthropics_shape(claude: anthropic.Anthropic) -> None:
-    with pytest.raises(anthropic.NotFoundError) as told:
+def test_an_unknown_model_is_reported_in_anthropics_shape(claude: anthropic.Anthropic) -> None:
+    with pytest.raises(anthropic.NotFoundError) as caught:
         claude.messages.create(**ASKED | {"model": "italian"})
 
-    body: Any = told.value.body
+    body: Any = caught.value.body
     assert body["type"] == "error"
     assert (body["error"]["type"], body["error"]["code"]) == ("not_found_error", "model_not_found")
     assert "french, german" in body["error"]["message"]
@@ -57,8 +57,8 @@ def test_an_unknown_model_is_told_in_anthropics_shape(claude: anthropic.Anthropi
 
 @pytest.mark.parametrize("change", [{"max_tokens": -1}, {"messages": []}, {"max_tokens": 100_000}])
 def test_what_the_engine_refuses_is_a_bad_request(claude: anthropic.Anthropic, change: dict[str, Any]) -> None:
-    with pytest.raises(anthropic.BadRequestError) as told:
+    with pytest.raises(anthropic.BadRequestError) as caught:
         claude.messages.create(**ASKED | change)
 
-    body: Any = told.value.body
+    body: Any = caught.value.body
     assert body["error"]["message"]

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi import checks
 
-from serve.openai import ENGINE_ROUTES
+from serve.gateway.public_routes import ENGINE_ROUTES
 from tests.e2e.api.conftest import MODEL
 from tests.e2e.conftest import Server
 
@@ -51,7 +51,7 @@ def test_it_describes_every_route_that_this_model_has_and_nothing_internal(docum
 @pytest.mark.parametrize(
     ("path", "mode"),
     [*itertools.product(OF_THIS_MODEL, GenerationMode), ("/v1/models/{name}", GenerationMode.POSITIVE)],
-    ids=lambda it: getattr(it, "value", it),
+    ids=lambda value: getattr(value, "value", value),
 )
 def test_fuzzing_finds_no_server_error_and_no_hang(
     server: Server, document: dict[str, Any], path: str, mode: GenerationMode
@@ -87,10 +87,10 @@ def test_fuzzing_finds_no_server_error_and_no_hang(
 def asking_for(document: dict[str, Any], model: str) -> dict[str, Any]:
     """The document with one name as the only model: others end in a 404 before anything else is looked at."""
     schemas = {
-        name: {**it, "properties": {**it["properties"], "model": {"const": model}}}
-        if name.endswith("Request") and "model" in it.get("properties", {})
-        else it
-        for name, it in document["components"]["schemas"].items()
+        name: {**schema, "properties": {**schema["properties"], "model": {"const": model}}}
+        if name.endswith("Request") and "model" in schema.get("properties", {})
+        else schema
+        for name, schema in document["components"]["schemas"].items()
     }
     return {**document, "components": {"schemas": schemas}}
 
@@ -99,9 +99,9 @@ def bounded(case: Case) -> Case:
     """The same request for a few tokens where it left that open: a whole context of them would take too long."""
     if isinstance(case.body, dict):
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-            asked = case.body.get(name)
-            if asked is None or (isinstance(asked, int) and asked > 8):
+            value = case.body.get(name)
+            if value is None or (isinstance(value, int) and value > 8):
                 case.body[name] = 4
-        if isinstance(asked := case.body.get("n"), int) and asked > 4:
+        if isinstance(value := case.body.get("n"), int) and value > 4:
             case.body["n"] = 4
     return case

@@ -15,15 +15,17 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from examples.server import running_server
-from serve import key_writing
-from serve.keys import Allowance, Key, KeyFile
-from serve.ports import free_port
-from serve.state import StateDir
+from serve.callers import key_admin
+from serve.callers.keys import Key, KeyFile
+from serve.catalogue.state_dir import StateDir
+from serve.deployment.ports import free_port
+from serve.settings import Allowance, GatewaySettings
 from tests.e2e.conftest import ENGINE_OPTIONS, REPLICAS, SLOT_OPTIONS, Server, Story
 
 PATH = "/v1/completions"
 LONG = 1500  # tokens: seconds
 MAX_RUNNING = 4  # requests in the engine of each replica
+LEASE_S: float = GatewaySettings.model_fields["lease_s"].default
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Guarded:
     def key(self, key_id: str, models: tuple[str, ...] = ("*",), admin: bool = False, **limits: int) -> str:
         """A new one."""
         allowance = Allowance.model_validate(limits)
-        self.secrets[key_id] = key_writing.create(
+        self.secrets[key_id] = key_admin.create(
             self.keys, lambda secrets: Key(id=key_id, secrets=secrets, models=models, admin=admin, limits=allowance)
         )
         return self.secrets[key_id]
@@ -46,7 +48,7 @@ class Guarded:
     def client(self, secret: str) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         headers = {"authorization": f"Bearer {secret}"}
-        return httpx.AsyncClient(base_url=self.server.url, headers=headers, timeout=300, limits=limits)
+        return httpx.AsyncClient(base_url=self.server.url, headers=headers, timeout=600, limits=limits)
 
     async def admin(self, path: str) -> dict[str, Any]:
         """An answer of the admin API."""
@@ -58,30 +60,31 @@ class Guarded:
 
     async def running(self) -> list[int]:
         """Requests in each engine."""
-        return [it["running_requests"] for it in (await self.admin("replicas"))["replicas"]]
+        return [replica["running_requests"] for replica in (await self.admin("replicas"))["replicas"]]
 
     async def generated_tokens(self) -> float:
         """By all engines, as they themselves count."""
         async with httpx.AsyncClient() as client:
-            told = (await client.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60)).text
-        samples = (it for family in text_string_to_metric_families(told) for it in family.samples)
-        return sum(it.value for it in samples if it.name == "vllm:generation_tokens_total")
+            text = (await client.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=60)).text
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return sum(sample.value for sample in samples if sample.name == "vllm:generation_tokens_total")
 
     def processes(self) -> list[psutil.Process]:
         """Of the replicas."""
-        ours = psutil.Process(StateDir(self.server.state).running_server().pid).children(recursive=True)
-        return [it for it in ours if "EngineReplica" in " ".join(it.cmdline())]
+        return self.server.actors("EngineReplica")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def guarded(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
-    """The base with `french` and `german`."""
+    """The base with `french` and `german`. The last test of the package stops it."""
     home = tmp_path_factory.mktemp("guarded")
     keys = home / "keys.json"
     keys.write_text(KeyFile().model_dump_json())
     served = [story.artifacts["french"], story.artifacts["german"]]
     metrics_port = free_port()
     words = ("--replicas", str(REPLICAS), "--keys-file", str(keys), "--metrics-port", str(metrics_port))
+    # On a machine of any speed a request waits for its turn, and is not refused because others took long.
+    words = (*words, "--max-wait", "3000")
     options = (*words, f"--vllm-arg=--max-num-seqs={MAX_RUNNING}", *SLOT_OPTIONS, *ENGINE_OPTIONS)
     with running_server(served, home / "state", *options, log=home / "server.log") as url:
         yield Guarded(Server(url, home / "state"), keys, metrics_port)
@@ -98,8 +101,22 @@ async def stream(client: httpx.AsyncClient, request: dict[str, Any]) -> AsyncIte
         yield response
 
 
-async def until(holds: Callable[[], Any], timeout_s: float = 60) -> None:
-    """Asks again and again; fails if it never holds."""
+async def until(holds: Callable[[], Any], timeout_s: float = 300) -> None:
+    """Asks again and again; fails if it never holds. The time only ends a test that hangs."""
     async with asyncio.timeout(timeout_s):
         while not await holds():  # noqa: ASYNC110  (it is asked of other processes)
             await asyncio.sleep(0.1)
+
+
+def for_long(n: int) -> dict[str, Any]:
+    """A request that still runs after a shared machine stood still for some seconds."""
+    return completion(tokens=LONG, n=n, temperature=1)
+
+
+def code(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
+
+
+async def total(guarded: Guarded, number: int) -> bool:
+    """Whether this number of requests runs in all engines together."""
+    return sum(await guarded.running()) == number

@@ -58,21 +58,21 @@ def test_each_model_answers_with_the_function_that_was_trained(
 
 
 def test_the_functions_differ_by_far_more_than_the_tolerance(trained: dict[str, torch.Tensor]) -> None:
-    for one, other in ((BASE, "french"), (BASE, "german"), ("french", "german")):
-        best = trained[one].topk(5).indices
-        assert (trained[one] - trained[other])[best].abs().max() > 5 * TOLERANCE_NATS
+    for first, second in ((BASE, "french"), (BASE, "german"), ("french", "german")):
+        best = trained[first].topk(5).indices
+        assert (trained[first] - trained[second])[best].abs().max() > 5 * TOLERANCE_NATS
 
 
 def test_a_stream_says_the_same_as_a_whole_answer(client: openai.OpenAI) -> None:
     request: dict[str, Any] = {
         "model": "french", "messages": [{"role": "user", "content": "the rain"}], "max_tokens": 12, "temperature": 0,
     }  # fmt: skip
-    whole = client.chat.completions.create(**request)
+    unstreamed = client.chat.completions.create(**request)
     chunks = list(client.chat.completions.create(**request, stream=True))
 
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
-    assert {chunk.model for chunk in chunks} == {whole.model}
-    assert whole.model == client.models.retrieve("french").model_dump()["root"]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == unstreamed.choices[0].message.content
+    assert {chunk.model for chunk in chunks} == {unstreamed.model}
+    assert unstreamed.model == client.models.retrieve("french").model_dump()["root"]
 
 
 def test_a_model_pinned_to_its_revision_is_the_same_model(client: openai.OpenAI) -> None:
@@ -82,11 +82,11 @@ def test_a_model_pinned_to_its_revision_is_the_same_model(client: openai.OpenAI)
 
 
 def test_an_unknown_model_is_a_not_found_error_to_the_client(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError) as told:
+    with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(model="italian", prompt="ciao")
 
-    assert told.value.code == "model_not_found"
-    assert "french, german, tiny-llama" in told.value.message
+    assert caught.value.code == "model_not_found"
+    assert "french, german, tiny-llama" in caught.value.message
 
 
 def test_the_engines_own_errors_reach_the_client(client: openai.OpenAI) -> None:
@@ -105,9 +105,9 @@ def test_engine_admin_routes_are_closed(server: Server, path: str, status: int) 
 
 
 def test_no_page_may_read_an_answer_as_long_as_no_origin_is_named(server: Server) -> None:
-    asked = {"model": "french", "prompt": "the rain", "max_tokens": 1}
+    request = {"model": "french", "prompt": "the rain", "max_tokens": 1}
     answer = httpx.post(
-        f"{server.url}/v1/completions", json=asked, headers={"origin": "https://page.example"}, timeout=60
+        f"{server.url}/v1/completions", json=request, headers={"origin": "https://page.example"}, timeout=60
     )
 
     assert answer.status_code == 200

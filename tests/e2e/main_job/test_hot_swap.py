@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from examples.server import publish
-from examples.traffic import Reign, SwapReport, Traffic
-from serve.state import StateDir
+from examples.traffic import RevisionInterval, SwapReport, Traffic
+from serve.catalogue.state_dir import StateDir
 from tests.e2e.conftest import REPLICAS, Server, Story
 
 QUESTION = "the rain in spain"
@@ -73,22 +73,24 @@ async def test_swaps_under_load_fail_nothing_mix_nothing_and_leave_nothing_stale
     texts: dict[str, str] = {}
     async with under_load(traffic):
         await traffic.answered(ANSWERS_EACH)
-        reigns = [Reign(await asyncio.to_thread(current, server), since_s=0.0)]
+        intervals = [RevisionInterval(await asyncio.to_thread(current, server), since_s=0.0)]
         for number in range(SWAPS):
-            reigns[-1].until_s = traffic.now()
+            intervals[-1].until_s = traffic.now()
             answer = await publish(artifacts[number % 2], server.state)
             assert answer["replicas"] == REPLICAS
-            reigns.append(Reign(str(answer["revision"]), since_s=traffic.now()))
-            await traffic.answered(ANSWERS_EACH, since_s=reigns[-1].since_s)
-        for reign in reigns[:2]:
-            texts[reign.revision] = await asyncio.to_thread(answer_of, server, reign.revision, 10)
+            intervals.append(RevisionInterval(str(answer["revision"]), since_s=traffic.now()))
+            await traffic.answered(ANSWERS_EACH, since_s=intervals[-1].since_s)
+        for interval in intervals[:2]:
+            texts[interval.revision] = await asyncio.to_thread(answer_of, server, interval.revision, 10)
 
     assert len(set(texts.values())) == 2
-    report = SwapReport.of(traffic.answers, reigns, lambda revision, text: texts[revision] == text)
+    report = SwapReport.of(traffic.answers, intervals, lambda revision, text: texts[revision] == text)
     assert (report.failed, report.mixed, report.stale) == (0, 0, 0), report
-    assert all(report.by_reign), "no request fell between two swaps: the load was too light to prove anything"
+    assert all(report.answers_by_interval), (
+        "no request fell between two swaps: the load was too light to prove anything"
+    )
 
-    assert_nothing_else_stays(server, reigns[-1].revision, reigns[-2].revision)  # the one before, for a rollback
+    assert_nothing_else_stays(server, intervals[-1].revision, intervals[-2].revision)  # the one before, for a rollback
 
 
 async def test_a_stream_that_began_before_the_swap_ends_on_its_own_revision(server: Server, story: Story) -> None:
@@ -111,21 +113,21 @@ async def test_a_stream_that_began_before_the_swap_ends_on_its_own_revision(serv
 
 async def test_the_base_model_answers_as_itself_while_adapters_run(server: Server, story: Story) -> None:
     """vLLM alone answers it on a CPU with the adapter in the last slot, in any batch they share."""
-    asked, ended = endless(story.base.name, 20) | {"temperature": 0}, 0
+    request, ended = endless(story.base.name, 20) | {"temperature": 0}, 0
     async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
 
-        async def said(body: dict[str, Any]) -> str:
+        async def answer_text(body: dict[str, Any]) -> str:
             answer = await client.post("/v1/completions", json=body)
             return str(answer.raise_for_status().json()["choices"][0]["text"])
 
         async def asks_again_and_again(model: str) -> None:
             nonlocal ended
             while True:
-                await said(endless(model, 1500))
+                await answer_text(endless(model, 1500))
                 ended += 1
 
-        alone = await said(asked)
-        own = [await said(asked | {"model": name}) for name in ("french", "german")]
+        alone = await answer_text(request)
+        own = [await answer_text(request | {"model": name}) for name in ("french", "german")]
         beside: list[str] = []
         async with asyncio.TaskGroup() as group:
             others = [group.create_task(asks_again_and_again(name)) for name in ("french", "german") for _ in range(4)]
@@ -133,11 +135,11 @@ async def test_the_base_model_answers_as_itself_while_adapters_run(server: Serve
                 pass
             while len(beside) < 6:
                 ended_before = ended
-                text = await said(asked)
+                text = await answer_text(request)
                 if ended == ended_before:  # all others ran from its beginning to its end
                     beside.append(text)
-            for other in others:
-                other.cancel()
+            for caller in others:
+                caller.cancel()
 
     assert set(beside) == {alone}
     assert alone not in own
@@ -153,7 +155,7 @@ async def test_nobody_stops_an_engine_by_asking_for_prompt_logprobs(server: Serv
 
         others = [asyncio.create_task(ask()) for _ in range(4)]
         refused = await asyncio.gather(
-            *(ask(**each) for each in ({"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}))
+            *(ask(**options) for options in ({"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}))
         )
         messages = [{"role": "user", "content": QUESTION}]
         body = {"model": "french", "messages": messages, "echo": True, "max_tokens": 2}
@@ -213,9 +215,9 @@ def test_an_adapter_for_another_base_is_refused_and_nothing_changes(
     from tests.convert import parts
     from tests.e2e.conftest import convert, fine_tune
 
-    home = tmp_path_factory.mktemp("stranger")
+    home = tmp_path_factory.mktemp("other-base")
     other_base = parts.save_base(home / "other-llama", tied=True, hidden=256)
-    convert(fine_tune(other_base, home / "stranger", 5), other_base, home / "artifact", "--name", "french")
+    convert(fine_tune(other_base, home / "other-base", 5), other_base, home / "artifact", "--name", "french")
     before = httpx.get(f"{server.url}/v1/models").json()
 
     refused = server.command("publish", home / "artifact")

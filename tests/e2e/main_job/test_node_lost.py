@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 
 from examples.server import start, stop, wait_until_ready
-from serve.ports import free_port
-from serve.state import StateDir
+from serve.catalogue.state_dir import StateDir
+from serve.deployment.ports import free_port
 from tests.e2e.conftest import ENGINE_OPTIONS, Story
 
 
@@ -21,11 +21,11 @@ def test_a_server_whose_node_dies_ends_with_its_reason_and_leaves_nothing_behind
     try:
         wait_until_ready(server, StateDir(tmp_path / "state"), log)
         processes = psutil.Process(server.pid).children(recursive=True)
-        next(it for it in processes if it.name() == "raylet").kill()
+        next(process for process in processes if process.name() == "raylet").kill()
 
         assert server.wait(60) == 1
     finally:
         stop(server)
 
     assert "error[node_lost]" in log.read_text()
-    assert [it for it in processes if it.is_running()] == []
+    assert [process for process in processes if process.is_running()] == []

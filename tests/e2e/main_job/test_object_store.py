@@ -9,8 +9,8 @@ import pytest
 
 from convert.artifact import Artifact
 from examples.server import running_server
-from serve.intake import take_artifact
-from serve.state import StateDir
+from serve.adapters.ingest import ingest_artifact
+from serve.catalogue.state_dir import StateDir
 from tests.e2e.conftest import ENGINE_OPTIONS, Story, run
 from tests.object_store import bucket_url, s3_server
 
@@ -20,22 +20,22 @@ def test_what_another_machine_published_is_served_and_what_is_published_here_is_
 ) -> None:
     with s3_server() as endpoint:
         store = bucket_url(endpoint, "machines", monkeypatch)
-        there = StateDir(store, tmp_path / "there")
-        published = take_artifact(Artifact.open(story.artifacts["german"]), "swiss", there.store)
-        there.log.stage(published)
-        there.log.promote(published)
+        remote = StateDir(store, tmp_path / "there")
+        published = ingest_artifact(Artifact.open(story.artifacts["german"]), "swiss", remote.store)
+        remote.log.stage(published)
+        remote.log.promote(published)
 
-        here, options = tmp_path / "here", ENGINE_OPTIONS
-        with running_server([story.artifacts["french"]], here, *options, log=tmp_path / "log", store=store) as url:
+        local, options = tmp_path / "here", ENGINE_OPTIONS
+        with running_server([story.artifacts["french"]], local, *options, log=tmp_path / "log", store=store) as url:
             request = {"model": "swiss", "prompt": "the rain", "max_tokens": 1}
             answer = httpx.post(f"{url}/v1/completions", json=request, timeout=60)
             assert answer.is_success, answer.text
             assert answer.headers["x-graft-model"] == published.adapter.engine_name
-            place = ("--state", store, "--local", here)
-            result = run("serve", "publish", story.artifacts["french-2"], "--name", "swiss", *place)
+            state_options = ("--state", store, "--local", local)
+            result = run("serve", "publish", story.artifacts["french-2"], "--name", "swiss", *state_options)
             assert result.returncode == 0, result.stderr
 
-        current = there.log.read().adapters["swiss"].current
+        current = remote.log.read().adapters["swiss"].current
         assert current is not None
         assert current.candidate.revision == Artifact.open(story.artifacts["french-2"]).manifest.adapter.revision  # type: ignore[union-attr]
-        assert there.store.path(current.candidate.adapter).is_dir()
+        assert remote.store.path(current.candidate.adapter).is_dir()

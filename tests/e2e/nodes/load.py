@@ -55,8 +55,8 @@ async def call(client: httpx.AsyncClient, models: list[str], number: int, stoppi
             to.answered += 1
             to.slowest_s = max(to.slowest_s, time.monotonic() - began)
         except (httpx.HTTPError, ValueError, KeyError) as error:
-            told = error.response.text if isinstance(error, httpx.HTTPStatusError) else ""
-            to.failed.append({"stream": stream, "error": repr(error)[:300], "body": told[:300]})
+            body = error.response.text if isinstance(error, httpx.HTTPStatusError) else ""
+            to.failed.append({"stream": stream, "error": repr(error)[:300], "body": body[:300]})
             await asyncio.sleep(0.05)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from serve import key_writing
-from serve.keys import Key
+from serve.callers import key_admin
+from serve.callers.keys import Key
 from tests.deploy.manifests import ROOT, only, pod_templates, rendered
 from tests.e2e.conftest import Story
 from tests.e2e.nodes.cluster import Cluster, cluster, possible
@@ -33,15 +33,15 @@ def nodes(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
     home = tmp_path_factory.mktemp("nodes")
     for name, artifact in (("base", "french"), ("german", "german")):
         shutil.copytree(story.artifacts[artifact], home / "artifacts" / name)
-    with cluster(home, WORKERS) as found:
+    with cluster(home, WORKERS) as nodes:
         (home / "admin" / "admin.token").write_text("the operator's token")
-        secret = key_writing.create(home / "keys" / "keys.json", lambda it: Key(id="load", secrets=it))
+        secret = key_admin.create(home / "keys" / "keys.json", lambda secrets: Key(id="load", secrets=secrets))
         (home / "key").write_text(secret)
         (home / "settings" / "settings.yaml").write_text(settings())
-        found.deploy(serve_config())
-        found.wait_until_running(WORKERS)
-        publish(found, "base", "--name", "french")
-        yield found
+        nodes.deploy(serve_config())
+        nodes.wait_until_running(WORKERS)
+        publish(nodes, "base", "--name", "french")
+        yield nodes
 
 
 def serve_config() -> str:
@@ -73,8 +73,8 @@ def load(nodes: Cluster, *models: str) -> Iterator[Outcome]:
         time.sleep(5)
     finally:
         process.send_signal(signal.SIGTERM)
-        told, _ = process.communicate(timeout=90)
-    vars(outcome).update(json.loads(told))
+        output, _ = process.communicate(timeout=90)
+    vars(outcome).update(json.loads(output))
     print("\n", models, outcome)
 
 
@@ -86,10 +86,10 @@ def test_every_probe_of_the_manifests_is_answered_without_a_token(nodes: Cluster
     service = only(rendered("dev-ray"), "RayService")
     for node, (name, template) in enumerate(pod_templates(service)):
         container = template["spec"]["containers"][0]
-        ports = {it["name"]: it["containerPort"] for it in container["ports"]}
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            asked = container[probe]["httpGet"]
-            url = f"http://{nodes.address(node)}:{ports.get(asked['port'], asked['port'])}{asked['path']}"
+            http_get = container[probe]["httpGet"]
+            url = f"http://{nodes.address(node)}:{ports.get(http_get['port'], http_get['port'])}{http_get['path']}"
             assert nodes.run(0, "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", url) == "200", (name, probe)
 
 
@@ -140,7 +140,7 @@ def test_a_node_that_dies_costs_only_what_ran_on_it(nodes: Cluster) -> None:
 
     # Each caller has one request at a time; at most those on the dead node are lost, and told.
     assert len(outcome.failed) <= CALLERS
-    assert all(it["stream"] for it in outcome.failed), outcome.failed
+    assert all(request["stream"] for request in outcome.failed), outcome.failed
     assert outcome.answered > 0
 
 

@@ -13,10 +13,10 @@ import httpx
 import pytest
 
 from convert.artifact import Artifact
-from serve.candidate import Candidate
-from serve.forward import FRESH_S
-from serve.intake import take_artifact
-from serve.state import StateDir
+from serve.adapters.ingest import ingest_artifact
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.state_dir import StateDir
+from serve.gateway.peer_forwarding import MAX_REPORT_AGE_S
 from tests.e2e.conftest import REPLICAS, RESIDENT, Server, Story
 
 QUESTION = "the rain in spain"
@@ -43,8 +43,8 @@ class Operator:
         return await self._answer("DELETE", f"/admin/v1/adapters/{name}/{kind}")
 
     async def replicas(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = (await self._answer("GET", "/admin/v1/replicas"))["replicas"]
-        return found
+        replicas: list[dict[str, Any]] = (await self._answer("GET", "/admin/v1/replicas"))["replicas"]
+        return replicas
 
     async def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         response = await self.http.request(method, path, json=body)
@@ -61,9 +61,9 @@ async def operating(server: Server) -> AsyncIterator[Operator]:
 
 
 def candidate(story: Story, artifact: str, name: str) -> Candidate:
-    made = Candidate.of(Artifact.open(story.artifacts[artifact]).manifest, name)
-    assert made is not None
-    return made
+    built = Candidate.of(Artifact.open(story.artifacts[artifact]).manifest, name)
+    assert built is not None
+    return built
 
 
 async def ask(client: httpx.AsyncClient, model: str, **headers: str) -> dict[str, Any]:
@@ -74,7 +74,7 @@ async def ask(client: httpx.AsyncClient, model: str, **headers: str) -> dict[str
     return answer
 
 
-def said(answer: dict[str, Any]) -> str:
+def text_of(answer: dict[str, Any]) -> str:
     text: str = answer["choices"][0]["text"]
     return text
 
@@ -92,7 +92,7 @@ async def many(server: Server, story: Story) -> AsyncIterator[Operator]:
 
 async def test_every_adapter_answers_as_itself_while_they_push_each_other_out(server: Server, many: Operator) -> None:
     async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
-        expected = {kind: said(await ask(client, kind)) for kind in ("french", "german")}
+        expected = {kind: text_of(await ask(client, kind)) for kind in ("french", "german")}
         assert expected["french"] != expected["german"]
         models = NAMES * ROUNDS
 
@@ -100,7 +100,7 @@ async def test_every_adapter_answers_as_itself_while_they_push_each_other_out(se
 
     for model, answer in zip(models, answers, strict=True):
         assert answer["model"].startswith(f"{model}@")
-        assert said(answer) == expected[model.partition("-")[0]]
+        assert text_of(answer) == expected[model.partition("-")[0]]
     reports = await many.replicas()
     assert len(reports) == REPLICAS
     for report in reports:
@@ -116,7 +116,7 @@ async def test_a_cold_request_is_answered_by_the_replica_that_holds_its_adapter(
             async with httpx.AsyncClient(base_url=server.url, timeout=300) as client:
                 assert (await ask(client, name))["model"].startswith(f"{name}@")
             if number == 0:
-                await asyncio.sleep(FRESH_S)  # what it loaded just now, the other one does not know yet
+                await asyncio.sleep(MAX_REPORT_AGE_S)  # what it loaded just now, the other one does not know yet
 
     reports = await many.replicas()
     assert all(report["address"] for report in reports)
@@ -127,7 +127,7 @@ async def test_a_cold_request_is_answered_by_the_replica_that_holds_its_adapter(
 def stored(server: Server, story: Story) -> None:
     """The files of both revisions of `french` are in the store."""
     for artifact in ("french", "french-2"):
-        take_artifact(Artifact.open(story.artifacts[artifact]), None, StateDir(server.state).store)
+        ingest_artifact(Artifact.open(story.artifacts[artifact]), None, StateDir(server.state).store)
 
 
 @pytest.mark.usefixtures("stored")
@@ -159,21 +159,21 @@ async def test_a_shadow_is_compared_on_real_answers(server: Server, story: Story
         await operator.publish(candidate(story, "french-2", "french"))
         await operator.publish(candidate(story, "french", "french"))
         await operator.split("french", "shadow", revision=shadow.revision, share=1)
-        told = {(await ask(client, "french"))["model"] for _ in range(6)}
+        models = {(await ask(client, "french"))["model"] for _ in range(6)}
         async with asyncio.timeout(60):
             while await compared_or_dropped(operator) < 6:  # noqa: ASYNC110  (the replicas have no event for it)
                 await asyncio.sleep(0.1)
         splits = [report["splits"]["french"] for report in await operator.replicas() if report["splits"]]
         await operator.end("french", "shadow")
 
-    assert told == {candidate(story, "french", "french").adapter.engine_name}
-    assert sum(it["compared"] for it in splits) >= 1
-    assert sum(it["same"] for it in splits) == 0, "the two revisions say different things"
+    assert models == {candidate(story, "french", "french").adapter.engine_name}
+    assert sum(split["compared"] for split in splits) >= 1
+    assert sum(split["same"] for split in splits) == 0, "the two revisions say different things"
 
 
 async def compared_or_dropped(operator: Operator) -> int:
-    splits = [it for report in await operator.replicas() for it in report["splits"].values()]
-    return sum(it["compared"] + it["dropped"] for it in splits)
+    splits = [split for report in await operator.replicas() for split in report["splits"].values()]
+    return sum(split["compared"] + split["dropped"] for split in splits)
 
 
 def test_a_canary_begins_and_ends_on_the_command_line(server: Server, story: Story) -> None:

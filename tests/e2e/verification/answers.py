@@ -73,11 +73,11 @@ def prompts() -> list[list[int]]:
 
 def log_probs(model: Any) -> list[list[float]]:
     """Of every token but the first of each prompt."""
-    found = []
+    log_probs = []
     for ids in prompts():
         distribution = parts.logits(model, torch.tensor([ids]))[:-1].log_softmax(-1)
-        found.append(distribution.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
-    return found
+        log_probs.append(distribution.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist())
+    return log_probs
 
 
 def rendered(model: Path, chat: list[dict[str, str]]) -> str:
@@ -88,13 +88,13 @@ def rendered(model: Path, chat: list[dict[str, str]]) -> str:
 def surest_word(model: Any, directory: Path) -> tuple[list[dict[str, str]], str]:
     """A question whose answer begins with a token of plain text that no noise of arithmetic can change."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    found = []
+    candidates = []
     for length in range(1, 24):
         chat = [{"role": "user", "content": "stays mainly in the plain"[:length]}]
         ids = tokenizer(rendered(directory, chat), add_special_tokens=False)["input_ids"]
         best = parts.logits(model, torch.tensor([ids]))[-1].log_softmax(-1).topk(2)
         text = tokenizer.decode(best.indices[:1])
         if text.isascii() and text.strip() and text.isprintable():
-            found.append((float(best.values[0] - best.values[1]), chat, text.strip()))
-    _, chat, text = max(found, key=lambda it: it[0])
+            candidates.append((float(best.values[0] - best.values[1]), chat, text.strip()))
+    _, chat, text = max(candidates, key=lambda candidate: candidate[0])
     return chat, text

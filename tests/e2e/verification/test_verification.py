@@ -17,7 +17,7 @@ from convert.artifact import Artifact
 from convert.errors import VerificationFailed
 from convert.verification.checks import LIMITS, Check, Subject, examine
 from convert.verification.client import EngineClient, RequestRefused
-from convert.verification.engine import EngineOptions, Served, running_engine
+from convert.verification.engine import EngineOptions, ServedModel, running_engine
 from convert.verification.verify import VerifyOptions, golden_of, stop_token_ids, verify
 from tests.convert import parts
 from tests.e2e.conftest import convert, fine_tune
@@ -26,15 +26,18 @@ from tests.e2e.verification.answers import signed, with_golden
 SMALL = EngineOptions(vllm_args=("--kv-cache-memory-bytes", str(64 << 20)))
 OPTIONS = VerifyOptions(SMALL, answer_tokens=8)
 CONTEXT_TOKENS = 512
-# It writes the date, unless it is given one.
-TEMPLATE = "{{ date_string if date_string is defined else 'today' }}" + parts.TEMPLATE
+# It writes the date, unless it is given one, and ends answers with another token than the base's EOS.
+END = "<|end|>"
+TEMPLATE = "{{ date_string if date_string is defined else 'today' }}" + parts.TEMPLATE.replace(
+    "{% endfor %}", END + "{% endfor %}"
+)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("verification") / "tiny-llama"
     parts.save_base(directory, tied=True, hidden=128)
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    parts.save_tokenizer(directory, tokens=(END,), template=TEMPLATE)
     return directory
 
 
@@ -65,18 +68,20 @@ def variants(separate: Artifact, tmp_path_factory: pytest.TempPathFactory) -> di
     home = tmp_path_factory.mktemp("variants")
     assert separate.adapter_path
     names = ("zeroed", "doubled", "pattern", "dropped", "nowhere")
-    found = {name: parts.copy(separate.adapter_path, home / name) for name in names}
-    parts.edit_weights(found["zeroed"], lambda tensors: scaled(tensors, "lora_B", 0))
-    parts.edit_weights(found["doubled"], lambda tensors: scaled(tensors, "lora_B", 2))
+    adapters = {name: parts.copy(separate.adapter_path, home / name) for name in names}
+    parts.edit_weights(adapters["zeroed"], lambda tensors: scaled(tensors, "lora_B", 0))
+    parts.edit_weights(adapters["doubled"], lambda tensors: scaled(tensors, "lora_B", 2))
     for name in ("pattern", "dropped"):
-        parts.edit_weights(found[name], lambda tensors: scaled(tensors, "down_proj.lora_B", 1 / 8))
+        parts.edit_weights(adapters[name], lambda tensors: scaled(tensors, "down_proj.lora_B", 1 / 8))
     # With its alpha for these modules the function is as before; without, a part of it is lost.
-    parts.edit_json(found["pattern"] / "adapter_config.json", alpha_pattern={"down_proj": 8 * 16})
+    parts.edit_json(adapters["pattern"] / "adapter_config.json", alpha_pattern={"down_proj": 8 * 16})
     parts.edit_weights(
-        found["nowhere"],
-        lambda tensors: {name.replace("model.layers", "model.model.layers", 1): it for name, it in tensors.items()},
+        adapters["nowhere"],
+        lambda tensors: {
+            name.replace("model.layers", "model.model.layers", 1): tensor for name, tensor in tensors.items()
+        },
     )
-    return found
+    return adapters
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,7 @@ def engine(separate: Artifact, variants: dict[str, Path]) -> Iterator[EngineClie
     assert separate.model_path
     assert separate.adapter_path
     adapters = {"french": separate.adapter_path, **variants}
-    with running_engine(Served(separate.model_path, "base", CONTEXT_TOKENS, adapters, 8), SMALL) as client:
+    with running_engine(ServedModel(separate.model_path, "base", CONTEXT_TOKENS, adapters, 8), SMALL) as client:
         yield client
 
 
@@ -147,17 +152,17 @@ def test_an_alpha_pattern_means_to_vllm_what_it_means_to_peft(
     assert separate.model_path
     assert separate.adapter_path
     expected = parts.logits(parts.with_adapter(parts.load_stored(separate.model_path), separate.adapter_path))
-    found = parts.logits(parts.with_adapter(parts.load_stored(separate.model_path), variants["pattern"]))
+    actual = parts.logits(parts.with_adapter(parts.load_stored(separate.model_path), variants["pattern"]))
 
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
     assert failed(checks_of(engine, separate, "pattern")) == set()
 
 
 def test_a_stop_token_that_the_engine_does_not_know_fails(engine: EngineClient, separate: Artifact) -> None:
-    golden = golden_of(separate).model_copy(update={"stop_token_ids": (1, 40)})
+    golden = golden_of(separate).model_copy(update={"stop_token_ids": (1, 2, 40)})
     check = checks_of(engine, separate, "french", golden=golden)["stop tokens"]
 
-    assert (check.passed, check.found, check.expected) == (False, "stops at 1", "1, 40")
+    assert (check.passed, check.found, check.expected) == (False, "stops at 1, 2", "1, 2, 40")
 
 
 def test_a_canary_that_the_model_never_learnt_fails_with_its_answer(engine: EngineClient, separate: Artifact) -> None:
@@ -196,24 +201,24 @@ def test_a_shared_base_is_verified_with_the_adapter_and_its_speed_is_measured(
     assert ("golden prompts, shared", 32, 32) in steps
 
 
-def test_another_template_and_other_stop_tokens_fail_and_both_are_told(merged: Artifact, tmp_path: Path) -> None:
+def test_another_template_and_other_stop_tokens_fail_and_both_are_reported(merged: Artifact, tmp_path: Path) -> None:
     """The weights are right, so no log-probability fails. The canary is asked through the other template: its answer
     may go either way."""
     root = parts.copy(merged.root, tmp_path / "french-merged")
     (root / "model" / "chat_template.jinja").write_text(TEMPLATE.replace("{% endfor %}", " {% endfor %}"))
-    parts.edit_json(root / "model" / "generation_config.json", eos_token_id=[1, 40])
+    parts.edit_json(root / "model" / "generation_config.json", eos_token_id=[1, 2, 40])
     report = verify(signed(root), options=OPTIONS)
 
     assert {check.name for check in report.failures} - {"canaries"} == {"stop tokens", "chat template"}
-    with pytest.raises(VerificationFailed) as told:
+    with pytest.raises(VerificationFailed) as caught:
         report.require_passed()
-    assert "stop tokens: stops at 1, 40, expected 1" in str(told.value)
-    assert "chat 1: from character 36 on vLLM makes ' ', golden.json has ''" in str(told.value)
+    assert "stop tokens: stops at 1, 2, 40, expected 1, 2" in str(caught.value)
+    assert "chat 1: from character 43 on vLLM makes ' ', golden.json has ''" in str(caught.value)
 
 
-def test_an_engine_that_breaks_down_is_told_and_nothing_of_it_is_left(merged: Artifact) -> None:
+def test_an_engine_that_breaks_down_is_reported_and_nothing_of_it_is_left(merged: Artifact) -> None:
     assert merged.model_path
-    served = Served(merged.model_path, "french", CONTEXT_TOKENS)
+    served = ServedModel(merged.model_path, "french", CONTEXT_TOKENS)
 
     others = engine_cores()
 
@@ -241,7 +246,11 @@ def engine_cores() -> set[int]:
     """Engine processes among our own descendants, which other tests' engines are not."""
     listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(maxsplit=2) for line in listed.splitlines()]
-    ours = {os.getpid()}
+    descendants = {os.getpid()}
     for _ in range(4):
-        ours |= {int(pid) for pid, parent, *_ in rows if int(parent) in ours}
-    return {int(pid) for pid, _, *words in rows if int(pid) in ours and words and words[0].startswith("VLLM::EngineCo")}
+        descendants |= {int(pid) for pid, parent, *_ in rows if int(parent) in descendants}
+    return {
+        int(pid)
+        for pid, _, *words in rows
+        if int(pid) in descendants and words and words[0].startswith("VLLM::EngineCo")
+    }

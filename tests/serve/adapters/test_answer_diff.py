@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from serve.answers import Comparison, compare, text_of
+from serve.adapters.answer_diff import Comparison, compare, text_of
 
 
 def stream(*texts: str) -> bytes:
@@ -31,7 +31,7 @@ def test_the_text_of_an_answer_is_found_in_any_of_its_shapes(body: bytes, text: 
 
 
 @pytest.mark.parametrize(
-    ("told", "said", "expected"),
+    ("answer", "shadow_answer", "expected"),
     [
         ("It is marmalade.", "It is marmalade.", Comparison(True, 4, 4)),
         ("It is marmalade.", "It is saffron, sir.", Comparison(False, 2, 6)),
@@ -39,5 +39,7 @@ def test_the_text_of_an_answer_is_found_in_any_of_its_shapes(body: bytes, text: 
         ("", "", Comparison(True, 0, 0)),
     ],
 )
-def test_answers_are_compared_word_by_word_from_the_beginning(told: str, said: str, expected: Comparison) -> None:
-    assert compare(told, said) == expected
+def test_answers_are_compared_word_by_word_from_the_beginning(
+    answer: str, shadow_answer: str, expected: Comparison
+) -> None:
+    assert compare(answer, shadow_answer) == expected

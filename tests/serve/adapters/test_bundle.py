@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from serve.bundle import Bundle
-from serve.config import supported_rank
+from serve.adapters.bundle import Bundle
 from serve.errors import ArtifactRefused
+from serve.settings import supported_rank
 from tests.serve.conftest import MakeArtifact
 
 

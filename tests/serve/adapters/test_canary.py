@@ -6,23 +6,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.split import Outcome, Split, Terms, judge
+from serve.adapters.canary import RequestOutcome, is_in_share, judge
+from serve.catalogue.split import Split, SplitPolicy
 
 REVISION = "a" * 64
-TERMS = Terms(share=0.2, max_error_rate=0.05, max_latency_ratio=1.5, min_requests=40)
+TERMS = SplitPolicy(share=0.2, max_error_rate=0.05, max_latency_ratio=1.5, min_requests=40)
 
 
 def split(share: float, revision: str = REVISION) -> Split:
-    return Split(kind="canary", revision=revision, terms=Terms(share=share))
+    return Split(kind="canary", revision=revision, terms=SplitPolicy(share=share))
 
 
 def outcomes(
     count: int, *, error_rate: float = 0.0, median_s: float = 0.1, seed: int = 0, spread: float = 0.3
-) -> list[Outcome]:
+) -> list[RequestOutcome]:
     """Simulated requests: log-normal times to the first byte, independent failures."""
     chance = random.Random(seed)
     return [
-        Outcome(
+        RequestOutcome(
             at_s=number, failed=chance.random() < error_rate, first_byte_s=median_s * chance.lognormvariate(0, spread)
         )
         for number in range(count)
@@ -32,22 +33,22 @@ def outcomes(
 def test_the_share_of_callers_is_what_was_asked_for() -> None:
     callers = [f"caller-{number}" for number in range(20_000)]
 
-    assert sum(map(split(0.2).takes, callers)) / len(callers) == pytest.approx(0.2, abs=0.01)
-    assert sum(map(split(1).takes, callers)) == len(callers)
+    assert sum(is_in_share(split(0.2), caller) for caller in callers) / len(callers) == pytest.approx(0.2, abs=0.01)
+    assert sum(is_in_share(split(1), caller) for caller in callers) == len(callers)
 
 
 @given(caller=st.text(), share=st.floats(0.01, 1), larger=st.floats(0.01, 1))
 def test_a_caller_stays_on_its_side_and_stays_in_when_the_share_grows(caller: str, share: float, larger: float) -> None:
-    assert split(share).takes(caller) == split(share).takes(caller)
-    if split(min(share, larger)).takes(caller):
-        assert split(max(share, larger)).takes(caller)
+    assert is_in_share(split(share), caller) == is_in_share(split(share), caller)
+    if is_in_share(split(min(share, larger)), caller):
+        assert is_in_share(split(max(share, larger)), caller)
 
 
 def test_another_canary_is_not_always_tried_on_the_same_callers() -> None:
     callers = [f"caller-{number}" for number in range(2000)]
     first, second = split(0.2), split(0.2, "b" * 64)
 
-    both = sum(first.takes(caller) and second.takes(caller) for caller in callers)
+    both = sum(is_in_share(first, caller) and is_in_share(second, caller) for caller in callers)
 
     assert both / len(callers) == pytest.approx(0.04, abs=0.015)
 
@@ -63,11 +64,11 @@ def test_another_canary_is_not_always_tried_on_the_same_callers() -> None:
         pytest.param(outcomes(40, error_rate=1, seed=1), "100.0% of its 40 requests failed", id="all-fail"),
     ],
 )
-def test_a_canary_is_given_up_for_what_it_does_worse(canary: list[Outcome], reason: str | None) -> None:
-    told = judge(TERMS, outcomes(200), canary)
+def test_a_canary_is_given_up_for_what_it_does_worse(canary: list[RequestOutcome], reason: str | None) -> None:
+    verdict = judge(TERMS, outcomes(200), canary)
 
-    assert (told is None) == (reason is None)
-    assert reason is None or (told and reason in told)
+    assert (verdict is None) == (reason is None)
+    assert reason is None or (verdict and reason in verdict)
 
 
 def test_errors_that_both_revisions_have_are_not_the_canarys() -> None:

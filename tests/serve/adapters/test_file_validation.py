@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from serve.adapter_files import CONFIG, WEIGHTS, largest_rank, linear_shapes, problems, read_header
+from serve.adapters.file_validation import CONFIG, WEIGHTS, adapter_problems, largest_rank, linear_shapes, read_header
 from serve.errors import AdapterRejected
 from tests.serve.conftest import MODULE, write_adapter, write_base, write_weights
 
@@ -36,7 +36,7 @@ def test_a_sound_adapter_has_no_problems(adapter: Path, tmp_path: Path) -> None:
     write_base(tmp_path / "base", "base")
 
     assert linear_shapes(tmp_path / "base") == SHAPES
-    assert problems(adapter, SHAPES) == []
+    assert adapter_problems(adapter, SHAPES) == []
     assert largest_rank(adapter) == 2
 
 
@@ -44,7 +44,7 @@ def test_the_header_is_read_as_the_library_reads_it(adapter: Path) -> None:
     header = read_header(adapter / WEIGHTS)
 
     with safe_open(adapter / WEIGHTS, "np") as file:
-        assert {name: list(it.shape) for name, it in header.items()} == {
+        assert {name: list(tensor.shape) for name, tensor in header.items()} == {
             name: file.get_slice(name).get_shape()
             for name in file.keys()  # noqa: SIM118  (it is no mapping)
         }
@@ -62,13 +62,13 @@ def test_the_shape_of_a_four_bit_weight_is_read_from_its_quantization_state(tmp_
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
 def test_a_value_that_is_not_finite_is_found(adapter: Path, value: float, kind: type) -> None:
     def spoil(tensors: Tensors) -> Tensors:
-        tensors = {name: it.astype(kind) for name, it in tensors.items()}
+        tensors = {name: tensor.astype(kind) for name, tensor in tensors.items()}
         tensors[B][5, 1] = value
         return tensors
 
     change(adapter, spoil)
 
-    assert problems(adapter, SHAPES) == [f"{B} holds values that are infinite or not a number"]
+    assert adapter_problems(adapter, SHAPES) == [f"{B} holds values that are infinite or not a number"]
 
 
 @pytest.mark.parametrize("bits", [0x7F80, 0x7FC0, 0xFF80])
@@ -77,45 +77,51 @@ def test_a_value_that_is_not_finite_is_found_in_bfloat16(adapter: Path, bits: in
     from safetensors.torch import load_file as load
     from safetensors.torch import save_file as save
 
-    tensors = {name: it.bfloat16() for name, it in load(adapter / WEIGHTS).items()}
+    tensors = {name: tensor.bfloat16() for name, tensor in load(adapter / WEIGHTS).items()}
     save(tensors, adapter / WEIGHTS)
-    assert problems(adapter, SHAPES) == []
+    assert adapter_problems(adapter, SHAPES) == []
     tensors[A].view(torch.int16)[0, 0] = bits - (1 << 16 if bits >= 1 << 15 else 0)
     save(tensors, adapter / WEIGHTS)
 
-    assert "not a number" in problems(adapter, SHAPES)[0]
+    assert "not a number" in adapter_problems(adapter, SHAPES)[0]
 
 
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "problem"),
     [
-        pytest.param(lambda it: {A: it[A]}, "one of its two factors", id="half"),
-        pytest.param(lambda it: it | {A: it[A][:1].copy()}, "different ranks, 1 and 2", id="ranks-differ"),
-        pytest.param(lambda it: {A: np.zeros((3, 4), "f4"), B: np.zeros((6, 3), "f4")}, "rank 3", id="rank-unnamed"),
-        pytest.param(lambda it: it | {A: np.zeros((2, 5), "f4")}, "6 by 4 in the base model", id="shape"),
-        pytest.param(lambda it: it | {A: it[A].astype("f8")}, "stored as F64", id="dtype"),
-        pytest.param(lambda it: it | {"lm_head.weight": it[A]}, "not a LoRA factor", id="plain-weight"),
+        pytest.param(lambda tensors: {A: tensors[A]}, "one of its two factors", id="half"),
         pytest.param(
-            lambda it: {name.replace("layers.0", "layers.9"): x for name, x in it.items()}, "no module", id="layer"
+            lambda tensors: tensors | {A: tensors[A][:1].copy()}, "different ranks, 1 and 2", id="ranks-differ"
         ),
         pytest.param(
-            lambda it: {name.replace("model.layers", "model.model.layers"): x for name, x in it.items()},
+            lambda tensors: {A: np.zeros((3, 4), "f4"), B: np.zeros((6, 3), "f4")}, "rank 3", id="rank-unnamed"
+        ),
+        pytest.param(lambda tensors: tensors | {A: np.zeros((2, 5), "f4")}, "6 by 4 in the base model", id="shape"),
+        pytest.param(lambda tensors: tensors | {A: tensors[A].astype("f8")}, "stored as F64", id="dtype"),
+        pytest.param(lambda tensors: tensors | {"lm_head.weight": tensors[A]}, "not a LoRA factor", id="plain-weight"),
+        pytest.param(
+            lambda tensors: {name.replace("layers.0", "layers.9"): x for name, x in tensors.items()},
+            "no module",
+            id="layer",
+        ),
+        pytest.param(
+            lambda tensors: {name.replace("model.layers", "model.model.layers"): x for name, x in tensors.items()},
             "the engine would ignore its weights",
             id="prefix",
         ),
-        pytest.param(lambda it: {}, "is empty", id="empty"),
+        pytest.param(lambda tensors: {}, "is empty", id="empty"),
     ],
 )
 def test_weights_that_would_be_ignored_or_scaled_wrong_are_found(
-    adapter: Path, edit: Callable[[Tensors], Tensors], told: str
+    adapter: Path, edit: Callable[[Tensors], Tensors], problem: str
 ) -> None:
     change(adapter, edit)
 
-    assert any(told in it for it in problems(adapter, SHAPES))
+    assert any(problem in message for message in adapter_problems(adapter, SHAPES))
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "problem"),
     [
         ({"peft_type": "IA3"}, "not 'LORA'"),
         ({"r": 0}, "r is not a whole number"),
@@ -125,11 +131,11 @@ def test_weights_that_would_be_ignored_or_scaled_wrong_are_found(
     ],
 )
 def test_a_configuration_that_the_engine_would_take_otherwise_is_found(
-    tmp_path: Path, config: dict[str, Any], told: str
+    tmp_path: Path, config: dict[str, Any], problem: str
 ) -> None:
     adapter = write_adapter(tmp_path / "adapter", "pirate", **config)
 
-    assert any(told in it for it in problems(adapter, SHAPES))
+    assert any(problem in message for message in adapter_problems(adapter, SHAPES))
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"r":' * 50_000])
@@ -137,7 +143,7 @@ def test_a_configuration_that_is_no_json_object_is_refused(adapter: Path, conten
     (adapter / CONFIG).write_bytes(content)
 
     with pytest.raises(AdapterRejected, match="is damaged"):
-        problems(adapter, SHAPES)
+        adapter_problems(adapter, SHAPES)
 
 
 def header(**tensors: object) -> bytes:
@@ -176,7 +182,7 @@ def test_a_file_that_is_no_sound_safetensors_is_refused(tmp_path: Path, content:
 
 @given(at=st.integers(0, 400), byte=st.integers(0, 255))
 @settings(max_examples=200)
-def test_any_changed_byte_is_refused_told_or_harmless_but_never_a_crash(
+def test_any_changed_byte_is_refused_reported_or_harmless_but_never_a_crash(
     tmp_path_factory: pytest.TempPathFactory, at: int, byte: int
 ) -> None:
     adapter = write_adapter(tmp_path_factory.mktemp("fuzz") / "adapter", "pirate")
@@ -185,4 +191,4 @@ def test_any_changed_byte_is_refused_told_or_harmless_but_never_a_crash(
     (adapter / WEIGHTS).write_bytes(content)
 
     with contextlib.suppress(AdapterRejected):
-        problems(adapter, SHAPES)
+        adapter_problems(adapter, SHAPES)

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from convert.signature import sign
-from serve.admission import Admission
-from serve.candidate import Candidate
-from serve.config import AdmissionSettings, EngineSettings
+from convert.artifact.signature import sign
+from serve.adapters.admission import Admission
+from serve.adapters.ingest import ingest_artifact, ingest_path
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.object_store import DirectoryStore
 from serve.errors import AdapterRejected, ArtifactRefused, PathRefused, StoreUnavailable
-from serve.intake import take_artifact, take_path
-from serve.objects import Directory
-from serve.store import AdapterStore
-from tests.convert.test_signature import make_key
+from serve.settings import AdmissionSettings, EngineSettings
+from tests.convert.artifact.test_signature import make_key
 from tests.serve.conftest import BASE, MakeArtifact, write_adapter, write_base
 
 
@@ -27,11 +27,11 @@ class Desk:
         write_base(home / "base", "base")
         self.base = home / "base"
         self.engine = EngineSettings(model_path=self.base, model_name="small", fingerprint=BASE, max_lora_rank=16)
-        self.store = AdapterStore(home / "store", Directory(home / "state"))
+        self.store = AdapterStore(home / "store", DirectoryStore(home / "state"))
         self.settings = AdmissionSettings(adapter_roots=(self.roots,))
 
     def take(self, path: Path, name: str | None = None, **settings: object) -> object:
-        return take_path(path, name, self.store, self.engine, self.settings.model_copy(update=settings))
+        return ingest_path(path, name, self.store, self.engine, self.settings.model_copy(update=settings))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_plain_adapter_below_a_root_gets_the_digest_of_its_files(desk: Desk) -
     candidate = desk.take(write_adapter(desk.roots / "pirate", "pirate"))
 
     assert (candidate.name, candidate.rank, candidate.base) == ("pirate", 2, BASE)  # type: ignore[attr-defined]
-    assert sorted(it.name for it in desk.store.path(candidate.adapter).iterdir()) == [  # type: ignore[attr-defined]
+    assert sorted(file.name for file in desk.store.path(candidate.adapter).iterdir()) == [  # type: ignore[attr-defined]
         "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_a_file_that_becomes_a_symbolic_link_while_it_is_taken_is_not_followed(
     config.symlink_to(artifact.root / "elsewhere.json")
 
     with pytest.raises(StoreUnavailable):
-        take_artifact(artifact, None, desk.store)
+        ingest_artifact(artifact, None, desk.store)
 
 
 def test_a_pickled_adapter_is_refused_unread(desk: Desk) -> None:
@@ -104,7 +104,7 @@ def test_a_pickled_adapter_is_refused_unread(desk: Desk) -> None:
         desk.take(path)
 
 
-def test_a_directory_without_an_adapter_is_told(desk: Desk) -> None:
+def test_a_directory_without_an_adapter_is_reported(desk: Desk) -> None:
     (desk.roots / "empty").mkdir()
 
     with pytest.raises(AdapterRejected, match=r"no adapter_config\.json, adapter_model\.safetensors"):
@@ -124,7 +124,7 @@ def test_a_name_that_is_none_is_refused(desk: Desk, name: str) -> None:
         desk.take(path, name)
 
 
-def test_another_tokenizer_or_chat_template_than_the_bases_is_told_unless_allowed(desk: Desk) -> None:
+def test_another_tokenizer_or_chat_template_than_the_bases_is_reported_unless_allowed(desk: Desk) -> None:
     (desk.base / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "padding": None}))
     (desk.base / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     path = write_adapter(desk.roots / "pirate", "pirate")
@@ -144,16 +144,16 @@ def test_golden_answers_are_taken_along_and_must_be_the_ones_of_the_manifest(
     desk: Desk, make_artifact: MakeArtifact
 ) -> None:
     artifact = make_artifact("a", golden="{}")
-    candidate = take_artifact(artifact, None, desk.store)
+    candidate = ingest_artifact(artifact, None, desk.store)
     assert candidate.golden
     assert desk.store.golden(candidate.golden) == b"{}"
 
     (artifact.root / "golden.json").write_text("{ }")
     with pytest.raises(ArtifactRefused, match=r"golden\.json is not the one"):
-        take_artifact(artifact, None, desk.store)
+        ingest_artifact(artifact, None, desk.store)
     (artifact.root / "golden.json").unlink()
     with pytest.raises(ArtifactRefused, match="missing"):
-        take_artifact(artifact, None, desk.store)
+        ingest_artifact(artifact, None, desk.store)
 
 
 def test_where_keys_are_trusted_only_what_one_of_them_signed_gets_in(

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serve.adapters.pool import AdapterPool
+from serve.adapters.slot_scheduler import WaitLimits
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.object_store import DirectoryStore
 from serve.errors import AdaptersExhausted, AdapterUnavailable
 from serve.names import AdapterRevision
-from serve.objects import Directory
-from serve.residency import AdapterPool
-from serve.store import AdapterStore
-from serve.waiting import WaitLimits
 from tests.serve.conftest import revision
 from tests.serve.fakes import FakeEngine
 from tests.serve.virtual_time import run
@@ -105,7 +105,7 @@ async def test_a_retired_adapter_that_is_idle_leaves_at_once(engine: FakeEngine,
     assert engine.resident == set()
 
 
-async def test_a_failed_load_is_told_and_tried_again(engine: FakeEngine, store: AdapterStore) -> None:
+async def test_a_failed_load_is_reported_and_tried_again(engine: FakeEngine, store: AdapterStore) -> None:
     pool = AdapterPool(engine, store, capacity=1)
     engine.refuses = {FRENCH}
     with pytest.raises(AdapterUnavailable):
@@ -133,6 +133,7 @@ async def test_a_cancelled_request_gives_its_place_back(engine: FakeEngine, stor
     assert engine.resident == {PIRATE}
 
 
+@pytest.mark.virtual_time
 async def test_a_caller_that_leaves_during_a_load_does_not_break_it_for_the_others(
     engine: FakeEngine, store: AdapterStore
 ) -> None:
@@ -152,6 +153,7 @@ async def test_a_caller_that_leaves_during_a_load_does_not_break_it_for_the_othe
     assert engine.loads == [FRENCH]
 
 
+@pytest.mark.virtual_time
 async def test_a_load_that_everyone_has_left_is_known_and_can_be_evicted(
     engine: FakeEngine, store: AdapterStore
 ) -> None:
@@ -205,7 +207,7 @@ async def hold(pool: AdapterPool, adapter: AdapterRevision) -> None:
 
 
 async def until_resident(engine: FakeEngine, adapter: AdapterRevision) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while adapter not in engine.resident:  # noqa: ASYNC110  (the engine has no event for it)
             await asyncio.sleep(0.001)
 
@@ -250,7 +252,7 @@ def test_no_traffic_runs_on_an_absent_adapter_or_overfills_the_engine(
                 for _ in range(3):
                     assert adapter in engine.resident
                     assert len(engine.resident) <= slots + spare
-                    assert len(pool.turns.running_adapters) <= slots
+                    assert len(pool.slots.running_adapters) <= slots
                     await asyncio.sleep(request.takes_s / 3)
                 served.add(number)
         if request.retires is not None:
@@ -260,7 +262,7 @@ def test_no_traffic_runs_on_an_absent_adapter_or_overfills_the_engine(
         engine = FakeEngine()
         engine.load_delay_s = load_s
         limits = WaitLimits(max_waiting=1000, max_waiting_per_caller=1000, max_wait_s=1000, turn_s=0.2)
-        pool = AdapterPool(engine, AnywhereStore(tmp_path, Directory(tmp_path)), slots + spare, slots, limits)
+        pool = AdapterPool(engine, AnywhereStore(tmp_path, DirectoryStore(tmp_path)), slots + spare, slots, limits)
         await asyncio.gather(*(one(pool, engine, number, request) for number, request in enumerate(requests)))
         await asyncio.sleep(10)
         assert pool.resident == engine.resident

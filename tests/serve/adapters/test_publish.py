@@ -5,8 +5,13 @@ from collections.abc import Sequence
 
 import pytest
 
-from serve.candidate import Candidate
-from serve.entry import Cause
+from serve.adapters.pool import AdapterPool
+from serve.adapters.publish import Control, Published
+from serve.adapters.reconcile import Reconciler, ReplicaReport
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.entry import Audit
+from serve.catalogue.log import CatalogueLog
 from serve.errors import (
     AdapterRejected,
     PublishFailed,
@@ -15,13 +20,8 @@ from serve.errors import (
     TransitionRefused,
     UnknownModel,
 )
-from serve.log import CatalogueLog
 from serve.names import RequestedModel
-from serve.publish import Control, Published
-from serve.reconcile import Reconciler, ReplicaReport
-from serve.residency import AdapterPool
-from serve.store import AdapterStore
-from tests.serve.conftest import believe, candidate
+from tests.serve.conftest import candidate, verify_nothing
 from tests.serve.fakes import FakeEngine
 
 OLD, NEW = candidate("pirate", "old"), candidate("pirate", "new")
@@ -34,7 +34,7 @@ class Fleet:
     def __init__(self, log: CatalogueLog, store: AdapterStore, size: int) -> None:
         self.engines = [FakeEngine() for _ in range(size)]
         self.reconcilers = [
-            Reconciler(f"replica-{number}", log, engine, AdapterPool(engine, store, capacity=4), believe)
+            Reconciler(f"replica-{number}", log, engine, AdapterPool(engine, store, capacity=4), verify_nothing)
             for number, engine in enumerate(self.engines)
         ]
         self.unreachable_from_sync: int | None = None
@@ -102,7 +102,7 @@ async def test_a_proof_that_fails_stops_the_publish_though_the_engine_still_hold
     async def refuse(_: Candidate) -> None:
         raise AdapterRejected("it changes nothing")
 
-    fleet.reconcilers[1].prove = refuse
+    fleet.reconcilers[1].verify = refuse
     async with fleet.reconcilers[1].pool.use(NEW.adapter):
         with pytest.raises(PublishFailed, match="Replica replica-1: it changes nothing"):
             await Control(log, fleet).publish(NEW)
@@ -120,7 +120,7 @@ async def test_a_replica_that_does_not_answer_stops_the_publish(fleet: Fleet, lo
     assert log.read().staged == frozenset()
 
 
-async def test_a_replica_lost_after_the_switch_is_told_as_unconfirmed_not_as_failed(
+async def test_a_replica_lost_after_the_switch_is_reported_as_unconfirmed_not_as_failed(
     fleet: Fleet, log: CatalogueLog
 ) -> None:
     fleet.unreachable_from_sync = 2
@@ -148,7 +148,7 @@ async def test_a_rollback_moves_every_replica_back_and_loads_nothing(fleet: Flee
     await control.publish(NEW)
     loads = [list(engine.loads) for engine in fleet.engines]
 
-    moved = await control.roll_back("pirate", cause=Cause("ann", "it swears"))
+    moved = await control.roll_back("pirate", audit=Audit("ann", "it swears"))
 
     assert (moved.revision, moved.replicas) == (OLD.adapter.engine_name, 3)
     assert fleet.answers == {OLD.adapter}
@@ -215,7 +215,7 @@ async def test_a_staged_revision_that_is_given_up_leaves_every_replica(fleet: Fl
     control = Control(log, fleet)
     await control.stage(NEW)
 
-    await control.abandon("pirate", NEW.revision, Cause("ann", "worse"))
+    await control.abandon("pirate", NEW.revision, Audit("ann", "worse"))
 
     assert all(engine.resident == {OLD.adapter} for engine in fleet.engines)
     with pytest.raises(TransitionRefused, match="abandoned"):
@@ -248,6 +248,17 @@ async def test_a_pin_that_a_replica_cannot_keep_is_taken_back(fleet: Fleet, log:
     assert log.read().pinned == frozenset()
 
 
+async def test_a_pin_that_is_repeated_while_a_replica_is_unreachable_stays(fleet: Fleet, log: CatalogueLog) -> None:
+    control = Control(log, fleet)
+    await control.pin("pirate", None)
+    fleet.unreachable_from_sync = fleet.syncs + 1
+
+    with pytest.raises(PublishFailed, match="stays pinned"):
+        await control.pin("pirate", None)
+
+    assert log.read().pinned == {OLD.adapter}
+
+
 async def test_publishes_and_rollbacks_that_race_leave_all_replicas_with_one_meaning(
     fleet: Fleet, log: CatalogueLog
 ) -> None:
@@ -259,6 +270,6 @@ async def test_publishes_and_rollbacks_that_race_leave_all_replicas_with_one_mea
     results = await asyncio.gather(*acts, return_exceptions=True)
     await fleet.sync()
 
-    assert all(isinstance(it, Published | PublishFailed | TransitionRefused) for it in results), results
+    assert all(isinstance(result, Published | PublishFailed | TransitionRefused) for result in results), results
     assert fleet.answers == {log.read().resolve(ALIAS)}
     assert log.read().staged == frozenset()

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from serve.candidate import Candidate
-from serve.catalogue import Catalogue
-from serve.entry import Cause
+from serve.adapters.pool import AdapterPool
+from serve.adapters.reconcile import Reconciler, ResidencyPlan, plan_residency
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.catalogue import Catalogue
+from serve.catalogue.entry import Audit
+from serve.catalogue.log import CatalogueLog
 from serve.errors import AdapterRejected, StoreUnavailable
-from serve.log import CatalogueLog
 from serve.names import AdapterRevision, RequestedModel
-from serve.reconcile import Plan, Reconciler, diff
-from serve.residency import AdapterPool
-from serve.store import AdapterStore
-from tests.serve.conftest import believe, candidate
+from tests.serve.conftest import candidate, verify_nothing
 from tests.serve.fakes import FakeEngine
 
 OLD, NEW, OTHER = candidate("pirate", "old"), candidate("pirate", "new"), candidate("json", "1")
@@ -32,62 +32,62 @@ def catalogue(log: CatalogueLog, *promoted: Candidate, staged: tuple[Candidate, 
 
 @pytest.fixture
 def reconciler(log: CatalogueLog, engine: FakeEngine, store: AdapterStore) -> Reconciler:
-    return Reconciler("replica-1", log, engine, AdapterPool(engine, store, capacity=4), believe, keep_previous=0)
+    return Reconciler("replica-1", log, engine, AdapterPool(engine, store, capacity=4), verify_nothing, keep_previous=0)
 
 
 def test_a_changed_revision_is_staged_and_then_one_retirement(log: CatalogueLog) -> None:
-    staged = diff(catalogue(log, OLD, staged=(NEW,)), {OLD.adapter}, free=3)
-    assert staged == Plan((NEW.adapter,), (), frozenset())
+    staged = plan_residency(catalogue(log, OLD, staged=(NEW,)), {OLD.adapter}, free=3)
+    assert staged == ResidencyPlan((NEW.adapter,), (), frozenset())
     log.promote(NEW)
     both = {OLD.adapter, NEW.adapter}
-    assert diff(log.read(), both, free=2, keep_previous=0) == Plan((), (), frozenset({OLD.adapter}))
-    assert diff(log.read(), both, free=2, keep_previous=1) == Plan((), (), frozenset())
+    assert plan_residency(log.read(), both, free=2, keep_previous=0) == ResidencyPlan((), (), frozenset({OLD.adapter}))
+    assert plan_residency(log.read(), both, free=2, keep_previous=1) == ResidencyPlan((), (), frozenset())
 
 
 def test_current_adapters_and_those_before_them_are_loaded_ahead_only_into_free_places(log: CatalogueLog) -> None:
     state = catalogue(log, OLD, NEW, OTHER, staged=(candidate("json", "2"),))
 
-    assert diff(state, set(), free=2).load == (OTHER.adapter,)
-    assert diff(state, set(), free=9).load == (OTHER.adapter, NEW.adapter, OLD.adapter)
+    assert plan_residency(state, set(), free=2).load == (OTHER.adapter,)
+    assert plan_residency(state, set(), free=9).load == (OTHER.adapter, NEW.adapter, OLD.adapter)
 
 
 def test_a_pinned_revision_is_loaded_whatever_it_takes_and_never_let_go(log: CatalogueLog) -> None:
     catalogue(log, OLD, NEW)
     pinned = log.pin(OLD.adapter, most=4)
 
-    assert OLD.adapter in diff(pinned, {NEW.adapter}, free=0, keep_previous=0).load
-    assert diff(pinned, {OLD.adapter, NEW.adapter}, free=0, keep_previous=0).retire == frozenset()
+    assert OLD.adapter in plan_residency(pinned, {NEW.adapter}, free=0, keep_previous=0).load
+    assert plan_residency(pinned, {OLD.adapter, NEW.adapter}, free=0, keep_previous=0).retire == frozenset()
 
 
 async def test_a_slow_staging_holds_up_no_other_adapter(
     reconciler: Reconciler, log: CatalogueLog, engine: FakeEngine
 ) -> None:
-    proving, proven = asyncio.Event(), asyncio.Event()
+    verifying, verified = asyncio.Event(), asyncio.Event()
 
-    async def prove(_: Candidate) -> None:
-        proving.set()
-        await proven.wait()
+    async def verify(_: Candidate) -> None:
+        verifying.set()
+        await verified.wait()
 
-    reconciler.prove = prove
+    reconciler.verify = verify
     catalogue(log, OLD, staged=(OTHER,))
     await reconciler.sync()
-    await proving.wait()
+    await verifying.wait()
     assert reconciler.catalogue.resolve(RequestedModel("pirate")) == OLD.adapter
     waiting = asyncio.create_task(reconciler.sync(OTHER.adapter.engine_name))
     await asyncio.sleep(0.01)
     assert not waiting.done()
-    proven.set()
+    verified.set()
 
     assert OTHER.adapter.engine_name in (await waiting).resident
 
 
-async def test_a_staged_revision_that_fails_its_proof_is_unloaded_and_told(
+async def test_a_staged_revision_that_fails_its_proof_is_unloaded_and_reported(
     reconciler: Reconciler, log: CatalogueLog, engine: FakeEngine
 ) -> None:
-    async def prove(candidate: Candidate) -> None:
+    async def verify(candidate: Candidate) -> None:
         raise AdapterRejected(f"{candidate.adapter} changes nothing")
 
-    reconciler.prove = prove
+    reconciler.verify = verify
     catalogue(log, OLD, staged=(OTHER,))
 
     report = await reconciler.sync(OTHER.adapter.engine_name)
@@ -101,15 +101,15 @@ async def test_a_revision_that_failed_its_proof_is_proven_again_though_a_request
 ) -> None:
     verdicts: list[str] = []
 
-    async def prove(candidate: Candidate) -> None:
+    async def verify(candidate: Candidate) -> None:
         verdicts.append(candidate.name)
         raise AdapterRejected(f"{candidate.adapter} changes nothing")
 
-    reconciler.prove = prove
+    reconciler.verify = verify
     catalogue(log, staged=(OTHER,))
     async with reconciler.pool.use(OTHER.adapter):
         await reconciler.sync(OTHER.adapter.engine_name)
-        log.abandon(OTHER, Cause())
+        log.abandon(OTHER, Audit())
         catalogue(log, staged=(OTHER,))
         report = await reconciler.sync(OTHER.adapter.engine_name)
 
@@ -124,10 +124,10 @@ async def test_a_serving_revision_whose_proof_fails_when_it_is_published_again_s
     catalogue(log, OLD)
     await reconciler.sync()
 
-    async def prove(candidate: Candidate) -> None:
+    async def verify(candidate: Candidate) -> None:
         raise AdapterRejected("the golden answers are others by now")
 
-    reconciler.prove = prove
+    reconciler.verify = verify
     catalogue(log, staged=(OLD,))
 
     report = await reconciler.sync(OLD.adapter.engine_name)
@@ -141,34 +141,34 @@ async def test_the_end_of_an_earlier_staging_does_not_give_a_later_one_up(log: C
     log.stage(NEW, until=early)
     log.stage(NEW, until=late)
 
-    assert log.abandon(NEW, Cause("graft", "overdue"), early).staged == {NEW.adapter}
-    assert log.abandon(NEW, Cause("graft", "overdue"), late).staged == frozenset()
+    assert log.abandon(NEW, Audit("graft", "overdue"), early).staged == {NEW.adapter}
+    assert log.abandon(NEW, Audit("graft", "overdue"), late).staged == frozenset()
 
 
-async def test_what_the_engine_lost_or_should_not_have_is_mended_and_told(
+async def test_what_the_engine_lost_or_should_not_have_is_repaired_and_reported(
     reconciler: Reconciler, log: CatalogueLog, engine: FakeEngine
 ) -> None:
     catalogue(log, OLD, OTHER)
     await reconciler.sync()
     engine.resident.remove(OLD.adapter)
-    engine.strangers = 2
+    engine.unknown_count = 2
 
-    await reconciler.audit()
+    await reconciler.repair_drift()
 
     assert engine.resident == {OLD.adapter, OTHER.adapter}
     repairs = (await reconciler.report()).repairs
-    assert any(f"had lost {OLD.adapter}" in it for it in repairs)
-    assert any("2 adapters that nobody asked for" in it for it in repairs)
+    assert any(f"had lost {OLD.adapter}" in repair for repair in repairs)
+    assert any("2 adapters that nobody asked for" in repair for repair in repairs)
 
 
-async def test_an_audit_of_an_engine_that_holds_what_it_should_tells_nothing(
+async def test_an_audit_of_an_engine_that_holds_what_it_should_reports_nothing(
     reconciler: Reconciler, log: CatalogueLog, engine: FakeEngine
 ) -> None:
     catalogue(log, OLD)
     await reconciler.sync()
     engine.loads.clear()
 
-    await reconciler.audit()
+    await reconciler.repair_drift()
 
     assert (engine.loads, engine.unloads, (await reconciler.report()).repairs) == ([], [], ())
 
@@ -191,7 +191,7 @@ async def test_a_staged_revision_whose_coordinator_died_is_given_up_with_its_rea
 async def test_a_replica_waits_for_a_store_out_of_reach_before_it_is_ready(
     reconciler: Reconciler, log: CatalogueLog, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.reconcile._RETRY_S", 0)
+    monkeypatch.setattr("serve.adapters.reconcile._RETRY_S", 0)
     catalogue(log, OLD)
     load, failures = engine.load_adapter, [StoreUnavailable("out of reach"), StoreUnavailable("out of reach")]
 

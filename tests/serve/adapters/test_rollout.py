@@ -4,19 +4,20 @@ import asyncio
 
 import pytest
 
-from serve.candidate import Candidate
-from serve.entry import Cause
+from serve.adapters.canary import RequestOutcome
+from serve.adapters.publish import Control
+from serve.adapters.rollout import Rollouts, begin_split, end_split
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.entry import Audit
+from serve.catalogue.log import CatalogueLog
+from serve.catalogue.split import Split, SplitPolicy
 from serve.errors import AdapterRejected, PublishFailed, SplitRefused, UnknownModel
-from serve.log import CatalogueLog
 from serve.names import RequestedModel
-from serve.publish import Control
-from serve.rollout import Rollouts, begin, end
-from serve.split import Outcome, Split, Terms
-from serve.store import AdapterStore
+from tests.serve.adapters.test_publish import ALIAS, NEW, OLD, Fleet
 from tests.serve.conftest import candidate
-from tests.serve.test_publish import ALIAS, NEW, OLD, Fleet
 
-TERMS = Terms(share=0.5, min_requests=10, max_error_rate=0.1)
+TERMS = SplitPolicy(share=0.5, min_requests=10, max_error_rate=0.1)
 THIRD = candidate("pirate", "third")
 
 
@@ -32,7 +33,7 @@ async def fleet(log: CatalogueLog, store: AdapterStore) -> Fleet:
 
 
 async def test_a_canary_is_resident_everywhere_before_it_gets_its_share(fleet: Fleet, log: CatalogueLog) -> None:
-    reports = await begin(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
+    reports = await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
 
     assert len(reports) == 2
     assert all(engine.resident == {OLD.adapter, NEW.adapter} for engine in fleet.engines)
@@ -45,7 +46,7 @@ async def test_a_canary_that_a_replica_can_not_hold_changes_nothing(fleet: Fleet
     fleet.engines[1].refuses = {OLD.adapter}
 
     with pytest.raises(PublishFailed, match="rank too large"):
-        await begin(Control(log, fleet), "pirate", OLD.revision[:12], "canary", TERMS)
+        await begin_split(Control(log, fleet), "pirate", OLD.revision[:12], "canary", TERMS)
     await fleet.sync()
 
     assert log.read().split_of("pirate") is None
@@ -53,18 +54,18 @@ async def test_a_canary_that_a_replica_can_not_hold_changes_nothing(fleet: Fleet
 
 
 async def test_a_split_that_ends_leaves_the_engines(fleet: Fleet, log: CatalogueLog) -> None:
-    await begin(Control(log, fleet), "pirate", OLD.revision, "shadow", TERMS)
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "shadow", TERMS)
 
-    await end(Control(log, fleet), "pirate", "shadow", Cause(reason="seen enough"))
+    await end_split(Control(log, fleet), "pirate", "shadow", Audit(reason="seen enough"))
 
     assert log.read().split_of("pirate") is None
     assert all(engine.resident == {NEW.adapter} for engine in fleet.engines)
     with pytest.raises(SplitRefused, match="no such shadow"):
-        await end(Control(log, fleet), "pirate", "shadow", Cause(reason="again"))
+        await end_split(Control(log, fleet), "pirate", "shadow", Audit(reason="again"))
 
 
 async def test_a_promoted_canary_gets_everyone_and_the_split_is_over(fleet: Fleet, log: CatalogueLog) -> None:
-    await begin(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
 
     await Control(log, fleet).publish(OLD)
 
@@ -74,7 +75,7 @@ async def test_a_promoted_canary_gets_everyone_and_the_split_is_over(fleet: Flee
 
 
 async def test_publishing_a_third_revision_ends_the_canary(fleet: Fleet, log: CatalogueLog) -> None:
-    await begin(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
 
     await Control(log, fleet).publish(THIRD)
 
@@ -83,9 +84,9 @@ async def test_publishing_a_third_revision_ends_the_canary(fleet: Fleet, log: Ca
 
 
 async def test_the_share_of_a_running_canary_can_grow(fleet: Fleet, log: CatalogueLog) -> None:
-    await begin(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
 
-    await begin(Control(log, fleet), "pirate", OLD.revision, "canary", Terms(share=0.9))
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", SplitPolicy(share=0.9))
 
     assert log.read().split_of("pirate").terms.share == 0.9  # type: ignore[union-attr]
     assert log.read().staged == {OLD.adapter}
@@ -96,15 +97,15 @@ async def test_a_split_that_makes_no_sense_is_refused(fleet: Fleet, log: Catalog
     epoch = log.read().epoch
 
     with pytest.raises(SplitRefused):
-        await begin(Control(log, fleet), "pirate", revision, "canary", TERMS)
+        await begin_split(Control(log, fleet), "pirate", revision, "canary", TERMS)
     with pytest.raises(UnknownModel):
-        await begin(Control(log, fleet), "nobody", OLD.revision, "canary", TERMS)
+        await begin_split(Control(log, fleet), "nobody", OLD.revision, "canary", TERMS)
 
     assert log.read().epoch == epoch
 
 
 async def test_callers_are_split_and_each_stays_where_it_is(fleet: Fleet, log: CatalogueLog) -> None:
-    catalogue = (await begin(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)) and log.read()
+    catalogue = (await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)) and log.read()
     rollouts = Rollouts(give_up=lambda *_: asyncio.sleep(0))
     callers = [f"caller-{number}" for number in range(200)]
 
@@ -117,7 +118,7 @@ async def test_callers_are_split_and_each_stays_where_it_is(fleet: Fleet, log: C
 
 
 async def test_a_shadow_never_answers_anyone(fleet: Fleet, log: CatalogueLog) -> None:
-    await begin(Control(log, fleet), "pirate", OLD.revision, "shadow", TERMS)
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "shadow", TERMS)
     rollouts = Rollouts(give_up=lambda *_: asyncio.sleep(0))
 
     choices = [rollouts.choose(log.read(), NEW.adapter, "one caller") for _ in range(100)]
@@ -129,20 +130,20 @@ async def test_a_shadow_never_answers_anyone(fleet: Fleet, log: CatalogueLog) ->
 async def test_a_canary_that_fails_is_given_up_on_every_replica_with_its_reason(
     fleet: Fleet, log: CatalogueLog
 ) -> None:
-    await begin(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
     given_up: list[str] = []
     ended = asyncio.Event()
 
     async def give_up(canary: object, reason: str) -> None:
         given_up.append(reason)
-        await end(Control(log, fleet), "pirate", "canary", Cause(reason=reason), OLD.revision)
+        await end_split(Control(log, fleet), "pirate", "canary", Audit(reason=reason), OLD.revision)
         ended.set()
 
     rollouts = Rollouts(give_up)
     rollouts.choose(log.read(), NEW.adapter, "caller")
     for number in range(20):
-        rollouts.seen(NEW.adapter, Outcome(number, failed=False, first_byte_s=0.1))
-        rollouts.seen(OLD.adapter, Outcome(number, failed=number % 2 == 0, first_byte_s=0.1))
+        rollouts.record_outcome(NEW.adapter, RequestOutcome(number, failed=False, first_byte_s=0.1))
+        rollouts.record_outcome(OLD.adapter, RequestOutcome(number, failed=number % 2 == 0, first_byte_s=0.1))
     await ended.wait()
 
     assert len(given_up) == 1
@@ -152,23 +153,23 @@ async def test_a_canary_that_fails_is_given_up_on_every_replica_with_its_reason(
 
 
 async def test_what_is_older_than_the_window_is_forgotten(fleet: Fleet, log: CatalogueLog) -> None:
-    await begin(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
     rollouts = Rollouts(give_up=lambda *_: asyncio.sleep(0))
     rollouts.choose(log.read(), NEW.adapter, "caller")
 
     for number in range(9):
-        rollouts.seen(OLD.adapter, Outcome(number, failed=True, first_byte_s=0.1))
-    rollouts.seen(OLD.adapter, Outcome(1000, failed=False, first_byte_s=0.1))
+        rollouts.record_outcome(OLD.adapter, RequestOutcome(number, failed=True, first_byte_s=0.1))
+    rollouts.record_outcome(OLD.adapter, RequestOutcome(1000, failed=False, first_byte_s=0.1))
 
     summary = rollouts.summaries()["pirate"]
     assert (summary["canary_requests"], summary["canary_error_rate"]) == (1, 0)
 
 
-async def test_a_pinned_revision_and_one_that_was_given_up_are_told_apart(fleet: Fleet, log: CatalogueLog) -> None:
-    await begin(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
+async def test_a_pinned_revision_and_one_that_was_given_up_are_distinguished(fleet: Fleet, log: CatalogueLog) -> None:
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
 
     with pytest.raises(SplitRefused):
-        await end(Control(log, fleet), "pirate", "canary", Cause(reason="of another one"), THIRD.revision)
+        await end_split(Control(log, fleet), "pirate", "canary", Audit(reason="of another one"), THIRD.revision)
 
     assert log.read().split_of("pirate")
     assert log.read().resolve(RequestedModel("pirate", OLD.revision[:12])) == OLD.adapter
@@ -176,7 +177,7 @@ async def test_a_pinned_revision_and_one_that_was_given_up_are_told_apart(fleet:
 
 async def test_a_rollback_ends_the_canary(fleet: Fleet, log: CatalogueLog) -> None:
     await Control(log, fleet).publish(THIRD)
-    await begin(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
 
     await Control(log, fleet).roll_back("pirate")
 
@@ -189,7 +190,7 @@ async def test_a_staged_revision_that_was_a_canary_is_given_up_when_another_one_
     fleet: Fleet, log: CatalogueLog
 ) -> None:
     await Control(log, fleet).stage(THIRD)
-    await begin(Control(log, fleet), "pirate", THIRD.revision, "canary", TERMS, Cause("ann", "nightly"))
+    await begin_split(Control(log, fleet), "pirate", THIRD.revision, "canary", TERMS, Audit("ann", "nightly"))
     begun = log.read().revision(THIRD.adapter)
     assert begun is not None
     assert (begun.state, begun.staged, begun.until) == ("staged", True, None)
@@ -199,7 +200,7 @@ async def test_a_staged_revision_that_was_a_canary_is_given_up_when_another_one_
     ended = log.read().revision(THIRD.adapter)
     assert ended is not None
     assert (ended.state, ended.staged) == ("abandoned", False)
-    _, entry = next(it for it in log.history("pirate") if it[1].verb == "split")
+    entry = next(entry for _, entry in log.history("pirate") if entry.verb == "split")
     assert (entry.by, entry.reason, entry.split) == (
         "ann",
         "nightly",
@@ -208,21 +209,21 @@ async def test_a_staged_revision_that_was_a_canary_is_given_up_when_another_one_
 
 
 async def test_a_canary_is_proven_on_every_replica_before_it_gets_its_share(fleet: Fleet, log: CatalogueLog) -> None:
-    async def prove(candidate: Candidate) -> None:
+    async def verify(candidate: Candidate) -> None:
         raise AdapterRejected(f"{candidate.adapter} changes nothing")
 
-    fleet.reconcilers[1].prove = prove
+    fleet.reconcilers[1].verify = verify
 
     with pytest.raises(PublishFailed, match="changes nothing"):
-        await begin(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
+        await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
 
     assert log.read().split_of("pirate") is None
     assert log.read().staged == frozenset()
 
 
 async def test_a_canary_survives_a_snapshot(fleet: Fleet, log: CatalogueLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.log.SNAPSHOT_EVERY", 1)
-    await begin(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
+    monkeypatch.setattr("serve.catalogue.log.SNAPSHOT_EVERY", 1)
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
 
-    assert log._snapshot() == log.read()
-    assert log._snapshot().split_of("pirate") == Split(kind="canary", revision=OLD.revision, terms=TERMS)
+    assert log._load_snapshot() == log.read()
+    assert log._load_snapshot().split_of("pirate") == Split(kind="canary", revision=OLD.revision, terms=TERMS)

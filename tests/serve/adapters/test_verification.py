@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from convert.artifact import Golden, GoldenPrompt
-from serve.candidate import Candidate
-from serve.config import AdmissionSettings
+from serve.adapters.verification import RevisionVerifier
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.candidate import Candidate
+from serve.catalogue.object_store import DirectoryStore
 from serve.errors import AdapterRejected, AdapterUnavailable
-from serve.objects import Directory
-from serve.probe import Prover
-from serve.store import AdapterStore
+from serve.settings import AdmissionSettings
 from tests.serve.conftest import candidate
 from tests.serve.fakes import FakeEngine
 
@@ -22,7 +22,7 @@ PIRATE = candidate("pirate", "1")
 @pytest.fixture
 def golden_store(tmp_path: Path, engine: FakeEngine) -> AdapterStore:
     engine.resident = {PIRATE.adapter}
-    return AdapterStore(tmp_path / "adapters", Directory(tmp_path))
+    return AdapterStore(tmp_path / "adapters", DirectoryStore(tmp_path))
 
 
 def with_golden(store: AdapterStore, tokens: int = 3, result: float = -2.0) -> Candidate:
@@ -40,10 +40,10 @@ def with_content(store: AdapterStore, content: str) -> Candidate:
 async def test_an_adapter_that_changes_the_base_and_keeps_its_word_is_proven(
     engine: FakeEngine, golden_store: AdapterStore
 ) -> None:
-    prover = Prover(engine, golden_store, AdmissionSettings())
+    verifier = RevisionVerifier(engine, golden_store, AdmissionSettings())
 
-    await prover.prove(PIRATE)
-    await prover.prove(with_golden(golden_store))
+    await verifier.verify(PIRATE)
+    await verifier.verify(with_golden(golden_store))
 
 
 @pytest.mark.parametrize("says", [-1.0, -1.004, float("nan")])
@@ -53,14 +53,14 @@ async def test_an_adapter_that_changes_nothing_is_refused(
     engine.says = {None: -1.0, PIRATE.adapter: says}
 
     with pytest.raises(AdapterRejected, match="changes nothing"):
-        await Prover(engine, golden_store, AdmissionSettings()).prove(PIRATE)
+        await RevisionVerifier(engine, golden_store, AdmissionSettings()).verify(PIRATE)
 
 
 async def test_the_base_model_is_asked_once_for_all_proofs(engine: FakeEngine, golden_store: AdapterStore) -> None:
-    prover = Prover(engine, golden_store, AdmissionSettings())
+    verifier = RevisionVerifier(engine, golden_store, AdmissionSettings())
 
     for _ in range(3):
-        await prover.prove(PIRATE)
+        await verifier.verify(PIRATE)
 
     assert engine.probed == [None, *[PIRATE.adapter] * 3]
 
@@ -68,7 +68,7 @@ async def test_the_base_model_is_asked_once_for_all_proofs(engine: FakeEngine, g
 async def test_the_probe_can_be_left_out(engine: FakeEngine, golden_store: AdapterStore) -> None:
     engine.says = {None: -1.0, PIRATE.adapter: -1.0}
 
-    await Prover(engine, golden_store, AdmissionSettings(least_change_nats=0)).prove(PIRATE)
+    await RevisionVerifier(engine, golden_store, AdmissionSettings(least_change_nats=0)).verify(PIRATE)
 
 
 @pytest.mark.parametrize("result", [-2.3, -1.7, -9.0])
@@ -76,13 +76,17 @@ async def test_an_adapter_that_answers_otherwise_than_when_it_was_converted_is_r
     engine: FakeEngine, golden_store: AdapterStore, result: float
 ) -> None:
     with pytest.raises(AdapterRejected, match=r"on its golden prompts .* from the base model's"):
-        await Prover(engine, golden_store, AdmissionSettings()).prove(with_golden(golden_store, result=result))
+        await RevisionVerifier(engine, golden_store, AdmissionSettings()).verify(
+            with_golden(golden_store, result=result)
+        )
 
 
 async def test_a_golden_prompt_longer_than_the_engine_takes_is_passed_over(
     engine: FakeEngine, golden_store: AdapterStore
 ) -> None:
-    await Prover(engine, golden_store, AdmissionSettings()).prove(with_golden(golden_store, tokens=65, result=-9))
+    await RevisionVerifier(engine, golden_store, AdmissionSettings()).verify(
+        with_golden(golden_store, tokens=65, result=-9)
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,18 +97,18 @@ async def test_a_golden_prompt_longer_than_the_engine_takes_is_passed_over(
         '"stop_token_ids": []}',
     ],
 )
-async def test_golden_answers_in_another_form_are_told(
+async def test_golden_answers_in_another_form_are_reported(
     engine: FakeEngine, golden_store: AdapterStore, content: str
 ) -> None:
     with pytest.raises(AdapterRejected, match=r"golden\.json"):
-        await Prover(engine, golden_store, AdmissionSettings()).prove(with_content(golden_store, content))
+        await RevisionVerifier(engine, golden_store, AdmissionSettings()).verify(with_content(golden_store, content))
 
 
-async def test_golden_answers_that_are_gone_or_changed_are_told(
+async def test_golden_answers_that_are_gone_or_changed_are_reported(
     engine: FakeEngine, golden_store: AdapterStore, tmp_path: Path
 ) -> None:
     asked = with_golden(golden_store)
     (tmp_path / "golden" / f"{asked.golden}.json").write_text("{}")
 
     with pytest.raises(AdapterUnavailable):
-        await Prover(engine, golden_store, AdmissionSettings()).prove(asked)
+        await RevisionVerifier(engine, golden_store, AdmissionSettings()).verify(asked)

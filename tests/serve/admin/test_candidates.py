@@ -7,7 +7,7 @@ from dataclasses import asdict
 import httpx
 import pytest
 
-from serve.log import CatalogueLog
+from serve.catalogue.log import CatalogueLog
 from tests.serve.fakes import FakeEngine
 from tests.serve.one_replica import ADMIN, NEW, OLD, TOKEN
 
@@ -16,7 +16,16 @@ def body(**changes: object) -> dict[str, object]:
     return {"candidate": asdict(NEW) | changes}
 
 
-@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {TOKEN}"}])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": f"Basic {TOKEN}"},
+        {"authorization": "Bearer"},
+        {"authorization": "Bearer "},
+    ],
+)
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -71,11 +80,11 @@ async def test_a_retired_adapter_is_gone_for_new_requests_and_from_the_engine(
 
     assert retired.json() == {"model": "pirate", "replicas": 1}
     assert (await client.post("/v1/completions", json={"model": "pirate"})).status_code == 404
-    assert [it["id"] for it in (await client.get("/v1/models")).json()["data"]] == ["small-llama"]
+    assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["small-llama"]
     assert engine.resident == set()
 
 
-async def test_retiring_what_is_not_there_is_told(client: httpx.AsyncClient) -> None:
+async def test_retiring_what_is_not_there_is_reported(client: httpx.AsyncClient) -> None:
     response = await client.delete("/admin/v1/adapters/nobody", headers=ADMIN)
 
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")

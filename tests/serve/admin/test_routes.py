@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from serve.admin import Admin
-from serve.admission import Admission
-from serve.config import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
-from serve.gateway import Gateway
-from serve.log import CatalogueLog
-from serve.objects import Directory
-from serve.probe import Prover
-from serve.publish import Control
-from serve.reconcile import Reconciler
-from serve.residency import AdapterPool
-from serve.state import sha256
-from serve.store import AdapterStore
+from serve.adapters.admission import Admission
+from serve.adapters.pool import AdapterPool
+from serve.adapters.publish import Control
+from serve.adapters.reconcile import Reconciler
+from serve.adapters.verification import RevisionVerifier
+from serve.admin.routes import Admin
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.admin_tokens import sha256
+from serve.catalogue.log import CatalogueLog
+from serve.catalogue.object_store import DirectoryStore
+from serve.gateway.app import Gateway
+from serve.settings import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
 from tests.serve.conftest import BASE, write_adapter, write_base, write_weights
 from tests.serve.fakes import FakeEngine
 from tests.serve.one_replica import OneReplica
@@ -47,10 +47,10 @@ async def client(
         admission=AdmissionSettings(adapter_roots=(roots,)),
         state_dir=tmp_path,
     )
-    store = AdapterStore(tmp_path / "adapters", Directory(tmp_path))
+    store = AdapterStore(tmp_path / "adapters", DirectoryStore(tmp_path))
     pool = AdapterPool(engine, store, capacity=8)
-    prover = Prover(engine, store, settings.admission)
-    reconciler = Reconciler("replica-1", log, engine, pool, prover.prove)
+    verifier = RevisionVerifier(engine, store, settings.admission)
+    reconciler = Reconciler("replica-1", log, engine, pool, verifier.verify)
     admission = Admission(settings.engine, settings.admission)
     control = Control(log, OneReplica(reconciler))
     admin = Admin(settings.gateway.admin_tokens, settings.engine, settings.admission, admission, store, control)
@@ -74,7 +74,7 @@ async def ok(request: Any) -> Any:
     return response.json()
 
 
-async def test_an_adapters_life_is_listed_shown_and_told(client: httpx.AsyncClient, roots: Path) -> None:
+async def test_an_adapters_life_is_listed_and_shown(client: httpx.AsyncClient, roots: Path) -> None:
     first = await ok(publish(client, roots, "one"))
     second = await ok(publish(client, roots, "two", reason="nightly"))
     staged = await ok(publish(client, roots, "three", stage_only=True))
@@ -94,9 +94,9 @@ async def test_an_adapters_life_is_listed_shown_and_told(client: httpx.AsyncClie
             "staged": [staged["revision"]], "pinned": [first["revision"]],
         }
     ]  # fmt: skip
-    states = {it["revision"]: it["state"] for it in shown["revisions"]}
+    states = {revision["revision"]: revision["state"] for revision in shown["revisions"]}
     assert states == {first["revision"]: "serving", second["revision"]: "previous", staged["revision"]: "staged"}
-    assert [it["verb"] for it in history] == ["rollback", "pin", "stage", "promote", "stage", "promote", "stage"]
+    assert [entry["verb"] for entry in history] == ["rollback", "pin", "stage", "promote", "stage", "promote", "stage"]
     assert (history[0]["by"], history[0]["reason"]) == ("admin/ann", "it swears")
     assert history[3]["reason"] == "nightly"
     assert (await ok(client.get("/admin/v1/history?limit=1")))["history"] == history[:1]
@@ -155,7 +155,7 @@ async def test_a_bad_file_is_refused_before_anything_is_recorded(
 ) -> None:
     path = write_adapter(roots / "bad", "bad")
     tensors = load_file(path / "adapter_model.safetensors")
-    write_weights(path, {name: it * np.float32(np.nan) for name, it in tensors.items()})
+    write_weights(path, {name: tensor * np.float32(np.nan) for name, tensor in tensors.items()})
 
     response = await publish(client, roots, "bad")
 
@@ -215,23 +215,37 @@ async def test_vllms_calls_publish_and_retire(client: httpx.AsyncClient, roots: 
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "told"),
+    ("body", "status", "message"),
     [
         ({"lora_name": "", "lora_path": "/x"}, 400, "must be provided"),
         ({"lora_name": "x", "lora_path": ""}, 400, "must be provided"),
         ({"lora_name": "small", "lora_path": "/x"}, 400, "conflicts with a served base model"),
-        ({"lora_name": "A/B", "lora_path": "/x"}, 400, "can't be a name here"),
+        ({"lora_name": "Upper", "lora_path": "/x"}, 400, "can't be a name here"),
+        ({"lora_name": "a/b", "lora_path": "/x"}, 400, "can't be a name here"),
         ({"lora_name": "x", "lora_path": "/etc"}, 403, "not below a directory"),
         ({"lora_name": "x"}, 400, "lora_path"),
     ],
 )
 async def test_vllms_load_refuses_what_it_must(
-    client: httpx.AsyncClient, body: dict[str, str], status: int, told: str
+    client: httpx.AsyncClient, body: dict[str, str], status: int, message: str
 ) -> None:
     response = await load(client, **body)
 
     assert response.status_code == status
-    assert told in response.json()["error"]["message"]
+    assert message in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("directory", "status", "code"), [("nowhere", 403, "path_refused"), ("empty", 422, "adapter_rejected")]
+)
+async def test_vllms_load_of_what_is_no_adapter_has_the_code_of_graft(
+    client: httpx.AsyncClient, roots: Path, directory: str, status: int, code: str
+) -> None:
+    (roots / "empty").mkdir(parents=True)
+
+    response = await load(client, lora_name="pirate", lora_path=str(roots / directory))
+
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
 
 
 async def test_vllms_unload_of_what_is_not_there_is_not_found(client: httpx.AsyncClient) -> None:

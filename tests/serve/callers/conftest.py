@@ -1,4 +1,4 @@
-"""A gateway that knows its callers is what is asked here."""
+"""The gateway of these tests requires keys."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.gateway import Gateway
-from serve.store import AdapterStore
+from serve.catalogue.adapter_store import AdapterStore
+from serve.gateway.app import Gateway
 from tests.serve.fakes import FakeEngine
 from tests.serve.guarded import Guarded, generate, guarded_gateway
 
@@ -20,5 +20,5 @@ async def server(engine: FakeEngine, store: AdapterStore, tmp_path: Path) -> Gua
 
 @pytest.fixture
 def gateway(server: Guarded) -> Gateway:
-    """Whom `client` asks."""
+    """The gateway that `client` sends its requests to."""
     return server.gateway

@@ -1,4 +1,4 @@
-"""Who is let in, what it may see, and what its usage is."""
+"""Which callers are admitted, which models they see, and how their usage is counted."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from serve import key_writing
-from serve.openai import ENGINE_ROUTES
-from serve.store import AdapterStore
-from serve.usage import read_usage
+from serve.callers import key_admin
+from serve.callers.usage import read_usage
+from serve.catalogue.adapter_store import AdapterStore
+from serve.gateway.public_routes import ENGINE_ROUTES
 from tests.serve.fakes import FakeEngine, respond
 from tests.serve.guarded import (
     ADMIN_TOKEN,
@@ -27,6 +27,7 @@ from tests.serve.guarded import (
     code,
     generate,
     guarded_gateway,
+    until,
 )
 from tests.serve.one_replica import calling
 
@@ -37,7 +38,7 @@ from tests.serve.one_replica import calling
 @pytest.mark.parametrize(
     "headers", [{}, bearer("graft-wrong"), {"authorization": "Basic abc"}, {"x-api-key": "graft-wrong"}, bearer("")]
 )
-async def test_without_a_good_key_nothing_is_told(
+async def test_without_a_valid_key_nothing_is_revealed(
     client: httpx.AsyncClient, path: str, headers: dict[str, str]
 ) -> None:
     response = await client.request("POST" if path in ENGINE_ROUTES else "GET", path, headers=headers)
@@ -68,20 +69,20 @@ async def test_a_model_outside_the_scope_is_answered_as_one_that_does_not_exist(
 ) -> None:
     headers = server.key("team-a", models=["french"])
 
-    async def told(model: str) -> tuple[int, str]:
+    async def response_to(model: str) -> tuple[int, str]:
         posted = await client.post(PATH, json=ask(model), headers=headers)
         got = await client.get(f"/v1/models/{model}", headers=headers)
         assert (posted.status_code, posted.text) == (got.status_code, got.text)
         return posted.status_code, posted.text.replace(model, "NAME")
 
-    unknown = await told("nobody")
+    unknown = await response_to("nobody")
 
     assert unknown[0] == 404
-    assert await told("german") == unknown
-    assert await told("secret-plan") == unknown
-    assert await told(BASE_MODEL) == unknown
+    assert await response_to("german") == unknown
+    assert await response_to("secret-plan") == unknown
+    assert await response_to(BASE_MODEL) == unknown
     assert "Models here: french." in unknown[1]
-    revision = next(it for it in server.engine.loads if it.name == "secret-plan").engine_name
+    revision = next(adapter for adapter in server.engine.loads if adapter.name == "secret-plan").engine_name
     response = await client.post(PATH, json=ask(revision), headers=headers)
     assert (response.status_code, response.text.replace(revision, "NAME")) == unknown
 
@@ -99,7 +100,7 @@ async def test_the_base_model_has_to_be_in_the_scope_too(
 
 async def test_the_list_has_what_the_key_may_use(server: Guarded, client: httpx.AsyncClient) -> None:
     async def listed(headers: dict[str, str]) -> list[str]:
-        return [it["id"] for it in (await client.get("/v1/models", headers=headers)).json()["data"]]
+        return [model["id"] for model in (await client.get("/v1/models", headers=headers)).json()["data"]]
 
     assert await listed(server.key("all")) == [BASE_MODEL, "french", "german", "secret-plan"]
     assert await listed(server.key("some", models=["fr*", "g?rman"])) == ["french", "german"]
@@ -143,8 +144,9 @@ async def test_keys_are_rotated_under_load_without_one_wrong_refusal(
 
     async def rotate() -> None:
         for _ in range(20):
-            good.append(key_writing.rotate(server.keys, "team-a", timedelta(minutes=1)))
-            await asyncio.sleep(0.02)
+            good.append(key_admin.rotate(server.keys, "team-a", timedelta(minutes=1)))
+            before = statuses.total()
+            await until(lambda before=before: statuses.total() > before + 10)
         stop.set()
 
     await asyncio.gather(rotate(), *(load(number) for number in range(10)))
@@ -153,17 +155,18 @@ async def test_keys_are_rotated_under_load_without_one_wrong_refusal(
     assert statuses[200] > 100
 
 
-async def test_usage_is_counted_by_key_and_model_and_told(server: Guarded, client: httpx.AsyncClient) -> None:
+async def test_usage_is_counted_by_key_and_model_and_reported(server: Guarded, client: httpx.AsyncClient) -> None:
     first, second, admin = server.key("team-a"), server.key("team-b"), server.key("ops", admin=True)
     for headers, model, times in ((first, "french", 3), (first, BASE_MODEL, 1), (second, "french", 2)):
         for _ in range(times):
             await client.post(PATH, json=ask(model, tokens=5), headers=headers)
     await client.post(PATH, json=ask("nobody"), headers=first)
 
-    told = (await client.get("/admin/v1/usage", headers=admin)).json()
+    answer = (await client.get("/admin/v1/usage", headers=admin)).json()
 
     rows = [
-        (it["key"], it["model"], it["requests"], it["prompt_tokens"], it["completion_tokens"]) for it in told["usage"]
+        (row["key"], row["model"], row["requests"], row["prompt_tokens"], row["completion_tokens"])
+        for row in answer["usage"]
     ]
     assert rows == [
         ("team-a", "french", 3, 9, 15),
@@ -171,7 +174,7 @@ async def test_usage_is_counted_by_key_and_model_and_told(server: Guarded, clien
         ("team-b", "french", 2, 6, 10),
     ]
     today = datetime.now(UTC).date()
-    assert read_usage(server.meter._objects, today, today) == told["usage"]
+    assert read_usage(server.meter._objects, today, today) == answer["usage"]
     for wrong in ("since=yesterday", "since=2026-01-02&until=2026-01-01", "since=1000-01-01"):
         assert code(await client.get(f"/admin/v1/usage?{wrong}", headers=admin)) == (400, "invalid_body")
     assert code(await client.get("/admin/v1/usage", headers=first)) == (401, "invalid_admin_token")
@@ -191,7 +194,7 @@ async def test_neither_key_nor_prompt_is_logged(
             for _ in range(2):
                 await client.post(PATH, json=ask(prompt="a private question"), headers=headers)
         await client.post(PATH, json=ask(), headers=bearer("graft-unknown-key"))
-    logged = "\n".join(f"{it.getMessage()} {it.exc_text or ''}" for it in caplog.records)
+    logged = "\n".join(f"{record.getMessage()} {record.exc_text or ''}" for record in caplog.records)
     assert "a bug" in logged
     for secret in (server.secrets["team-a"], "graft-unknown-key", "a private question"):
         assert secret not in logged
@@ -227,8 +230,8 @@ async def test_trace_context_and_request_id_reach_the_engine(server: Guarded, cl
         await respond(send, 200, b"{}")
 
     server.engine.handler = look
-    told = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "x-request-id": "mine"}
+    sent = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "x-request-id": "mine"}
     for model in (BASE_MODEL, "french"):
         seen.clear()
-        await client.post(PATH, json=ask(model), headers=server.key(f"for-{model}") | told)
-        assert seen.items() >= told.items()
+        await client.post(PATH, json=ask(model), headers=server.key(f"for-{model}") | sent)
+        assert seen.items() >= sent.items()

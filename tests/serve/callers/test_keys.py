@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from serve import key_writing
 from serve.__main__ import app
+from serve.callers import key_admin
+from serve.callers.keys import PREFIX, Key, KeyFile, KeyRing, Secret, digest_of
 from serve.errors import KeysInvalid
-from serve.keys import PREFIX, Allowance, Key, KeyFile, KeyRing, Secret, digest_of
+from serve.settings import Allowance
 
 
 class Clock:
-    """Seconds since the epoch, as a test sets them."""
+    """A clock that a test sets, in seconds since the epoch."""
 
     def __init__(self) -> None:
         self.now_s = datetime.now(UTC).timestamp()
@@ -37,10 +38,10 @@ def clock() -> Clock:
 
 
 def add(path: Path, key_id: str, **fields: object) -> str:
-    return key_writing.create(path, lambda secrets: Key.model_validate({"id": key_id, "secrets": secrets, **fields}))
+    return key_admin.create(path, lambda secrets: Key.model_validate({"id": key_id, "secrets": secrets, **fields}))
 
 
-def found(ring: KeyRing, secret: str) -> str | None:
+def key_id(ring: KeyRing, secret: str) -> str | None:
     key = ring.find(secret)
     return key.id if key else None
 
@@ -50,7 +51,7 @@ def test_a_key_is_found_by_what_was_shown_once_and_by_nothing_else(path: Path) -
 
     ring = KeyRing(path)
 
-    assert found(ring, secret) == "team-a"
+    assert key_id(ring, secret) == "team-a"
     for wrong in ("", secret[:-1], secret + "x", secret.upper(), digest_of(secret), "\udcff"):
         assert ring.find(wrong) is None
     assert secret.startswith(PREFIX)
@@ -66,15 +67,15 @@ def test_a_new_key_is_good_at_once_though_the_file_is_polled(path: Path, clock: 
     add(path, "team-a")
     ring = KeyRing(path, clock)
 
-    assert found(ring, add(path, "team-b")) == "team-b"
+    assert key_id(ring, add(path, "team-b")) == "team-b"
 
 
 def test_a_revoked_key_is_refused_within_a_second(path: Path, clock: Clock) -> None:
     secret = add(path, "team-a")
     ring = KeyRing(path, clock)
-    assert found(ring, secret) == "team-a"
+    assert key_id(ring, secret) == "team-a"
 
-    key_writing.revoke(path, "team-a")
+    key_admin.revoke(path, "team-a")
     clock.now_s += 1
 
     assert ring.find(secret) is None
@@ -84,18 +85,18 @@ def test_both_secrets_are_good_while_a_key_is_rotated(path: Path, clock: Clock) 
     old = add(path, "team-a")
     ring = KeyRing(path, clock)
 
-    new = key_writing.rotate(path, "team-a", timedelta(minutes=10))
+    new = key_admin.rotate(path, "team-a", timedelta(minutes=10))
 
     clock.now_s += 2
-    assert [found(ring, old), found(ring, new)] == ["team-a", "team-a"]
+    assert [key_id(ring, old), key_id(ring, new)] == ["team-a", "team-a"]
     clock.now_s += 600
-    assert [found(ring, old), found(ring, new)] == [None, "team-a"]
+    assert [key_id(ring, old), key_id(ring, new)] == [None, "team-a"]
 
 
 def test_rotating_twice_never_makes_an_old_secret_good_for_longer(path: Path, clock: Clock) -> None:
     first = add(path, "team-a")
-    key_writing.rotate(path, "team-a", timedelta(minutes=1))
-    key_writing.rotate(path, "team-a", timedelta(minutes=60))
+    key_admin.rotate(path, "team-a", timedelta(minutes=1))
+    key_admin.rotate(path, "team-a", timedelta(minutes=60))
     ring = KeyRing(path, clock)
 
     clock.now_s += 120
@@ -107,7 +108,7 @@ def test_an_expired_key_is_refused(path: Path, clock: Clock) -> None:
     secret = add(path, "team-a", expires=datetime.fromtimestamp(clock.now_s + 60, UTC))
     ring = KeyRing(path, clock)
 
-    assert found(ring, secret) == "team-a"
+    assert key_id(ring, secret) == "team-a"
     clock.now_s += 61
     assert ring.find(secret) is None
 
@@ -126,21 +127,21 @@ def test_a_broken_new_file_leaves_the_keys_before_it(
     clock.now_s += 2
 
     with caplog.at_level(logging.ERROR):
-        assert [found(ring, secret) for _ in range(3)] == ["team-a"] * 3
-    assert len(caplog.records) == 1, "told once"
+        assert [key_id(ring, secret) for _ in range(3)] == ["team-a"] * 3
+    assert len(caplog.records) == 1, "logged once"
     restored = add(path, "team-b") if broken is None else None
     if restored:
-        assert found(ring, restored) == "team-b"
+        assert key_id(ring, restored) == "team-b"
 
 
-def test_what_someone_wrote_where_a_digest_belongs_is_not_told(path: Path) -> None:
+def test_text_in_place_of_a_digest_is_not_shown(path: Path) -> None:
     path.write_text(json.dumps({"keys": [{"id": "team-a", "secrets": [{"sha256": "graft-the-key-itself"}]}]}))
 
-    with pytest.raises(KeysInvalid) as told:
+    with pytest.raises(KeysInvalid) as caught:
         KeyFile.read(path)
 
-    assert "graft-the-key-itself" not in str(told.value)
-    assert "sha256" in str(told.value)
+    assert "graft-the-key-itself" not in str(caught.value)
+    assert "sha256" in str(caught.value)
 
 
 def test_a_server_that_shall_know_its_callers_does_not_start_without_the_file(path: Path) -> None:
@@ -155,13 +156,13 @@ def test_the_swap_of_links_that_kubernetes_makes_is_seen(tmp_path: Path, clock: 
     (tmp_path / "..data").symlink_to("1")
     (tmp_path / "keys.json").symlink_to("..data/keys.json")
     ring = KeyRing(tmp_path / "keys.json", clock)
-    assert found(ring, first) == "team-a"
+    assert key_id(ring, first) == "team-a"
 
     (tmp_path / "..new").symlink_to("2")
     (tmp_path / "..new").rename(tmp_path / "..data")
     clock.now_s += 1
 
-    assert [found(ring, first), found(ring, second)] == [None, "team-b"]
+    assert [key_id(ring, first), key_id(ring, second)] == [None, "team-b"]
 
 
 def test_changes_at_once_are_all_there_in_the_end(path: Path) -> None:
@@ -169,7 +170,7 @@ def test_changes_at_once_are_all_there_in_the_end(path: Path) -> None:
         secrets = list(pool.map(lambda number: add(path, f"team-{number}"), range(40)))
 
     ring = KeyRing(path)
-    assert [found(ring, secret) for secret in secrets] == [f"team-{number}" for number in range(40)]
+    assert [key_id(ring, secret) for secret in secrets] == [f"team-{number}" for number in range(40)]
 
 
 def test_a_file_with_the_same_id_or_secret_twice_is_refused() -> None:
@@ -205,20 +206,20 @@ def test_the_command_line_makes_lists_rotates_and_revokes_keys(tmp_path: Path) -
     ).strip()
     listed = json.loads(said("list", "--json"))["keys"]
 
-    assert [(it["id"], it["models"], it["limits"]) for it in listed] == [
+    assert [(key["id"], key["models"], key["limits"]) for key in listed] == [
         ("team-a", ["french"], {"tokens_per_minute": 100})
     ]
     assert secret not in said("list")
-    assert found(KeyRing(tmp_path / "keys.json"), secret) == "team-a"
+    assert key_id(KeyRing(tmp_path / "keys.json"), secret) == "team-a"
     new = json.loads(said("rotate", "team-a", "--grace-minutes", "0", "--json"))["key"]
     ring = KeyRing(tmp_path / "keys.json")
-    assert [found(ring, secret), found(ring, new)] == [None, "team-a"]
+    assert [key_id(ring, secret), key_id(ring, new)] == [None, "team-a"]
     said("revoke", "team-a")
     assert json.loads(said("list", "--json")) == {"keys": []}
 
 
 @pytest.mark.parametrize(("verb", "key"), [("create", "team-a"), ("rotate", "nobody"), ("revoke", "nobody")])
-def test_a_change_that_makes_no_sense_is_told(tmp_path: Path, verb: str, key: str) -> None:
+def test_a_change_that_makes_no_sense_is_reported(tmp_path: Path, verb: str, key: str) -> None:
     add(tmp_path / "keys.json", "team-a")
 
     result = CliRunner().invoke(app, ["key", verb, key, "--state", str(tmp_path)])
@@ -227,7 +228,7 @@ def test_a_change_that_makes_no_sense_is_told(tmp_path: Path, verb: str, key: st
     assert "error[keys_invalid]" in result.output
 
 
-def test_keys_that_nobody_may_write_are_told_without_a_traceback(tmp_path: Path) -> None:
+def test_keys_that_nobody_may_write_are_reported_without_a_traceback(tmp_path: Path) -> None:
     if os.getuid() == 0:
         (tmp_path / "keys.json").mkdir()  # not writable by anyone
     else:

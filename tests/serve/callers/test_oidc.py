@@ -1,4 +1,4 @@
-"""Tokens made with real keys, public keys from a real server."""
+"""Tokens are signed with real keys, and the public keys come from a real server."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 from pydantic import ValidationError
 
-from serve.config import OidcSettings
+from serve.callers.oidc import Issuer
+from serve.catalogue.adapter_store import AdapterStore
 from serve.errors import IssuerUnavailable
-from serve.keys import Allowance, Grant
-from serve.oidc import Issuer
-from serve.store import AdapterStore
+from serve.settings import Allowance, Grant, OidcSettings
 from tests.serve.fakes import FakeEngine
 from tests.serve.guarded import bearer, generate, guarded_gateway
 
@@ -37,7 +36,7 @@ EC = ec.generate_private_key(ec.SECP256R1())
 
 
 class Provider:
-    """Serves its public keys, and counts how often it was asked."""
+    """Serves its public keys, and counts the requests."""
 
     def __init__(self) -> None:
         self.keys: dict[str, Any] = {"rsa": RSA}
@@ -145,10 +144,10 @@ async def test_a_new_key_of_the_issuer_is_found_and_invented_ones_do_not_flood_i
 ) -> None:
     issuer = Issuer(settings(provider.url))
     assert await issuer.find(token())
-    monkeypatch.setattr("serve.oidc._BETWEEN_S", 0.0)
+    monkeypatch.setattr("serve.callers.oidc._MIN_FETCH_INTERVAL_S", 0.0)
     provider.keys = {"rsa": RSA, "ec": EC}
     assert await issuer.find(token(EC, "ec", "ES256"))
-    monkeypatch.setattr("serve.oidc._BETWEEN_S", 60.0)
+    monkeypatch.setattr("serve.callers.oidc._MIN_FETCH_INTERVAL_S", 60.0)
     asked = provider.asked
 
     for number in range(20):
@@ -157,14 +156,12 @@ async def test_a_new_key_of_the_issuer_is_found_and_invented_ones_do_not_flood_i
     assert provider.asked == asked
 
 
-async def test_an_issuer_that_is_away_keeps_the_keys_it_told_before(
-    provider: Provider, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_keys_of_an_issuer_that_is_away_are_kept(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
     issuer, late = Issuer(settings(provider.url)), Issuer(settings(provider.url))
     assert await issuer.find(token())
     provider.status = 500
-    monkeypatch.setattr("serve.oidc._FRESH_S", 0.0)
-    monkeypatch.setattr("serve.oidc._BETWEEN_S", 0.0)
+    monkeypatch.setattr("serve.callers.oidc._KEYS_MAX_AGE_S", 0.0)
+    monkeypatch.setattr("serve.callers.oidc._MIN_FETCH_INTERVAL_S", 0.0)
 
     assert await issuer.find(token())
     with pytest.raises(IssuerUnavailable):
@@ -207,10 +204,10 @@ async def test_the_gateway_takes_tokens_beside_keys(client: httpx.AsyncClient, p
     assert await status("german", {"authorization": client.headers["x-file-key"]}) == 200
     admin = bearer(token(roles=["admins"]))
     usage = (await client.get("/admin/v1/usage", headers=admin)).json()["usage"]
-    assert {it["key"] for it in usage} == {"oidc:Jo@example", "from-the-file"}
+    assert {row["key"] for row in usage} == {"oidc:Jo@example", "from-the-file"}
 
 
-async def test_an_issuer_that_was_never_reached_is_told(client: httpx.AsyncClient, provider: Provider) -> None:
+async def test_an_issuer_that_was_never_reached_is_reported(client: httpx.AsyncClient, provider: Provider) -> None:
     provider.status = 500
 
     response = await client.post("/v1/completions", json={}, headers=bearer(token()))

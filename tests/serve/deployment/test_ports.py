@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from serve.deployment.ports import check_port, free_block, free_port
 from serve.errors import PortInUse
-from serve.ports import check_port, free_block, free_port
 
 
 @pytest.fixture

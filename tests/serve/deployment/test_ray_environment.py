@@ -2,20 +2,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from serve.config import EngineSettings, GatewaySettings, ServeSettings
-from serve.local import environment
+from serve.deployment.ray_environment import environment
+from serve.settings import EngineSettings, GatewaySettings, ServeSettings
 
 
-def ports(directory: Path) -> tuple[set[int], range]:
-    """The single ones, and those of the replicas."""
-    settings = ServeSettings(
+def settings_in(directory: Path) -> ServeSettings:
+    return ServeSettings(
         engine=EngineSettings(model_path=directory, model_name="m", fingerprint="0" * 64),
         gateway=GatewaySettings(admin_tokens={}),
         state_dir=directory,
     )
-    found = {name: int(value) for name, value in environment(directory, settings).items() if name.endswith("_PORT")}
-    replicas = [found.pop(f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT") for end in ("MIN", "MAX")]
-    return set(found.values()), range(replicas[0], replicas[1] + 1)
+
+
+def ports(directory: Path) -> tuple[set[int], range]:
+    """The single ones, and those of the replicas."""
+    ports_by_name = {
+        name: int(value)
+        for name, value in environment(directory, settings_in(directory)).items()
+        if name.endswith("_PORT")
+    }
+    replicas = [ports_by_name.pop(f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT") for end in ("MIN", "MAX")]
+    return set(ports_by_name.values()), range(replicas[0], replicas[1] + 1)
 
 
 def test_two_servers_of_one_machine_listen_on_no_port_of_each_other(tmp_path: Path) -> None:
@@ -30,3 +37,10 @@ def test_two_servers_of_one_machine_listen_on_no_port_of_each_other(tmp_path: Pa
         assert every == list(range(every[0], every[0] + 100))
         assert every[0] >= 20_000
         assert every[-1] < 32_768, "below those that the system gives away"
+
+
+def test_memory_of_another_program_ends_no_part_of_a_server(tmp_path: Path) -> None:
+    variables = environment(tmp_path, settings_in(tmp_path))
+
+    assert variables["RAY_memory_monitor_refresh_ms"] == "0", "the monitor would kill all workers at once"
+    assert variables["RAY_worker_oom_score_adjustment"] == "0", "the kernel would prefer workers to any other process"

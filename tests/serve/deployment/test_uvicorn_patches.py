@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.listening import on_listening
+from serve.deployment.uvicorn_patches import patch_uvicorn_startup
 from tests.serve.fakes import respond
 
 
@@ -41,7 +41,7 @@ def served(app: ASGIApp) -> tuple[uvicorn.Server, asyncio.Task[None], int]:
 @contextlib.asynccontextmanager
 async def talking(app: Talking) -> AsyncIterator[int]:
     """Its port."""
-    on_listening("r1", lambda _: None)
+    patch_uvicorn_startup("r1", lambda _: None)
     server, serving, port = served(app)
     try:
         while not server.started:  # noqa: ASYNC110  (uvicorn sets a flag)
@@ -60,12 +60,12 @@ async def test_a_server_tells_its_port_and_listens_on_a_socket_of_its_replica_as
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRAFT_SOCKETS", str(tmp_path / "sockets"))
-    app, told, usual = Answering(), asyncio.Queue[int](), uvicorn.Server.startup
+    app, ports, usual = Answering(), asyncio.Queue[int](), uvicorn.Server.startup
     app.may_go_on.set()
-    on_listening("r1", told.put_nowait)
+    patch_uvicorn_startup("r1", ports.put_nowait)
     server, serving, port = served(app)
 
-    assert await told.get() == port
+    assert await ports.get() == port
     async with httpx.AsyncClient() as over_tcp, through(tmp_path / "sockets" / "r1.sock") as over_socket:
         while not server.started:  # noqa: ASYNC110  (uvicorn sets a flag)
             await asyncio.sleep(0.01)
@@ -73,7 +73,7 @@ async def test_a_server_tells_its_port_and_listens_on_a_socket_of_its_replica_as
         server.should_exit = True
         await serving
 
-    assert [it.text for it in answers] == ['"here"', '"here"']
+    assert [answer.text for answer in answers] == ['"here"', '"here"']
     assert stat.S_IMODE((tmp_path / "sockets").stat().st_mode) == 0o700
     assert uvicorn.Server.startup is usual, "the next server is nobody's business"
 
@@ -82,10 +82,10 @@ async def test_a_server_that_ends_finishes_what_came_through_the_socket_and_take
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRAFT_SOCKETS", str(tmp_path))
-    app, told = Answering(), asyncio.Queue[int]()
-    on_listening("r1", told.put_nowait)
+    app, ports = Answering(), asyncio.Queue[int]()
+    patch_uvicorn_startup("r1", ports.put_nowait)
     server, serving, _ = served(app)
-    await told.get()
+    await ports.get()
     async with through(tmp_path / "r1.sock") as client, through(tmp_path / "r1.sock") as late:
         under_way = asyncio.create_task(client.get("/"))
         await app.began.wait()
@@ -149,11 +149,11 @@ async def test_who_says_much_waits_for_a_reader_that_takes_nothing() -> None:
 async def test_without_a_directory_for_sockets_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRAFT_SOCKETS", raising=False)
     monkeypatch.chdir(tmp_path)
-    told = asyncio.Queue[int]()
-    on_listening("r1", told.put_nowait)
+    ports = asyncio.Queue[int]()
+    patch_uvicorn_startup("r1", ports.put_nowait)
     server, serving, port = served(Answering())
 
-    assert await told.get() == port
+    assert await ports.get() == port
     server.should_exit = True
     await serving
     assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240

@@ -5,7 +5,7 @@ import gc
 import weakref
 from typing import Any
 
-from serve.cork import corked
+from serve.deployment.uvicorn_patches import with_write_coalescing
 
 
 class Written:
@@ -39,9 +39,9 @@ class Protocol(asyncio.Protocol):
 
 def connected(count: int) -> list[tuple[Written, Any]]:
     """What is written in the end, and what a protocol writes to."""
-    made, both = corked(Protocol), []
+    coalescing, both = with_write_coalescing(Protocol), []
     for number in range(count):
-        protocol: Any = made(name=str(number))
+        protocol: Any = coalescing(name=str(number))
         assert protocol.name == str(number)
         protocol.connection_made(written := Written())
         both.append((written, protocol.transport))
@@ -89,7 +89,7 @@ async def test_much_is_written_at_once_and_in_order() -> None:
 
     transport.write(b"a")
     transport.write(b"b" * 100_000)
-    assert [len(it) for it in written.pieces] == [100_001]
+    assert [len(piece) for piece in written.pieces] == [100_001]
     transport.write(b"c")
     await asyncio.sleep(0)
 
@@ -103,7 +103,7 @@ async def test_everything_else_is_the_transport_s() -> None:
 
 
 async def test_a_connection_that_ended_is_gone_without_the_garbage_collector() -> None:
-    protocol: Any = corked(Protocol)(name="one")
+    protocol: Any = with_write_coalescing(Protocol)(name="one")
     protocol.connection_made(Written())
     there = weakref.ref(protocol)
     gc.disable()

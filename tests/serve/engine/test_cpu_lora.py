@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from serve.cpu_lora import CpuWorker, GroupedAdapters
+from serve.engine.cpu_lora import CpuWorker, GroupedAdapters
 
 SLOTS, RANK, IN_FEATURES = 5, 4, 24
 OUT_FEATURES = (16, 8, 8)  # of the layers that one call is for, as of q, k and v
@@ -119,7 +119,7 @@ def test_embeddings_and_logits_get_their_adapters_too(slots: list[int]) -> None:
 
 
 @pytest.mark.parametrize("is_prefill", [True, False], ids=["prompts", "tokens"])
-def test_it_rounds_as_vllm_does(is_prefill: bool) -> None:
+def test_results_are_rounded_as_in_vllm(is_prefill: bool) -> None:
     slots = TOKENS["a prompt of each"]
     downs = factors(*((RANK, IN_FEATURES),) * 3, dtype=torch.bfloat16)
     ups = factors(*((size, RANK) for size in OUT_FEATURES), dtype=torch.bfloat16)
@@ -146,8 +146,16 @@ def test_a_vllm_that_calls_its_functions_otherwise_is_not_served_with(monkeypatc
     monkeypatch.delattr("vllm.lora.punica_wrapper.punica_base.PunicaWrapperBase.add_lora_linear")
     monkeypatch.delattr("vllm.lora.punica_wrapper.punica_base.PunicaWrapperABC.add_lora_linear")
 
-    with pytest.raises(AttributeError, match="add_lora_linear"):
+    with pytest.raises(RuntimeError, match="has no add_lora_linear, which Graft overrides"):
         worker_with(SimpleNamespace()).group_adapters()
+
+
+def test_a_vllm_without_a_wrapper_to_replace_is_an_error() -> None:
+    worker = worker_with(SimpleNamespace())
+    worker.model_runner.lora_manager._adapter_manager.punica_wrapper_mapping.clear()
+
+    with pytest.raises(RuntimeError, match="no Punica wrapper"):
+        worker.group_adapters()
 
 
 def worker_with(wrapper: object) -> CpuWorker:

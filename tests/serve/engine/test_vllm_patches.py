@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -13,8 +14,24 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from serve.misread import tell_misread, tell_misread_in
+from serve.engine import vllm_patches
+from serve.engine.token_counter import count_tokens
+from serve.engine.vllm_patches import (
+    AdapterNames,
+    count_generated_tokens,
+    engine_class,
+    hide_values,
+    map_client_errors_to_400,
+    map_overflows_to_400,
+    stat_logger_class,
+)
+from serve.errors import EngineStartFailed
 
 READER = "vllm.entrypoints.openai.responses.utils"
 CODE = """
@@ -54,7 +71,7 @@ def client(module_name: str) -> httpx.AsyncClient:
 
     app = Starlette(routes=[Route("/", route, methods=["POST"])], exception_handlers={Exception: other})
     app.middleware_stack = app.build_middleware_stack()  # as vLLM leaves it
-    tell_misread(app, EngineFailed)
+    map_client_errors_to_400(app, EngineFailed)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://engine")
 
 
@@ -83,22 +100,105 @@ async def test_a_number_that_does_not_fit_a_message_to_the_engine_is_a_bad_reque
     assert "too large" in response.json()["error"]["message"]
 
 
-def test_so_it_is_where_vllm_itself_turns_an_exception_into_an_answer() -> None:
+def test_numbers_are_answered_in_the_same_way_where_vllm_itself_turns_an_exception_into_a_response() -> None:
     router = types.SimpleNamespace(create_error_response=create_error_response)
-    tell_misread_in(router)
+    map_overflows_to_400(router)
 
-    def told(cause: Exception) -> ErrorResponse:
+    def answer_of(cause: Exception) -> ErrorResponse:
         try:
             raise EngineFailed from cause
         except EngineFailed as error:
             answer: ErrorResponse = router.create_error_response(error)
             return answer
 
-    too_large = told(OverflowError("can't serialize ints >= 2**64"))
-    assert (too_large.error.code, too_large.error.message) == (400, "can't serialize ints >= 2**64")
-    assert told(RuntimeError("the engine failed")).error.code == 500
+    too_large = answer_of(OverflowError("can't serialize ints >= 2**64"))
+    assert too_large.error.code == 400
+    assert (
+        too_large.error.message
+        == "A number in this request is too large for the engine: can't serialize ints >= 2**64."
+    )
+    assert answer_of(RuntimeError("the engine failed")).error.code == 500
 
 
-async def test_any_other_failure_of_the_engine_is_told_as_before() -> None:
+async def test_any_other_failure_of_the_engine_is_reported_as_before() -> None:
     async with client(READER) as engine:
         assert (await engine.post("/", json={"number": 7})).status_code == 500
+
+
+def test_a_router_that_answers_errors_otherwise_is_an_error() -> None:
+    with pytest.raises(EngineStartFailed, match=r"^vllm\S* \S+ doesn't have .*create_error_response"):
+        map_overflows_to_400(types.SimpleNamespace())
+
+
+def test_a_module_of_bodies_that_is_gone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_patches, "BODY_MODULES", ("vllm.renderers.gone",))
+
+    with pytest.raises(EngineStartFailed, match=r"doesn't have the module vllm\.renderers\.gone"):
+        map_client_errors_to_400(Starlette(), EngineFailed)
+
+
+def test_an_application_that_does_not_handle_the_errors_of_the_engine_is_an_error() -> None:
+    with pytest.raises(EngineStartFailed, match="doesn't have a handler of EngineFailed"):
+        map_client_errors_to_400(Starlette(), EngineFailed)
+
+
+@pytest.mark.parametrize("is_positional", [True, False])
+async def test_the_adapter_of_a_request_is_remembered(monkeypatch: pytest.MonkeyPatch, is_positional: bool) -> None:
+    request = LoRARequest(lora_name="pirate@1", lora_int_id=1, lora_path="/adapters/pirate")
+    passed: list[Any] = []
+
+    async def add_request(self: object, *args: object, **options: object) -> None:
+        passed.append((args, options))
+
+    monkeypatch.setattr(AsyncLLM, "add_request", add_request)
+    names = AdapterNames()
+    engine = object.__new__(engine_class(names))
+
+    await engine.add_request("base", "prompt", None, lora_request=None)
+    if is_positional:
+        await engine.add_request("1", "prompt", None, None, request)
+    else:
+        await engine.add_request("1", "prompt", None, lora_request=request)
+
+    assert names == {"base": None, "1": "pirate@1"}
+    assert len(passed) == 2
+
+
+def test_a_logger_without_the_gauge_of_adapters_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrometheusStatLogger, "__init__", lambda self: None)
+
+    with pytest.raises(EngineStartFailed, match=r"doesn't have PrometheusStatLogger\.gauge_lora_info"):
+        stat_logger_class(AdapterNames(), lambda _: None)()
+
+
+def test_an_error_of_vllm_says_nothing_of_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Invalid(VLLMValidationError):
+        __str__ = VLLMValidationError.__str__
+
+    hide_values(Invalid)
+
+    assert str(Invalid("n must be positive.", parameter="n", value="secret")) == "n must be positive."
+    with pytest.raises(EngineStartFailed, match="may repeat what the client sent"):
+        hide_values(EngineFailed)
+
+
+@pytest.mark.parametrize("token_ids", [[], [7]], ids=["not compiled", "no token allowed"])
+async def test_a_grammar_that_allows_no_text_is_the_clients_error(token_ids: list[int]) -> None:
+    async def generate(*_: object, **__: object) -> AsyncGenerator[Any, None]:
+        yield types.SimpleNamespace(
+            prompt_token_ids=[1], outputs=[types.SimpleNamespace(index=0, token_ids=token_ids, finish_reason="error")]
+        )
+
+    engine: Any = types.SimpleNamespace(generate=generate, encode=generate)
+    count_generated_tokens(engine)
+    grammar = SamplingParams(structured_outputs=StructuredOutputsParams(grammar="root ::= root"))
+
+    with count_tokens() as tokens, pytest.raises(VLLMValidationError, match="refer to itself"):
+        async for _ in engine.generate("", grammar):
+            pass
+    with count_tokens() as others:
+        assert [output async for output in engine.generate("", SamplingParams())]
+
+    assert tokens.fault is not None
+    assert (tokens.fault.status, tokens.fault.error["param"]) == (400, "grammar")
+    assert others.fault is None

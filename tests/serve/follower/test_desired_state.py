@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from serve.desired import Desired, Step, apply, diff
+from serve.catalogue.state_dir import StateDir
 from serve.errors import AdminRefused, DesiredStateInvalid, StoreUnavailable
-from serve.remote import AdminClient
-from serve.state import StateDir
-from serve.watch import Watcher
+from serve.follower.admin_client import AdminClient
+from serve.follower.desired_state import DesiredState, Step, apply, diff
+from serve.follower.file_watch import FileWatcher
 from tests.serve.conftest import MakeArtifact
 
 
@@ -37,8 +37,8 @@ class RecordingClient(AdminClient):
     def retire(self, name: str, reason: str = "") -> dict[str, Any]:
         return self._take(f"retire {name}", name)
 
-    def _take(self, what: str, name: str) -> dict[str, Any]:
-        self.calls.append(what)
+    def _take(self, call: str, name: str) -> dict[str, Any]:
+        self.calls.append(call)
         if name in self.fails:
             raise self.fails[name]
         return {}
@@ -58,25 +58,28 @@ def file(tmp_path: Path, make_artifact: MakeArtifact) -> Path:
     return path
 
 
-def listing(desired: Desired, *others: str, pinned: bool = True) -> list[dict[str, Any]]:
+def listing(desired: DesiredState, *others: str, pinned: bool = True) -> list[dict[str, Any]]:
     """What the admin API lists when all is as desired, and other names."""
-    found = [
+    rows = [
         {
-            "name": it.adapter.name,
-            "current": it.adapter.engine_name,
-            "pinned": [it.adapter.engine_name] if it.pinned and pinned else [],
+            "name": entry.adapter.name,
+            "current": entry.adapter.engine_name,
+            "pinned": [entry.adapter.engine_name] if entry.pinned and pinned else [],
         }
-        for it in desired.wanted
+        for entry in desired.adapters
     ]
-    return [*found, *({"name": it, "current": f"{it}@{'0' * 12}", "pinned": [f"{it}@{'0' * 12}"]} for it in others)]
+    return [
+        *rows,
+        *({"name": name, "current": f"{name}@{'0' * 12}", "pinned": [f"{name}@{'0' * 12}"]} for name in others),
+    ]
 
 
 def verbs(steps: tuple[Step, ...]) -> list[str]:
-    return [str(it).partition("@")[0] for it in steps]
+    return [str(step).partition("@")[0] for step in steps]
 
 
 def test_the_steps_lead_from_what_there_is_to_what_is_desired(file: Path) -> None:
-    desired = Desired.read(file)
+    desired = DesiredState.read(file)
 
     assert verbs(diff(desired, [])) == ["publish pirate", "publish table", "pin pirate"]
     assert diff(desired, listing(desired)) == ()
@@ -84,23 +87,23 @@ def test_the_steps_lead_from_what_there_is_to_what_is_desired(file: Path) -> Non
 
 
 def test_what_is_not_listed_stays_unless_the_file_says_otherwise(file: Path) -> None:
-    desired = Desired.read(file)
+    desired = DesiredState.read(file)
     assert diff(desired, listing(desired, "old")) == ()
 
     file.write_text(file.read_text() + "retire_others: true\n")
-    assert verbs(diff(Desired.read(file), listing(desired, "old"))) == ["unpin old", "retire old"]
+    assert verbs(diff(DesiredState.read(file), listing(desired, "old"))) == ["unpin old", "retire old"]
 
 
 def test_a_new_revision_moves_the_pin_with_it(file: Path) -> None:
-    desired = Desired.read(file)
-    found = listing(desired)
-    found[0] |= {"current": "pirate@000000000000", "pinned": ["pirate@000000000000"]}
+    desired = DesiredState.read(file)
+    listed = listing(desired)
+    listed[0] |= {"current": "pirate@000000000000", "pinned": ["pirate@000000000000"]}
 
-    assert verbs(diff(desired, found)) == ["publish pirate", "pin pirate", "unpin pirate"]
+    assert verbs(diff(desired, listed)) == ["publish pirate", "pin pirate", "unpin pirate"]
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("adapters: [", "can't be read"),
         ("adapters: 3", "adapters"),
@@ -111,16 +114,16 @@ def test_a_new_revision_moves_the_pin_with_it(file: Path) -> None:
         ("adapters: [!!python/object/apply:os.system ['true']]", "can't be read"),
     ],
 )
-def test_a_file_that_says_what_cannot_be_is_told(file: Path, content: str, told: str) -> None:
+def test_a_file_that_says_what_cannot_be_is_reported(file: Path, content: str, message: str) -> None:
     file.write_text(content)
 
-    with pytest.raises(DesiredStateInvalid, match=told):
-        Desired.read(file)
+    with pytest.raises(DesiredStateInvalid, match=message):
+        DesiredState.read(file)
 
 
 def test_one_bad_adapter_blocks_no_other(file: Path, client: RecordingClient) -> None:
     client.fails["pirate"] = AdminRefused("adapter_rejected", "it holds NaN")
-    desired = Desired.read(file)
+    desired = DesiredState.read(file)
 
     failed = apply(desired, diff(desired, []), client)
 
@@ -133,32 +136,32 @@ def test_one_bad_adapter_blocks_no_other(file: Path, client: RecordingClient) ->
 def test_a_watched_file_is_applied_when_what_it_says_changes_and_only_then(
     file: Path, client: RecordingClient, make_artifact: MakeArtifact, tmp_path: Path
 ) -> None:
-    told: list[str] = []
-    watcher = Watcher(file, client, told.append)
-    watcher.look()
+    reports: list[str] = []
+    watcher = FileWatcher(file, client, reports.append)
+    watcher.poll()
     assert client.calls == ["publish pirate", "publish table", "pin pirate"]
     client.calls.clear()
-    client.listed[:] = listing(Desired.read(file))
+    client.listed[:] = listing(DesiredState.read(file))
 
-    watcher.look()
+    watcher.poll()
     file.write_text(file.read_text() + "# a comment\n")
-    watcher.look()
+    watcher.poll()
     assert client.calls == []
 
     (tmp_path / "a" / "manifest.json").write_text(
         make_artifact("c", name="pirate", weights="3").root.joinpath("manifest.json").read_text()
     )
-    watcher.look()
+    watcher.poll()
     assert client.calls[0] == "publish pirate"
-    assert len(told) == 2
+    assert len(reports) == 2
 
 
 def test_a_rollback_by_hand_is_not_undone_by_a_restart(file: Path, client: RecordingClient) -> None:
-    Watcher(file, client, lambda _: None).look()
+    FileWatcher(file, client, lambda _: None).poll()
     client.calls.clear()
-    client.listed[:] = [it | {"current": "pirate@000000000000"} for it in listing(Desired.read(file))]
+    client.listed[:] = [row | {"current": "pirate@000000000000"} for row in listing(DesiredState.read(file))]
 
-    Watcher(file, client, lambda _: None).look()
+    FileWatcher(file, client, lambda _: None).poll()
 
     assert client.calls == []
 
@@ -166,16 +169,32 @@ def test_a_rollback_by_hand_is_not_undone_by_a_restart(file: Path, client: Recor
 def test_what_may_pass_is_tried_again_and_what_may_not_waits_for_a_change(
     file: Path, client: RecordingClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.watch._RETRY_S", -1)
-    told: list[str] = []
-    watcher = Watcher(file, client, told.append)
+    monkeypatch.setattr("serve.follower.file_watch._RETRY_S", -1)
+    reports: list[str] = []
+    watcher = FileWatcher(file, client, reports.append)
     client.fails["table"] = StoreUnavailable("out of reach")
-    watcher.look()
-    watcher.look()
+    watcher.poll()
+    watcher.poll()
     assert client.calls.count("publish table") == 2
 
     client.fails["table"] = AdminRefused("adapter_rejected", "it holds NaN")
-    watcher.look()
-    watcher.look()
+    watcher.poll()
+    watcher.poll()
     assert client.calls.count("publish table") == 3
-    assert "error[adapter_rejected]" in told[-1]
+    assert "error[adapter_rejected]" in reports[-1]
+
+
+@pytest.mark.parametrize("error", [OSError("no such file"), KeyError("pinned")], ids=["disk", "answer"])
+def test_an_unexpected_error_is_printed_and_the_file_is_applied_again(
+    file: Path, client: RecordingClient, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("serve.follower.file_watch._RETRY_S", -1)
+    reports: list[str] = []
+    watcher = FileWatcher(file, client, reports.append)
+    client.fails["pirate"] = error
+    watcher.poll()
+    assert repr(error) in reports[-1]
+
+    client.fails.clear()
+    watcher.poll()
+    assert "applied: publish pirate" in reports[-1]

@@ -1,4 +1,4 @@
-"""Which routes there are, and what they say for a request that reaches no engine."""
+"""Which routes are public, and what they answer to a request that reaches no engine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve.openai import ENGINE_ROUTES
-from serve.store import AdapterStore
+from serve.catalogue.adapter_store import AdapterStore
+from serve.gateway.public_routes import ENGINE_ROUTES
 from tests.serve.fakes import FakeEngine
 from tests.serve.one_replica import MAX_BODY_BYTES, OLD, calling, gateway_of
 
@@ -30,7 +30,6 @@ async def test_every_public_route_reaches_the_engine(client: httpx.AsyncClient, 
         ("POST", "/invocations"),
         ("GET", "/metrics"),
         ("GET", "/docs"),
-        ("POST", "/v1/completions/"),
         ("POST", "/v1/../scale_elastic_ep"),
         ("POST", "//v1/load_lora_adapter"),
     ],
@@ -59,6 +58,8 @@ async def test_no_other_route_of_the_engine_is_reachable(
         pytest.param(b'["model"]', 400, "invalid_body", id="not-an-object"),
         pytest.param(b"", 400, "invalid_body", id="empty"),
         pytest.param(b'{"model": "\xff"}', 400, "invalid_body", id="not-utf-8"),
+        pytest.param(b'{"prompt": "\xff"}', 400, "invalid_body", id="not-utf-8-in-another-field"),
+        pytest.param('{"model": "pirate"}'.encode("utf-16"), 400, "invalid_body", id="utf-16"),
         pytest.param(b'{"prompt": "' + b"x" * MAX_BODY_BYTES + b'"}', 413, "body_too_large", id="too-large"),
     ],
 )
@@ -74,28 +75,86 @@ async def test_a_bad_request_gets_an_openai_error(
     assert set(error) == {"message", "type", "param", "code"}
 
 
-async def test_an_unknown_model_is_told_what_there_is(client: httpx.AsyncClient) -> None:
+async def test_the_answer_to_an_unknown_model_lists_the_models(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/completions", json={"model": "nobody"})
 
     assert response.json()["error"]["message"] == "The model `nobody` does not exist. Models here: pirate, small-llama."
     assert response.json()["error"]["param"] == "model"
 
 
-async def test_the_wrong_method_is_told(client: httpx.AsyncClient) -> None:
+async def test_the_wrong_method_is_reported(client: httpx.AsyncClient) -> None:
     response = await client.get("/v1/completions")
 
     assert (response.status_code, response.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/models", "GET, HEAD"),
+        ("/admin/v1/adapters", "GET, HEAD, POST"),
+        ("/admin/v1/adapters/pirate", "DELETE, GET, HEAD"),
+    ],
+)
+async def test_the_answer_to_a_wrong_method_lists_those_of_every_route_with_the_path(
+    client: httpx.AsyncClient, path: str, allowed: str
+) -> None:
+    response = await client.put(path)
+
+    assert (response.status_code, response.headers["allow"]) == (405, allowed)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "location"),
+    [
+        ("POST", "/v1/completions/", "/v1/completions"),
+        ("GET", "/v1/models/", "/v1/models"),
+        ("GET", "/v1/models/pirate/?x=1", "/v1/models/pirate?x=1"),
+    ],
+)
+async def test_a_path_with_a_slash_at_its_end_is_redirected_on_the_same_host(
+    client: httpx.AsyncClient, method: str, path: str, location: str
+) -> None:
+    response = await client.request(method, path, headers={"host": "elsewhere.example"})
+
+    assert (response.status_code, response.headers["location"]) == (307, location)
+
+
+@pytest.mark.parametrize("path", ["//elsewhere.example/", "//v1/models/", "/scale_elastic_ep/", "/"])
+async def test_no_other_path_is_redirected(client: httpx.AsyncClient, path: str) -> None:
+    assert (await client.get(f"http://graft{path}")).status_code == 404
+
+
+async def test_a_byte_order_mark_before_the_body_is_ignored(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/completions", content=b'\xef\xbb\xbf{"model": "pirate"}')
+
+    assert response.status_code == 200
+    assert response.json()["body"] == f'{{"model":"{OLD.adapter.engine_name}"}}'
 
 
 async def test_models_lists_aliases_with_what_they_stand_for(client: httpx.AsyncClient) -> None:
     listed = (await client.get("/v1/models")).json()
 
-    assert [(it["id"], it["root"], it["parent"]) for it in listed["data"]] == [
+    assert [(model["id"], model["root"], model["parent"]) for model in listed["data"]] == [
         ("small-llama", "small-llama", None),
         ("pirate", OLD.adapter.engine_name, "small-llama"),
     ]
     assert (await client.get("/v1/models/pirate")).json() == listed["data"][1]
     assert (await client.get("/v1/models/nobody")).status_code == 404
+
+
+async def test_the_name_that_an_answer_has_is_a_model_of_its_own(client: httpx.AsyncClient) -> None:
+    pinned, alias = [(await client.get(f"/v1/models/{name}")).json() for name in (OLD.adapter.engine_name, "pirate")]
+
+    assert pinned == alias | {"id": OLD.adapter.engine_name}
+    assert (await client.get("/v1/models/pirate@000000000000")).status_code == 404
+
+
+async def test_every_model_has_the_length_of_its_context(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    listed = (await client.get("/v1/models")).json()["data"]
+
+    assert [model["max_model_len"] for model in listed] == [engine.context_tokens] * 2
 
 
 async def test_the_description_names_every_public_route_and_no_other(client: httpx.AsyncClient) -> None:
@@ -131,7 +190,7 @@ async def test_errors_of_anthropics_routes_have_anthropics_shape(
 ) -> None:
     response = await client.post(path, content=body)
 
-    told = response.json()
+    answer = response.json()
     assert response.status_code == status
-    assert (told["type"], told["error"]["type"], told["error"]["code"]) == ("error", kind, code)
-    assert told["error"]["message"]
+    assert (answer["type"], answer["error"]["type"], answer["error"]["code"]) == ("error", kind, code)
+    assert answer["error"]["message"]

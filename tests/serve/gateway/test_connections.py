@@ -16,7 +16,7 @@ import uvicorn
 from ray.serve._private.http_util import parse_disconnect_disabled_header
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.store import AdapterStore
+from serve.catalogue.adapter_store import AdapterStore
 from tests.serve.fakes import FakeEngine
 from tests.serve.guarded import BASE_MODEL, Guarded, generate, guarded_gateway, until
 
@@ -25,10 +25,10 @@ Started = Callable[..., contextlib.AbstractAsyncContextManager["Server"]]
 
 @dataclass
 class Stream:
-    """An engine that streams without end until it is told that its caller left."""
+    """An engine that streams without end until its caller disconnects."""
 
     running: int = 0
-    told: list[str] = field(default_factory=list)
+    received: list[str] = field(default_factory=list)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
@@ -39,7 +39,7 @@ class Stream:
             while not gone.done():
                 await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
                 await asyncio.sleep(0)
-            self.told.append(gone.result()["type"])
+            self.received.append(gone.result()["type"])
         finally:
             gone.cancel()
             self.running -= 1
@@ -53,8 +53,8 @@ class Server:
     more_headers: str = ""
 
     def is_idle(self) -> bool:
-        passages = self.guarded.gateway.passages
-        return not (passages.places.taken or passages.limiter.running or passages.readers.watched_now)
+        policy = self.guarded.gateway.policy
+        return not (policy.engine_queue.running or policy.limiter.running or policy.slow_clients.guarded_responses)
 
     def request(self, body: bytes, length: int | None = None) -> bytes:
         head = (
@@ -140,7 +140,7 @@ async def test_a_caller_that_takes_nothing_of_its_answer_is_dropped_and_all_that
         await until(lambda: stream.running == 0)
 
         await until(server.is_idle)
-        assert server.guarded.gateway.passages.readers.dropped == 1
+        assert server.guarded.gateway.policy.slow_clients.dropped == 1
 
 
 async def test_a_slow_reader_that_goes_on_reading_is_left_alone(start: Started, engine: FakeEngine) -> None:
@@ -151,7 +151,7 @@ async def test_a_slow_reader_that_goes_on_reading_is_left_alone(start: Started, 
             await reader.readexactly(1 << 19)
             await asyncio.sleep(0.1)
         assert stream.running == 1
-        assert server.guarded.gateway.passages.readers.dropped == 0
+        assert server.guarded.gateway.policy.slow_clients.dropped == 0
 
 
 async def test_a_caller_that_leaves_a_stream_stops_it_and_frees_what_it_held(
@@ -164,7 +164,7 @@ async def test_a_caller_that_leaves_a_stream_stops_it_and_frees_what_it_held(
             assert await reader.read(100)
             assert not server.is_idle()
         await until(server.is_idle)
-        assert stream.told == ["http.disconnect"]
+        assert stream.received == ["http.disconnect"]
 
 
 async def test_a_caller_that_leaves_while_it_waits_leaves_the_queue(start: Started, engine: FakeEngine) -> None:
@@ -172,21 +172,21 @@ async def test_a_caller_that_leaves_while_it_waits_leaves_the_queue(start: Start
     async with start(max_running_requests=1) as server, server.connection() as (reader, writer):
         writer.write(server.request(BODY))
         assert await reader.read(100)
-        places = server.guarded.gateway.passages.places
+        engine_queue = server.guarded.gateway.policy.engine_queue
         async with server.connection() as (_, waiting):
             waiting.write(server.request(BODY))
-            await until(lambda: places.waiting == 1)
+            await until(lambda: engine_queue.waiting == 1)
             await asyncio.sleep(0.1)
-            assert places.waiting == 1
+            assert engine_queue.waiting == 1
 
-        await until(lambda: places.waiting == 0)
+        await until(lambda: engine_queue.waiting == 0)
 
-        assert (places.taken, stream.running) == (1, 1), "the one before it has its place"
+        assert (engine_queue.running, stream.running) == (1, 1), "the one before it has its place"
 
 
-async def test_a_body_that_does_not_arrive_holds_nothing_and_is_told(start: Started, engine: FakeEngine) -> None:
+async def test_a_body_that_does_not_arrive_holds_nothing_and_is_reported(start: Started, engine: FakeEngine) -> None:
     engine.handler = generate
-    async with start(body_timeout_s=0.3, max_running_requests=1) as server:
+    async with start(body_timeout_s=3, max_running_requests=1) as server:
         async with server.connection() as (slow, slow_writer), server.connection() as (quick, quick_writer):
             slow_writer.write(server.request(BODY[:5], length=1000))
             quick_writer.write(server.request(BODY))
@@ -205,7 +205,7 @@ async def test_a_queue_that_is_full_says_so_while_the_engine_is_busy(start: Star
         for _ in range(3):
             _, writer = await stack.enter_async_context(server.connection())
             writer.write(server.request(BODY))
-        await until(lambda: server.guarded.gateway.passages.places.waiting == 2)
+        await until(lambda: server.guarded.gateway.policy.engine_queue.waiting == 2)
 
         reader, writer = await stack.enter_async_context(server.connection())
         writer.write(server.request(BODY))
@@ -245,4 +245,4 @@ async def test_thousands_of_connections_opened_and_dropped_leave_nothing_behind(
         await until(lambda: this.num_fds() <= descriptors)
         await until(lambda: len(asyncio.all_tasks()) <= tasks)
         assert stream.running == 0
-        assert server.guarded.gateway.passages.places.waiting == 0
+        assert server.guarded.gateway.policy.engine_queue.waiting == 0

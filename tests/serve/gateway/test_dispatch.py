@@ -1,9 +1,8 @@
-"""What the engine gets of a request, and what its caller is told when the engine or the caller goes."""
+"""What the engine gets of a request, and what the caller gets for it, also when the engine dies."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +12,9 @@ import httpx
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from serve.gateway import Gateway
-from serve.store import AdapterStore
-from tests.serve.fakes import FakeEngine, respond
+from serve.catalogue.adapter_store import AdapterStore
+from serve.gateway.app import Gateway
+from tests.serve.fakes import FakeEngine, Handler, respond
 from tests.serve.one_replica import ADMIN, NEW, OLD, gateway_of
 
 
@@ -80,17 +79,17 @@ async def test_a_bug_in_the_middle_of_an_answer_is_logged_and_ends_the_connectio
     with pytest.raises(RuntimeError, match="a bug"):
         await gateway(scope, receive, send)
 
-    assert [it["type"] for it in sent] == ["http.response.start"]
+    assert [message["type"] for message in sent] == ["http.response.start"]
     assert "request failed" in caplog.text
 
 
 @pytest.fixture
-def ends_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process, which by rights ends before it says anything for a dead engine."""
-    monkeypatch.setattr("serve.engine_call._SILENCE_S", 0.01)
+def exits_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica that still runs when it should have exited after the death of its engine."""
+    monkeypatch.setattr("serve.gateway.response._REPLICA_EXIT_S", 0.01)
 
 
-@pytest.mark.usefixtures("ends_late")
+@pytest.mark.usefixtures("exits_late")
 async def test_a_dead_engine_answers_503_so_that_the_proxy_tries_another_replica(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
@@ -102,7 +101,7 @@ async def test_a_dead_engine_answers_503_so_that_the_proxy_tries_another_replica
         assert response.json()["error"]["code"] == "engine_unavailable"
 
 
-@pytest.mark.usefixtures("ends_late")
+@pytest.mark.usefixtures("exits_late")
 @pytest.mark.parametrize(("path", "shape"), [("/v1/completions", None), ("/v1/messages", "error")])
 async def test_an_engine_that_dies_under_a_request_turns_its_500_into_a_503(
     client: httpx.AsyncClient, engine: FakeEngine, path: str, shape: str | None
@@ -119,6 +118,7 @@ async def test_an_engine_that_dies_under_a_request_turns_its_500_into_a_503(
     assert response.json()["error"]["code"] == "engine_unavailable"
 
 
+@pytest.mark.virtual_time
 async def test_nothing_is_said_for_a_dead_engine_before_its_replica_ends(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
@@ -135,62 +135,9 @@ async def test_nothing_is_said_for_a_dead_engine_before_its_replica_ends(
     assert engine.is_dead
     assert not under_way.done()
     assert not late.done()
-    assert (await client.get("/health")).status_code == 503, "whoever watches is told at once"
+    assert (await client.get("/health")).status_code == 503, "a probe sees it at once"
     for task in (under_way, late):
         task.cancel()
-
-
-async def test_a_cancelled_request_reaches_the_engine_as_a_disconnect(gateway: Gateway, engine: FakeEngine) -> None:
-    started, told = asyncio.Event(), asyncio.Event()
-
-    async def generate(scope: Scope, receive: Receive, send: Send) -> None:
-        await receive()
-        started.set()
-        assert await receive() == {"type": "http.disconnect"}
-        told.set()
-
-    body = [{"type": "http.request", "body": b'{"model": "pirate"}'}]
-
-    async def receive() -> Message:
-        if body:
-            return body.pop()
-        await asyncio.Event().wait()
-        raise AssertionError
-
-    async def send(_: Message) -> None: ...
-
-    engine.handler = generate
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-    request = asyncio.create_task(gateway(scope, receive, send))
-    await started.wait()
-    request.cancel()
-    await asyncio.gather(request, return_exceptions=True)
-
-    assert told.is_set()
-
-
-@pytest.mark.parametrize(("told", "ended"), [(b"", asyncio.CancelledError), (b"whole", None)], ids=["before", "after"])
-async def test_a_caller_that_the_engine_sees_leave_before_it_has_its_answer_was_not_answered(
-    gateway: Gateway, engine: FakeEngine, told: bytes, ended: type[BaseException] | None
-) -> None:
-    async def generate(scope: Scope, receive: Receive, send: Send) -> None:
-        await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        if told:
-            await send({"type": "http.response.body", "body": told})
-        assert await receive() == {"type": "http.disconnect"}
-
-    messages = [{"type": "http.request", "body": b'{"model": "pirate"}'}, {"type": "http.disconnect"}]
-
-    async def receive() -> Message:
-        return messages.pop(0)
-
-    async def send(_: Message) -> None: ...
-
-    engine.handler = generate
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-    with pytest.raises(ended) if ended else contextlib.nullcontext():
-        await gateway(scope, receive, send)
 
 
 @pytest.mark.parametrize("model", ["small-llama", "pirate"])
@@ -216,7 +163,7 @@ async def test_the_next_request_of_a_caller_finds_the_place_of_the_one_before(
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
         await gateway(scope, receive, send)
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await ask(3)
 
     assert statuses == [200, 200, 200]
@@ -232,7 +179,9 @@ async def test_a_request_keeps_the_revision_it_began_with_while_the_alias_moves(
         if model == OLD.adapter.engine_name:
             began.set()
             await finish.wait()
-        await respond(send, 200, json.dumps([model, sorted(it.engine_name for it in engine.resident)]).encode())
+        await respond(
+            send, 200, json.dumps([model, sorted(adapter.engine_name for adapter in engine.resident)]).encode()
+        )
 
     engine.handler = slow
     before = asyncio.create_task(client.post("/v1/completions", json={"model": "pirate"}))
@@ -249,33 +198,56 @@ async def test_a_request_keeps_the_revision_it_began_with_while_the_alias_moves(
     assert (await before).headers["x-graft-model"] == OLD.adapter.engine_name
 
 
+def endless(*chunks: bytes, kind: bytes = b"text/event-stream") -> Handler:
+    """Answers with the chunks, and ends only when its client disconnects, as vLLM does."""
+
+    async def handler(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        if chunks:
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        for chunk in chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+        await send({"type": "http.response.body", "body": b"of an aborted request"})
+
+    return handler
+
+
+async def test_a_request_that_runs_too_long_is_aborted_and_answered_in_a_way_that_clients_do_not_retry(
+    client: httpx.AsyncClient, gateway: Gateway, engine: FakeEngine
+) -> None:
+    gateway.policy.max_run_s = 0.05
+    engine.handler = endless()
+
+    response = await client.post("/v1/completions", json={"model": "pirate"})
+
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "run_too_long")
+    assert response.headers["x-should-retry"] == "false"
+    assert gateway.policy.engine_queue.running == 0
+
+
 @pytest.mark.parametrize(
-    ("asked", "refused"),
+    ("path", "chunk", "end"),
     [
-        ({"prompt_logprobs": 0}, True),
-        ({"prompt_logprobs": None}, False),
-        ({"echo": True, "logprobs": 1}, True),
-        ({"echo": 1, "logprobs": 0}, True),
-        ({"echo": True, "top_logprobs": 2}, True),
-        ({"echo": True}, False),
-        ({"echo": True, "messages": [{"role": "user", "content": "x"}]}, True),
-        ({"echo": "yes", "messages": [], "top_logprobs": None}, True),
-        ({"echo": False, "messages": [{"role": "user", "content": "x"}]}, False),
-        ({"echo": True, "logprobs": False}, True),
-        ({"echo": True, "logprobs": None}, False),
-        ({"echo": False, "logprobs": 5}, False),
-        ({"logprobs": True, "top_logprobs": 2}, False),
+        ("/v1/completions", b"data: {}\n\n", "data: [DONE]\n\n"),
+        ("/v1/messages", b"event: message_start\ndata: {}\n\n", ""),
+        ("/v1/responses", b'event: response.created\ndata: {"sequence_number":6}\n\n', ""),
     ],
 )
-@pytest.mark.parametrize("model", ["small-llama", "pirate"])
-async def test_what_would_stop_an_engine_with_adapters_never_reaches_it(
-    client: httpx.AsyncClient, engine: FakeEngine, asked: dict[str, object], refused: bool, model: str
+async def test_a_stream_that_runs_too_long_ends_with_an_event_in_the_form_of_its_route(
+    client: httpx.AsyncClient, gateway: Gateway, engine: FakeEngine, path: str, chunk: bytes, end: str
 ) -> None:
-    for gives, status in ((False, 400 if refused else 200), (True, 200)):
-        engine.gives_prompt_logprobs = gives
+    gateway.policy.max_run_s = 0.05
+    engine.handler = endless(chunk, chunk)
 
-        answer = await client.post("/v1/completions", json={"model": model, "prompt": "x", **asked})
+    response = await client.post(path, json={"model": "pirate", "stream": True})
 
-        assert answer.status_code == status
-        if status == 400:
-            assert answer.json()["error"]["code"] == "prompt_logprobs_unavailable"
+    assert response.status_code == 200
+    begin = chunk.decode() * 2
+    assert response.text.startswith(begin)
+    assert response.text.endswith(end)
+    kind, _, data = response.text.removeprefix(begin).removesuffix(end).rpartition("data: ")
+    event = json.loads(data)
+    assert kind == ("" if path == "/v1/completions" else "event: error\n")
+    assert (event if path == "/v1/responses" else event["error"])["code"] == "run_too_long"
+    assert event.get("sequence_number") == (7 if path == "/v1/responses" else None)

@@ -8,24 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.errors import CallerQueueFull, EngineQueueFull, EngineWaitTooLong
-from serve.places import PlaceLimits, Places
+from serve.gateway.engine_queue import EngineQueue, QueueLimits
 from tests.serve import virtual_time
 
-ROOM = PlaceLimits(max_waiting=10_000, max_waiting_per_caller=10_000, max_wait_s=1e6)
+ROOM = QueueLimits(max_waiting=10_000, max_waiting_per_caller=10_000, max_wait_s=1e6)
 
 
 class Engine:
     """Takes a second for each request, and remembers their order."""
 
-    def __init__(self, count: int, limits: PlaceLimits = ROOM) -> None:
-        self.places = Places(count, limits)
+    def __init__(self, count: int, limits: QueueLimits = ROOM) -> None:
+        self.engine_queue = EngineQueue(count, limits)
         self.order: list[str] = []
         self.most = 0
 
     async def ask(self, caller: str, model: str = "base") -> None:
-        async with self.places.place(caller, model):
+        async with self.engine_queue.acquire(caller, model):
             self.order.append(f"{caller}/{model}")
-            self.most = max(self.most, self.places.taken)
+            self.most = max(self.most, self.engine_queue.running)
             await asyncio.sleep(1)
 
 
@@ -47,22 +47,22 @@ def test_no_more_run_than_there_are_places() -> None:
 
     assert engine.most == 3
     assert len(engine.order) == 50
-    assert (engine.places.taken, engine.places.waiting) == (0, 0)
+    assert (engine.engine_queue.running, engine.engine_queue.waiting) == (0, 0)
 
 
 def test_a_place_that_is_left_early_is_left_once() -> None:
     async def main() -> Engine:
         engine = Engine(1)
-        async with engine.places.place("early", "base") as leave:
-            leave()
+        async with engine.engine_queue.acquire("early", "base") as release:
+            release()
             await asyncio.gather(*(engine.ask("late") for _ in range(3)))
-            leave()
+            release()
         return engine
 
     engine = virtual_time.run(main())
 
     assert engine.most == 1
-    assert (engine.places.taken, engine.places.waiting) == (0, 0)
+    assert (engine.engine_queue.running, engine.engine_queue.waiting) == (0, 0)
 
 
 def test_a_burst_of_200_costs_another_caller_one_turn_each() -> None:
@@ -113,7 +113,7 @@ def test_first_come_first_served_within_a_caller_and_model() -> None:
         engine = Engine(2)
 
         async def numbered(number: int) -> None:
-            async with engine.places.place("a", "x"):
+            async with engine.engine_queue.acquire("a", "x"):
                 done.append(number)
                 await asyncio.sleep(1)
 
@@ -126,7 +126,7 @@ def test_first_come_first_served_within_a_caller_and_model() -> None:
 
 def test_beyond_the_queue_the_answer_is_no_and_at_once() -> None:
     async def main() -> None:
-        engine = Engine(1, PlaceLimits(max_waiting=4, max_waiting_per_caller=3, max_wait_s=100))
+        engine = Engine(1, QueueLimits(max_waiting=4, max_waiting_per_caller=3, max_wait_s=100))
         tasks = [ask(engine, "a") for _ in range(4)]
         await begin()
         before = asyncio.get_running_loop().time()
@@ -147,14 +147,14 @@ def test_beyond_the_queue_the_answer_is_no_and_at_once() -> None:
 
 def test_who_waits_for_too_long_is_told_and_leaves_the_queue() -> None:
     async def main() -> None:
-        engine = Engine(1, PlaceLimits(max_waiting=4, max_waiting_per_caller=4, max_wait_s=0.5))
+        engine = Engine(1, QueueLimits(max_waiting=4, max_waiting_per_caller=4, max_wait_s=0.5))
         task = ask(engine, "a")
         await begin()
         with pytest.raises(EngineWaitTooLong):
             await engine.ask("b")
-        assert engine.places.waiting == 0
+        assert engine.engine_queue.waiting == 0
         await task
-        assert engine.places.taken == 0
+        assert engine.engine_queue.running == 0
 
     virtual_time.run(main())
 
@@ -183,8 +183,8 @@ def test_whoever_leaves_whenever_every_place_is_free_in_the_end(
 
     engine = virtual_time.run(main())
 
-    assert (engine.places.taken, engine.places.waiting) == (0, 0)
-    assert not engine.places._queues
+    assert (engine.engine_queue.running, engine.engine_queue.waiting) == (0, 0)
+    assert not engine.engine_queue._queues
     assert engine.most <= count
 
 
@@ -193,9 +193,9 @@ def test_who_waits_is_counted_by_model() -> None:
         engine = Engine(1)
         requests = [ask(engine, who, model) for who, model in (("a", "base"), ("a", "x"), ("b", "x"), ("b", "base"))]
         await begin()
-        waiting = dict(engine.places.waiting_requests)
+        waiting = dict(engine.engine_queue.waiting_requests)
         await asyncio.gather(*requests)
-        assert not engine.places.waiting_requests
+        assert not engine.engine_queue.waiting_requests
         return waiting
 
     assert virtual_time.run(main()) == {"x": 2, "base": 1}

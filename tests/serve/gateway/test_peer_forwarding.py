@@ -15,19 +15,21 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from serve.admin import Admin
-from serve.admission import Admission
-from serve.config import EngineSettings, GatewaySettings, ServeSettings
+from serve.adapters.admission import Admission
+from serve.adapters.pool import AdapterPool
+from serve.adapters.publish import Control
+from serve.adapters.reconcile import Reconciler, ReplicaReport
+from serve.admin.routes import Admin
+from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.log import CatalogueLog
+from serve.deployment.uvicorn_patches import patch_uvicorn_startup
 from serve.errors import ReplicaUnreachable
-from serve.forward import Peers
-from serve.gateway import Gateway
-from serve.listening import on_listening
-from serve.log import CatalogueLog
-from serve.publish import Control
-from serve.reconcile import Reconciler, ReplicaReport
-from serve.residency import AdapterPool
-from serve.store import AdapterStore
-from tests.serve.conftest import BASE, believe, candidate
+from serve.follower.http_client import direct_async_client
+from serve.gateway.app import Gateway
+from serve.gateway.peer_forwarding import Peers
+from serve.settings import EngineSettings, GatewaySettings, ServeSettings
+from tests.recording_proxy import RecordingProxy
+from tests.serve.conftest import BASE, candidate, verify_nothing
 from tests.serve.fakes import FakeEngine, respond
 
 ADAPTERS = [candidate(f"adapter-{number}", "w") for number in range(4)]
@@ -48,7 +50,7 @@ class Replica:
 
     async def ask(self, name: str) -> str:
         """Which replica answered; it says so itself."""
-        async with httpx.AsyncClient() as client:
+        async with direct_async_client() as client:
             response = await client.post(f"{self.url}/v1/completions", json={"model": name, "stream": True})
         assert response.status_code == 200, response.text
         return response.text
@@ -68,8 +70,14 @@ class Fleet:
 
 
 @pytest.fixture
+async def fleet_beside_a_proxy(proxy: RecordingProxy, fleet: Fleet) -> tuple[Fleet, RecordingProxy]:
+    """The replicas are started in the environment that names the proxy."""
+    return fleet, proxy
+
+
+@pytest.fixture
 async def fleet(tmp_path: Path, log: CatalogueLog, store: AdapterStore) -> AsyncIterator[Fleet]:
-    """Two replicas; each has told its address and holds nothing."""
+    """Two replicas; each knows the address of the other, and neither holds an adapter."""
     for adapter in ADAPTERS:
         log.stage(adapter)
         log.promote(adapter)
@@ -85,13 +93,13 @@ async def serving(number: int, fleet: Fleet, log: CatalogueLog, store: AdapterSt
     async def say_who(scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         model = json.loads((await receive())["body"])["model"]
-        assert model in {it.engine_name for it in engine.resident}
+        assert model in {adapter.engine_name for adapter in engine.resident}
         await respond(send, 200, f"replica {number}, {model}, {headers.get(b'x-graft-caller', b'').decode()}".encode())
 
     engine.handler = say_who
     pool = AdapterPool(engine, store, CAPACITY)
     peers = Peers(f"replica-{number}", MACHINE, fleet.report)
-    reconciler = Reconciler(f"replica-{number}", log, engine, pool, believe, address=lambda: peers.address)
+    reconciler = Reconciler(f"replica-{number}", log, engine, pool, verify_nothing, address=lambda: peers.address)
     reconciler.catalogue = log.read()
     settings = ServeSettings(
         engine=EngineSettings(model_path=root, model_name="small-llama", fingerprint=BASE),
@@ -110,7 +118,7 @@ async def serving(number: int, fleet: Fleet, log: CatalogueLog, store: AdapterSt
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        on_listening(f"replica-{number}", peers.listens_on)
+        patch_uvicorn_startup(f"replica-{number}", peers.listens_on)
         server = uvicorn.Server(uvicorn.Config(gateway, port=port, log_level="error", lifespan="off"))
         task = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
@@ -135,7 +143,17 @@ async def test_a_cold_request_goes_to_the_replica_that_holds_its_adapter(fleet: 
     assert (await here.ask("adapter-0")).startswith(f"replica 1, {FIRST.adapter.engine_name}")
 
     assert here.engine.resident == {ADAPTERS[2].adapter, ADAPTERS[3].adapter}, "nothing was evicted"
-    assert (here.peers.passed_on, there.peers.passed_on) == (1, 0)
+    assert (here.peers.forwarded, there.peers.forwarded) == (1, 0)
+
+
+async def test_a_forwarded_request_passes_no_proxy(fleet_beside_a_proxy: tuple[Fleet, RecordingProxy]) -> None:
+    fleet, proxy = fleet_beside_a_proxy
+    here, there = fleet.replicas
+    await fill(there, "adapter-0")
+    await fill(here, "adapter-2", "adapter-3")
+
+    assert (await here.ask("adapter-0")).startswith("replica 1")
+    assert proxy.first_lines == []
 
 
 async def test_what_fits_here_is_loaded_here(fleet: Fleet) -> None:
@@ -226,3 +244,4 @@ async def test_the_callers_headers_arrive(fleet: Fleet) -> None:
     assert response.text.endswith(", me")
     assert response.headers.get_list("x-graft-model") == [FIRST.adapter.engine_name]
     assert response.headers["content-type"] == "application/json"
+    assert [len(response.headers.get_list(name)) for name in ("date", "server")] == [1, 1]

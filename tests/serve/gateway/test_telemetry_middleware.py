@@ -1,136 +1,35 @@
-"""What is counted and written down of requests, through the whole gateway in front of an engine without a model."""
+"""What is counted and logged of requests, through the whole gateway in front of an engine without a model."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
-from prometheus_client import generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Receive, Scope, Send
 
-from serve.admin import Admin
-from serve.admission import Admission
-from serve.config import EngineSettings, GatewaySettings, LogSettings, ServeSettings
-from serve.counted import CountedControl
-from serve.gateway import Gateway
-from serve.log import CatalogueLog
-from serve.logs import JsonLines
-from serve.reconcile import Reconciler
-from serve.recorder import Finished, Recorder
-from serve.residency import AdapterPool
-from serve.sentinel import Sentinel
-from serve.snapshot import Snapshot
-from serve.state import sha256
-from serve.store import AdapterStore
-from serve.waiting import WaitLimits
-from tests.serve.conftest import BASE, believe, candidate
-from tests.serve.fakes import FakeEngine, respond
-from tests.serve.one_replica import OneReplica
+from serve.adapters.identity_check import IdentityChecker
+from serve.observability.metrics import FIRST_TOKEN_SECONDS, REQUEST_SECONDS
+from serve.observability.recorder import Finished
+from serve.settings import GatewaySettings, MetricsSettings
+from tests.serve.conftest import candidate
+from tests.serve.fakes import respond
+from tests.serve.measured import KEY, PIRATE, Server, logs, server, stream
 
-PIRATE, ZEPHYR = candidate("pirate", "one"), candidate("zephyr", "two")
-KEY = "sk-a-very-secret-key"
-
-
-@dataclass
-class Server:
-    client: httpx.AsyncClient
-    engine: FakeEngine
-    recorder: Recorder
-    snapshot: Snapshot
-    pool: AdapterPool
-    control: CountedControl
-    logs: list[str]
-
-    async def ask(self, model: str, **headers: str) -> httpx.Response:
-        body = json.dumps({"model": model, "prompt": "a secret prompt"})
-        return await self.client.post(
-            "/v1/completions", content=body, headers={"authorization": f"Bearer {KEY}", **headers}
-        )
-
-    def told(self, name: str) -> dict[tuple[str, ...], float]:
-        """Values by those labels that are not the same for all."""
-        text = generate_latest(self.snapshot).decode()
-        return {
-            tuple(value for label, value in sorted(sample.labels.items()) if label not in ("model_name", "route")): (
-                sample.value
-            )
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == name
-        }
-
-    def lines(self, event: str) -> list[dict[str, Any]]:
-        return [line for line in map(json.loads, self.logs) if line.get("event") == event]
-
-
-class Kept(logging.Handler):
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__()
-        self._lines = lines
-        self.setFormatter(JsonLines(replica="one"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record))
-
-
-@pytest.fixture
-def logs() -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler, logger = Kept(lines), logging.getLogger("serve")
-    logger.addHandler(handler)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-
-
-@pytest.fixture
-async def server(
-    engine: FakeEngine, log: CatalogueLog, store: AdapterStore, tmp_path: Path, logs: list[str]
-) -> AsyncIterator[Server]:
-    for one in (PIRATE, ZEPHYR):
-        log.stage(one)
-        log.promote(one)
-    settings = ServeSettings(
-        engine=EngineSettings(model_path=tmp_path, model_name="small-llama", fingerprint=BASE),
-        gateway=GatewaySettings(admin_tokens={"admin": sha256("token")}),
-        log=LogSettings(access_sample=1),
-        state_dir=tmp_path,
-    )
-    recorder = Recorder(settings.metrics.max_adapters)
-    pool = AdapterPool(engine, store, 1, limits=WaitLimits(max_waiting=1, turn_s=0.01), events=recorder)
-    reconciler = Reconciler("one", log, engine, pool, believe, events=recorder)
-    await reconciler.sync()
-    control = CountedControl(log, OneReplica(reconciler), events=recorder)
-    admission = Admission(settings.engine, settings.admission)
-    admin = Admin(settings.gateway.admin_tokens, settings.engine, settings.admission, admission, store, control)
-    gateway = Gateway(settings, engine, pool, lambda: reconciler.catalogue, admin, recorder=recorder)
-    snapshot = Snapshot(settings, recorder, engine, pool, reconciler)
-    transport = httpx.ASGITransport(gateway, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://graft") as client:
-        yield Server(client, engine, recorder, snapshot, pool, control, logs)
+__all__ = ["logs", "server"]  # fixtures
 
 
 async def test_requests_are_counted_by_adapter_and_code(server: Server) -> None:
     for model in ("pirate", "pirate", f"pirate@{PIRATE.revision[:12]}", "small-llama", "nobody"):
         await server.ask(model)
 
-    assert server.told("graft_requests_total") == {
+    assert server.samples("graft_requests_total") == {
         ("pirate", "200"): 3,
         ("(base)", "200"): 1,
         ("(unknown)", "404"): 1,
     }
-    assert server.told("graft_rejected_requests_total")[("model_not_found",)] == 1
+    assert server.samples("graft_rejected_requests_total")[("model_not_found",)] == 1
 
 
 async def test_an_adapter_is_found_where_it_is(server: Server) -> None:
@@ -139,12 +38,12 @@ async def test_an_adapter_is_found_where_it_is(server: Server) -> None:
         await asyncio.sleep(0.05)  # its slot may be taken
 
     levels = Counter[str]()
-    for (_, level), count in server.told("graft_adapter_hits_total").items():
+    for (_, level), count in server.samples("graft_adapter_hits_total").items():
         levels[level] += int(count)
     assert levels["disk"] == len(server.engine.loads) - 1, "one was loaded ahead of requests"
     assert levels.total() == 4
-    assert sum(server.told("graft_adapter_loads_total").values()) == len(server.engine.loads)
-    assert sum(server.told("graft_adapter_unloads_total").values()) == len(server.engine.unloads)
+    assert sum(server.samples("graft_adapter_loads_total").values()) == len(server.engine.loads)
+    assert sum(server.samples("graft_adapter_unloads_total").values()) == len(server.engine.unloads)
     assert len(server.lines("adapter loaded")) == len(server.engine.loads)
 
 
@@ -153,26 +52,29 @@ async def test_only_streams_have_a_first_token(server: Server) -> None:
     server.engine.handler = stream
     await server.ask("pirate")
 
-    assert server.told("graft_time_to_first_token_seconds_count") == {("pirate",): 1}
-    assert server.told("graft_time_to_first_token_seconds_sum")[("pirate",)] >= 0.01
-    assert server.told("graft_request_duration_seconds_count") == {("pirate",): 2}
+    assert server.samples("graft_time_to_first_token_seconds_count") == {("pirate",): 1}
+    assert server.samples("graft_time_to_first_token_seconds_sum")[("pirate",)] >= 0.01
+    assert server.samples("graft_request_duration_seconds_count") == {("pirate",): 2}
 
 
 async def test_a_caller_that_leaves_is_no_failure(server: Server) -> None:
+    begun = asyncio.Event()
+
     async def for_ever(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
+        begun.set()
         while (await receive())["type"] != "http.disconnect":
             pass
 
     server.engine.handler = for_ever
     asking = asyncio.create_task(server.ask("pirate"))
-    await asyncio.sleep(0.05)
-    assert server.told("graft_requests_in_flight") == {(): 1}
+    await begun.wait()
+    assert server.samples("graft_requests_in_flight") == {(): 1}
     asking.cancel()
     await asyncio.wait({asking})
 
-    assert server.told("graft_requests_total") == {("pirate", "499"): 1}
-    assert server.told("graft_requests_in_flight") == {(): 0}
+    assert server.samples("graft_requests_total") == {("pirate", "499"): 1}
+    assert server.samples("graft_requests_in_flight") == {(): 0}
 
 
 async def test_a_refused_request_says_why_in_the_metrics_and_the_log(server: Server) -> None:
@@ -180,8 +82,8 @@ async def test_a_refused_request_says_why_in_the_metrics_and_the_log(server: Ser
 
     await server.ask("pirate")
 
-    assert server.told("graft_rejected_requests_total")[("engine_unavailable",)] == 1
-    assert server.told("graft_engine_up") == {(): 0}
+    assert server.samples("graft_rejected_requests_total")[("engine_unavailable",)] == 1
+    assert server.samples("graft_engine_up") == {(): 0}
     (line,) = server.lines("request")
     assert (line["status"], line["code"], line["level"]) == (503, "engine_unavailable", "warning")
 
@@ -193,7 +95,7 @@ async def test_an_answer_of_the_engine_that_fails_is_counted_under_its_adapter(s
     server.engine.handler = fail
     await server.ask("pirate")
 
-    assert server.told("graft_requests_total") == {("pirate", "500"): 1}
+    assert server.samples("graft_requests_total") == {("pirate", "500"): 1}
 
 
 async def test_an_engine_that_dies_under_a_request_is_the_reason_of_its_503(server: Server) -> None:
@@ -204,8 +106,8 @@ async def test_an_engine_that_dies_under_a_request_is_the_reason_of_its_503(serv
     server.engine.handler = die
     assert (await server.ask("pirate")).status_code == 503
 
-    assert server.told("graft_requests_total") == {("pirate", "503"): 1}
-    assert server.told("graft_rejected_requests_total")[("engine_unavailable",)] == 1
+    assert server.samples("graft_requests_total") == {("pirate", "503"): 1}
+    assert server.samples("graft_rejected_requests_total")[("engine_unavailable",)] == 1
 
 
 async def test_a_bug_is_counted_and_its_cause_is_in_the_log_with_the_request(server: Server) -> None:
@@ -215,9 +117,9 @@ async def test_a_bug_is_counted_and_its_cause_is_in_the_log_with_the_request(ser
     server.engine.handler = crash
     await server.ask("pirate", **{"x-request-id": "mine"})
 
-    assert server.told("graft_requests_total") == {("pirate", "500"): 1}
-    told = [line for line in map(json.loads, server.logs) if "the cause" in line.get("exception", "")]
-    assert [line["request_id"] for line in told] == ["mine"]
+    assert server.samples("graft_requests_total") == {("pirate", "500"): 1}
+    lines = [line for line in map(json.loads, server.logs) if "the cause" in line.get("exception", "")]
+    assert [line["request_id"] for line in lines] == ["mine"]
 
 
 async def test_the_log_names_caller_and_revision_but_no_key_and_no_prompt(server: Server) -> None:
@@ -246,11 +148,11 @@ async def test_every_change_of_the_catalogue_is_one_line_and_one_count(server: S
     await server.control.publish(other)
     await server.control.roll_back("pirate")
 
-    assert [(it["verb"], it["outcome"]) for it in server.lines("catalogue changed")] == [
+    assert [(line["verb"], line["outcome"]) for line in server.lines("catalogue changed")] == [
         ("publish", "done"),
         ("rollback", "done"),
     ]
-    changes = server.told("graft_changes_total")
+    changes = server.samples("graft_changes_total")
     assert changes[("done", "publish")] == changes[("done", "rollback")] == 1
     assert changes[("publish_failed", "publish")] == 0, "there before it happens, or its increase is not seen"
 
@@ -262,58 +164,77 @@ async def test_a_publish_that_fails_is_counted_under_its_code(server: Server) ->
     with pytest.raises(Exception, match="was not published"):
         await server.control.publish(other)
 
-    assert server.told("graft_changes_total")[("publish_failed", "publish")] == 1
-    assert server.told("graft_adapter_loads_total")[("pirate", "failed")] == 1
+    assert server.samples("graft_changes_total")[("publish_failed", "publish")] == 1
+    assert server.samples("graft_adapter_loads_total")[("pirate", "failed")] == 1
 
 
 async def test_inference_gateways_see_public_names_in_one_series(server: Server) -> None:
     await server.ask("pirate")
 
-    ((labels, when),) = server.told("vllm:lora_requests_info").items()
+    ((labels, when),) = server.samples("vllm:lora_requests_info").items()
     assert labels == ("1", "pirate", "")
     assert when > 1e9
-    assert server.told("vllm:lora_adapter_loaded") == {("pirate", "gpu", "false"): 1}
-    assert server.told("vllm:max_gpu_lora_adapters") == {(): 1}
+    assert server.samples("vllm:lora_adapter_loaded") == {("pirate", "gpu", "false"): 1}
+    assert server.samples("vllm:max_gpu_lora_adapters") == {(): 1}
+
+
+async def test_no_series_has_a_list_of_adapters_unless_it_was_asked_for(server: Server) -> None:
+    await server.ask("pirate")
+    server.snapshot.settings = server.snapshot.settings.model_copy(update={"metrics": MetricsSettings()})
+
+    assert server.samples("vllm:lora_requests_info") == {}
+
+
+async def test_a_request_that_ran_too_long_is_counted(server: Server) -> None:
+    async def hang(_: Scope, receive: Receive, __: Send) -> None:
+        await receive()
+        await receive()
+
+    server.engine.handler = hang
+    server.policy.max_run_s = 0.05
+    await server.ask("pirate")
+
+    assert server.samples("graft_rejected_requests_total")[("run_too_long",)] == 1
+
+
+def test_the_buckets_reach_as_far_as_a_request_can_take() -> None:
+    gateway = GatewaySettings(admin_tokens={})
+
+    longest_s = gateway.body_timeout_s + 2 * gateway.max_wait_s + gateway.max_run_s
+    assert min(spec.buckets[-1] for spec in (REQUEST_SECONDS, FIRST_TOKEN_SECONDS)) >= longest_s
 
 
 async def test_what_the_engine_says_of_a_finished_request_is_counted_under_the_public_name(server: Server) -> None:
     server.recorder.engine_finished(Finished(PIRATE.adapter.engine_name, 10, 4, 7, 0.02))
     server.recorder.engine_finished(Finished(None, 3, 0, 1, 0.0))
 
-    assert server.told("graft_prompt_tokens_total") == {("pirate",): 10, ("(base)",): 3}
-    assert server.told("graft_cached_prompt_tokens_total") == {("pirate",): 4, ("(base)",): 0}
-    assert server.told("graft_generated_tokens_total") == {("pirate",): 7, ("(base)",): 1}
-    assert server.told("graft_time_per_output_token_seconds_count") == {("pirate",): 1}, "one token has no time between"
+    assert server.samples("graft_prompt_tokens_total") == {("pirate",): 10, ("(base)",): 3}
+    assert server.samples("graft_cached_prompt_tokens_total") == {("pirate",): 4, ("(base)",): 0}
+    assert server.samples("graft_generated_tokens_total") == {("pirate",): 7, ("(base)",): 1}
+    assert server.samples("graft_time_per_output_token_seconds_count") == {("pirate",): 1}, (
+        "one token has no time between"
+    )
 
 
 async def test_an_adapter_that_answers_as_another_one_is_a_violation(server: Server) -> None:
     await server.ask("pirate")
-    sentinel = Sentinel(server.engine, server.pool, 0.25, server.recorder)
+    identity_checker = IdentityChecker(server.engine, server.pool, 0.25, server.recorder)
 
     for says in (-2.0, -2.1, -3.0):
         server.engine.says[PIRATE.adapter] = says
-        await sentinel.look()
+        await identity_checker.check()
 
-    assert server.told("graft_identity_checks_total") == {(): 2}
-    assert server.told("graft_identity_violations_total")[("pirate",)] == 1
+    assert server.samples("graft_identity_checks_total") == {(): 2}
+    assert server.samples("graft_identity_violations_total")[("pirate",)] == 1
     assert [line["adapter"] for line in server.lines("adapter answers as another one")] == [PIRATE.adapter.engine_name]
 
 
 async def test_small_steps_do_not_add_up_to_another_adapter(server: Server) -> None:
     await server.ask("pirate")
-    sentinel = Sentinel(server.engine, server.pool, 0.25, server.recorder)
+    identity_checker = IdentityChecker(server.engine, server.pool, 0.25, server.recorder)
 
     for step in range(5):
         server.engine.says[PIRATE.adapter] = -2.0 - 0.1 * step
-        await sentinel.look()
+        await identity_checker.check()
 
-    assert server.told("graft_identity_violations_total")[("pirate",)] == 2
-
-
-async def stream(scope: Scope, receive: Receive, send: Send) -> None:
-    await receive()
-    headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await asyncio.sleep(0.01)
-    await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
-    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+    assert server.samples("graft_identity_violations_total")[("pirate",)] == 2

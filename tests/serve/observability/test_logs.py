@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from serve import local, logs
-from serve.access import AccessLog
-from serve.config import EngineSettings, GatewaySettings, LogSettings, ServeSettings
-from serve.request_record import RequestRecord
+from serve.deployment.ray_environment import environment
+from serve.observability import logs
+from serve.observability.access_log import AccessLog
+from serve.observability.request_record import RequestRecord
+from serve.settings import EngineSettings, GatewaySettings, LogSettings, ServeSettings
 
 
 @pytest.fixture(autouse=True)
 def untouched() -> object:
     loggers = [logging.getLogger(name) for name in ("serve", "vllm")]
-    before = [(it.handlers, it.level, it.propagate) for it in loggers]
+    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
     yield
     for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
         logger.handlers, logger.level, logger.propagate = handlers, level, propagate
@@ -61,8 +62,8 @@ def test_what_vllm_says_goes_to_the_error_stream_in_the_same_format(
 
     assert written(tmp_path) == []
     (line,) = capsys.readouterr().err.splitlines()
-    told = json.loads(line)
-    assert (told["logger"], told["message"], told["replica"]) == ("vllm.engine", "not ours", "one")
+    entry = json.loads(line)
+    assert (entry["logger"], entry["message"], entry["replica"]) == ("vllm.engine", "not ours", "one")
 
 
 def test_handlers_of_ray_serve_stay_open_when_the_engine_is_imported() -> None:
@@ -70,7 +71,8 @@ def test_handlers_of_ray_serve_stay_open_when_the_engine_is_imported() -> None:
     code = """
 import logging, logging.handlers
 handler = logging.handlers.MemoryHandler(1, target=logging.StreamHandler())
-from serve import logs, vllm_engine
+from serve.observability import logs
+from serve.engine import vllm_engine
 assert handler.target is not None
 """
     settings = ServeSettings(
@@ -78,7 +80,7 @@ assert handler.target is not None
         gateway=GatewaySettings(admin_tokens={}),
         state_dir=Path(),
     )
-    variables = os.environ | local.environment(Path(), settings)
+    variables = os.environ | environment(Path(), settings)
     child = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
 

@@ -13,23 +13,23 @@ from threading import Thread
 
 import pytest
 
-from examples.observe.prometheus import Prometheus, is_here, running_prometheus
+from examples.observe.prometheus import Prometheus, is_installed, running_prometheus
 from examples.observe.queries import panel_queries
-from serve.exporter import Exporter, listen
-from serve.exposition import Exposition
+from serve.adapters.identity_check import IdentityChecker
+from serve.adapters.rollout import Rollouts, begin_split
+from serve.catalogue.split import SplitPolicy
+from serve.deployment.metrics_socket import MetricsSocket
 from serve.names import AdapterRevision
-from serve.recorder import Finished
-from serve.rollout import Rollouts, begin
-from serve.sentinel import Sentinel
-from serve.split import Terms
+from serve.observability.exporter import Exporter, listen
+from serve.observability.recorder import Finished
 from tests.serve.conftest import candidate
-from tests.serve.test_exporter import certificate
-from tests.serve.test_observed import PIRATE, ZEPHYR, Server, logs, server, stream
+from tests.serve.measured import PIRATE, ZEPHYR, Server, logs, server, stream
+from tests.serve.observability.test_exporter import certificate
 
 __all__ = ["logs", "server"]  # fixtures
 
 pytestmark = pytest.mark.skipif(
-    not is_here(), reason="Prometheus is a package of the system (apt-get install prometheus), not of PyPI"
+    not is_installed(), reason="Prometheus is a package of the system (apt-get install prometheus), not of PyPI"
 )
 
 
@@ -38,7 +38,7 @@ class Watched:
     server: Server
     prometheus: Prometheus
 
-    async def until(self, condition: Callable[[], object], timeout_s: float = 30) -> None:
+    async def until(self, condition: Callable[[], object], timeout_s: float = 120) -> None:
         async with asyncio.timeout(timeout_s):
             while not await asyncio.to_thread(condition):  # noqa: ASYNC110  (what is waited for is in another process)
                 await asyncio.sleep(0.3)
@@ -54,7 +54,7 @@ class Watched:
 @pytest.fixture
 async def watched(server: Server, tmp_path: Path) -> AsyncIterator[Watched]:
     with tempfile.TemporaryDirectory(prefix="graft-") as sockets:
-        exposition = Exposition(Path(sockets), "one", server.snapshot)
+        exposition = MetricsSocket(Path(sockets), "one", server.snapshot)
         await exposition.start()
         expiring = certificate(tmp_path / "tls.crt", datetime.now(UTC) + timedelta(days=3))
         http = listen(Exporter(Path(sockets), [expiring]), "127.0.0.1", 0)
@@ -85,29 +85,31 @@ async def test_every_query_of_ours_has_data(watched: Watched) -> None:
     await server.ask("pirate")
     await watched.sees('graft_changes_total{verb="publish"}')
     await server.control.publish(other)
-    await begin(server.control, "pirate", PIRATE.revision, "canary", Terms(share=0.5))
+    await begin_split(server.control, "pirate", PIRATE.revision, "canary", SplitPolicy(share=0.5))
     assert server.snapshot.reconciler
     rollouts.choose(server.snapshot.reconciler.catalogue, other.adapter, "someone")
     await busy(server, 8)
 
-    ours = [it for it in panel_queries("5s") if not any(word in it.expression for word in ("vllm:", "ALERTS"))]
-    empty = [it for it in ours if not await asyncio.to_thread(watched.prometheus.query_range, it.expression, 20, 1)]
-    assert [str(it) for it in empty] == []
+    ours = [query for query in panel_queries("5s") if not any(word in query.expression for word in ("vllm:", "ALERTS"))]
+    empty = [
+        query for query in ours if not await asyncio.to_thread(watched.prometheus.query_range, query.expression, 20, 1)
+    ]
+    assert [str(query) for query in empty] == []
     assert len(ours) > 60
 
 
 async def test_alerts_fire_for_faults_that_are_really_there(watched: Watched) -> None:
     server, engine = watched.server, watched.server.engine
     await server.ask("pirate")
-    sentinel = Sentinel(engine, server.pool, 0.25, server.recorder)
-    await sentinel.look()
+    identity_checker = IdentityChecker(engine, server.pool, 0.25, server.recorder)
+    await identity_checker.check()
     await watched.sees('graft_identity_violations_total{adapter="pirate"}')
     assert "GraftIdentityViolation" not in await asyncio.to_thread(watched.prometheus.firing)
 
     engine.says[PIRATE.adapter] = -9.0
-    await sentinel.look()
+    await identity_checker.check()
     engine.resident.clear()  # it lost what it held
-    await server.pool.audit()
+    await server.pool.repair_drift()
     bad = candidate("pirate", "bad")
     engine.refuses.add(bad.adapter)
     with pytest.raises(Exception, match="was not published"):
@@ -130,7 +132,7 @@ async def test_failing_requests_burn_the_budget_of_their_adapter_only(watched: W
 
     await watched.fires("GraftAvailabilityBurn")
     firing = await asyncio.to_thread(watched.prometheus.query, 'ALERTS{alertname="GraftAvailabilityBurn"}')
-    assert {it["metric"]["adapter"] for it in firing} == {"zephyr"}
+    assert {alert["metric"]["adapter"] for alert in firing} == {"zephyr"}
 
 
 async def _give_up(_: AdapterRevision, __: str) -> None: ...

@@ -14,12 +14,14 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from starlette.types import Receive, Scope, Send
 
-from serve.access import AccessLog
-from serve.config import TracingSettings
-from serve.observed import Observed
-from serve.recorder import Recorder
-from serve.request_record import record_of
-from serve.tracing import Tracer, tracer_of
+from serve.gateway.disconnect import DisconnectWatcher
+from serve.gateway.response import ResponsePipeline
+from serve.gateway.telemetry_middleware import TelemetryMiddleware
+from serve.observability.access_log import AccessLog
+from serve.observability.recorder import MetricsRecorder
+from serve.observability.request_record import record_of
+from serve.observability.tracing import Tracer, tracer_of
+from serve.settings import TracingSettings
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -64,7 +66,10 @@ def collector() -> Iterator[Collector]:
 
 
 def attributes(span: Span) -> dict[str, str | int | float | bool]:
-    return {it.key: getattr(it.value, it.value.WhichOneof("value") or "string_value") for it in span.attributes}
+    return {
+        attribute.key: getattr(attribute.value, attribute.value.WhichOneof("value") or "string_value")
+        for attribute in span.attributes
+    }
 
 
 async def asked(collector: Collector, headers: list[tuple[bytes, bytes]], status: int = 200) -> dict[str, str]:
@@ -73,20 +78,20 @@ async def asked(collector: Collector, headers: list[tuple[bytes, bytes]], status
 
     async def engine(scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
-        record.means("pirate", "pirate@0123456789ab", "someone")
-        record.queues("cpu")
-        record.runs()
+        record.resolved_to("pirate", "pirate@0123456789ab", "someone")
+        record.enqueued("cpu")
+        record.started()
         seen.update({name.decode(): value.decode() for name, value in scope["headers"]})
         start = {"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/event-stream")]}
-        watched = record.watching(send)
-        await watched(start)
-        await watched({"type": "http.response.body", "body": b"data: x\n\n"})
+        response = ResponsePipeline(send, record, DisconnectWatcher(receive))
+        await response.send(start)
+        await response.send({"type": "http.response.body", "body": b"data: x\n\n"})
 
     async def nowhere(_: object) -> None: ...
 
     tracer = tracer_of(TracingSettings(endpoint=collector.endpoint), "one")
     assert isinstance(tracer, Tracer)
-    app = Observed(engine, Recorder(10), AccessLog(0), tracer)
+    app = TelemetryMiddleware(engine, MetricsRecorder(10), AccessLog(0), tracer)
     scope = {"type": "http", "path": "/v1/chat/completions", "headers": headers, "client": None}
     await app(scope, nowhere, nowhere)  # type: ignore[arg-type]
     await asyncio.to_thread(tracer.shutdown)
@@ -106,14 +111,14 @@ async def test_a_span_tells_adapter_revision_and_times(collector: Collector) -> 
     await asked(collector, [])
 
     (span,) = collector.spans
-    told = attributes(span)
+    values = attributes(span)
     assert span.name == "chat pirate"
-    assert told["gen_ai.operation.name"] == "chat"
-    assert told["gen_ai.request.model"] == "pirate"
-    assert told["graft.adapter.revision"] == "0123456789ab"
-    assert told["graft.adapter.level"] == "cpu"
-    assert told["http.response.status_code"] == 200
-    assert float(told["gen_ai.server.time_to_first_token"]) >= 0
+    assert values["gen_ai.operation.name"] == "chat"
+    assert values["gen_ai.request.model"] == "pirate"
+    assert values["graft.adapter.revision"] == "0123456789ab"
+    assert values["graft.adapter.level"] == "cpu"
+    assert values["http.response.status_code"] == 200
+    assert float(values["gen_ai.server.time_to_first_token"]) >= 0
     assert span.end_time_unix_nano > span.start_time_unix_nano
 
 
@@ -132,8 +137,8 @@ async def test_a_caller_that_does_not_sample_is_not_traced(collector: Collector)
 
 def test_nothing_is_imported_while_traces_are_off() -> None:
     program = (
-        "import sys; from serve.tracing import tracer_of; from serve.config import TracingSettings; "
-        "import serve.gateway; assert tracer_of(TracingSettings(), 'one') is None; "
+        "import sys; from serve.observability.tracing import tracer_of; from serve.settings import TracingSettings; "
+        "import serve.gateway.app; assert tracer_of(TracingSettings(), 'one') is None; "
         "print([name for name in sys.modules if name.startswith('opentelemetry')])"
     )
     result = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)

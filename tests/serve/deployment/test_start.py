@@ -1,0 +1,61 @@
+"""What a start does while Ray Serve tries to start its engines."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve.deployment.local import _wait_until_running
+from serve.errors import EngineStartFailed
+
+SLOW = "Deployment has 1 replicas that have taken more than 30s to initialize. This may be caused by a slow __init__."
+RETRYING = """A replica failed to start with exception. Retrying 2 more time(s). Error:
+Traceback (most recent call last):
+  File "replica.py", line 1, in __init__
+serve.errors.start.{kind}: vLLM can't serve this: {reason}
+"""
+
+
+def seen(status: str, message: str = "") -> Any:
+    """An application as Ray Serve reports it."""
+    deployment = SimpleNamespace(message=message, replica_states={"RUNNING": int(status == "RUNNING")})
+    return SimpleNamespace(status=status, message="", deployments={"EngineReplica": deployment})
+
+
+def wait(applications: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.deployment.local._POLL_S", 0)
+    remaining = iter(applications)
+    _wait_until_running(lambda: next(remaining), 1, lambda step: None)
+
+
+def test_what_cannot_get_better_ends_the_start_at_the_first_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = seen("DEPLOYING", RETRYING.format(kind="EngineRefused", reason="no tokens for this parser"))
+
+    with pytest.raises(EngineStartFailed) as error:
+        wait([None, seen("DEPLOYING"), refused], monkeypatch)
+
+    assert str(error.value) == "The engine did not start: vLLM can't serve this: no tokens for this parser"
+
+
+def test_every_other_failure_is_shown_once_while_it_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed = seen("DEPLOYING", RETRYING.format(kind="EngineStartFailed", reason="RuntimeError: CUDA error"))
+
+    with caplog.at_level(logging.WARNING):
+        wait([seen("DEPLOYING", SLOW), failed, failed, seen("RUNNING")], monkeypatch)
+
+    assert [record.message for record in caplog.records] == [
+        "Warning: an engine did not start, and is tried again: vLLM can't serve this: RuntimeError: CUDA error"
+    ]
+
+
+def test_the_last_attempt_ends_the_start_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = RETRYING.format(kind="EngineStartFailed", reason="RuntimeError: CUDA error")
+
+    with pytest.raises(EngineStartFailed, match=r"did not start: vLLM can't serve this: RuntimeError: CUDA error$"):
+        wait([seen("DEPLOY_FAILED", message)], monkeypatch)
