@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import convert.cli.app
 import convert.errors
-import serve.__main__
+import serve.cli.app
 import serve.errors
 from benchmarks.report import PAGE, page
 from serve.engine.api_errors import ENGINE_CODES
@@ -90,7 +90,7 @@ def test_the_page_of_the_command_line_is_what_the_commands_say() -> None:
     assert (REFERENCE / "command-line.md").read_text() == script["page"](), "run: make docs"
 
 
-PROGRAMS = {"convert": convert.cli.app.app, "serve": serve.__main__.app}
+PROGRAMS = {"convert": convert.cli.app.app, "serve": serve.cli.app.app}
 
 
 def documented_commands() -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference" / "command-line.md"
 # Program -> the module of its application.
-PROGRAMS = {"convert": "convert.cli.app", "serve": "serve.__main__"}
+PROGRAMS = {"convert": "convert.cli.app", "serve": "serve.cli.app"}
 
 _HEAD = """# Command line
 

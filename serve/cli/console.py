@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -20,7 +21,15 @@ from convert.artifact import problems_of
 from convert.errors import ConvertError
 from serve.errors import ServeError, StateInvalid
 
-err = Console(stderr=True)
+
+class _StandardError(Console):
+    """Falls silent where nobody reads on: a server serves on when the pipe of its messages is closed."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+err = _StandardError(stderr=True)
 
 # Column of a document → its title. Times are shown to the second, which leaves the others room on 80 columns.
 _TIMES = {"at": "at (UTC)", "expires": "expires (UTC)"}
@@ -50,6 +59,30 @@ def print_json(document: Mapping[str, Any]) -> None:
 def print_line(text: str) -> None:
     """As it is, on standard error: a command or a path in it can be copied, whatever the width of the terminal."""
     err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class StepProgress:
+    """Shows the step that a long command is at, with the time since its beginning: one line that changes on a terminal,
+    a line for each step where there is none."""
+
+    def __init__(self) -> None:
+        self._began_s = time.monotonic()
+        self._step = ""
+        self._status = err.status("") if err.is_terminal else None
+
+    def step(self, text: str) -> None:
+        """The same step twice in a row is shown once."""
+        elapsed_s = time.monotonic() - self._began_s
+        if self._status:
+            self._status.update(f"{text} … {elapsed_s:.0f} s")
+            self._status.start()
+        elif text != self._step:
+            print_line(f"[{elapsed_s:5.1f} s] {text}")
+        self._step = text
+
+    def close(self) -> None:
+        if self._status:
+            self._status.stop()
 
 
 def print_change(answer: Mapping[str, Any], as_json: bool, text: str) -> None:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from serve.catalogue.state_dir import StateDir
-from serve.cli.console import counted, err, new_table, print_line, print_table
-from serve.cli.progress import StepProgress
+from serve.cli.console import StepProgress, counted, err, new_table, print_line, print_table
 from serve.follower.admin_client import AdminClient
 from serve.follower.file_watch import FileWatcher, watch_in_thread
 from serve.settings import ServeSettings

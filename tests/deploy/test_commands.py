@@ -10,12 +10,12 @@ import pytest
 import typer.main
 
 import convert.cli.app
-import serve.__main__
+import serve.cli.app
 from tests.deploy.manifests import OVERLAYS, Document, containers, needs_kubectl, pod_templates, rendered
 
 pytestmark = needs_kubectl
 
-PROGRAMS = {"graft-convert": convert.cli.app.app, "graft-serve": serve.__main__.app}
+PROGRAMS = {"graft-convert": convert.cli.app.app, "graft-serve": serve.cli.app.app}
 
 
 def commands(overlay: str) -> Iterator[tuple[str, Document, Any]]:

@@ -14,7 +14,6 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from serve.__main__ import app
 from serve.capacity.size import (
     STORED,
     Shape,
@@ -26,6 +25,7 @@ from serve.capacity.size import (
     token_bytes,
     weight_bytes,
 )
+from serve.cli.app import app
 from serve.cli.size import KNOWN
 from tests.convert import parts
 from tests.deploy.manifests import ROOT

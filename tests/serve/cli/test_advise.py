@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from serve.__main__ import app
 from serve.cli.advise import COLD_MS
+from serve.cli.app import app
 from tests.serve.capacity.test_traffic import lines
 
 

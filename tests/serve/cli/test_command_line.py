@@ -16,10 +16,10 @@ from click import unstyle
 from typer.testing import CliRunner
 
 from convert.artifact import digest, file_digests
-from serve.__main__ import app
 from serve.adapters.bundle import Bundle
 from serve.catalogue.admin_tokens import sha256
 from serve.catalogue.state_dir import StateDir
+from serve.cli.app import app
 from serve.cli.run import RunOptions, _settings_of
 from tests.serve.conftest import MakeArtifact, write_weights
 

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from serve.__main__ import app
-from serve.cli import console, foreground, options, progress
+from serve.cli import console, foreground, options
+from serve.cli.app import app
 from serve.cli.command import expand_options
 from serve.cli.run import RunOptions, run
 from serve.settings import EngineSettings, GatewaySettings, ServeSettings
@@ -24,7 +24,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is printed to standard error, which is no terminal here, at 80 columns."""
     written = io.StringIO()
     err = Console(file=written, width=80)
-    for module in (console, foreground, progress):
+    for module in (console, foreground):
         monkeypatch.setattr(module, "err", err)
     return written
 
@@ -163,7 +163,7 @@ def test_the_suggested_request_is_one_command_of_a_shell(tmp_path: Path) -> None
 
 
 def test_steps_are_a_line_each_where_there_is_no_terminal(screen: io.StringIO) -> None:
-    steps = progress.StepProgress()
+    steps = console.StepProgress()
 
     for text in ("Ray starts", "0 of 2 engines are ready", "0 of 2 engines are ready", "2 of 2 engines are ready"):
         steps.step(text)
