@@ -120,6 +120,7 @@ class OidcSettings(_Settings):
     issuer: str = Field(description="Issuer that a token must have: its `iss`.")
     audience: str = Field(description="Audience that a token must have: its `aud`.")
     jwks: str = Field(description="Public keys of the issuer: an https:// URL, or a file.")
+    jwks_max_age_s: float = Field(86400.0, ge=600, description="Of its last public keys while it doesn't answer.")
     algorithms: tuple[Literal["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA"], ...] = Field(
         ("RS256", "ES256"), description="Accepted signature algorithms, whatever a token's header says."
     )
@@ -180,9 +181,7 @@ class GatewaySettings(_Settings):
     lease_s: Annotated[float, Field(ge=0.5)] = Field(
         15.0, description="A replica that died gives the concurrent requests of its callers back after this long."
     )
-    usage_flush_s: PositiveFloat = Field(
-        5.0, description="How often usage is written to the store; a killed replica loses what it counted since then."
-    )
+    usage_flush_s: PositiveFloat = Field(5.0, description="How often usage is written; a killed replica loses so much.")
     cors_origins: tuple[str, ...] = Field(
         (), description="Origins of web pages that may call from a browser; `*` for all; none: no CORS."
     )

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("convert", "serve", "examples", "benchmarks", "deploy")
 MAKERS = {
     "serve/follower/http_client.py",
-    "serve/callers/oidc.py",  # its identity provider may be outside
+    "serve/callers/signing_keys.py",  # its identity provider may be outside
     "serve/engine/prompt_size.py",  # calls the application in its own process
 }
 # Of httpx: what connects. The rest are types and errors.

@@ -6,64 +6,66 @@ only, and not for each request.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import httpx
 import jwt
 
 from serve.callers.keys import Key
-from serve.errors import IssuerUnavailable
+from serve.callers.signing_keys import SigningKeys
 from serve.settings import Grant, OidcSettings
 
-_KEYS_MAX_AGE_S = 600.0  # older keys are fetched again: the issuer may have withdrawn one
-_MIN_FETCH_INTERVAL_S = 10.0  # anyone can send tokens with unknown key ids, each of which would cause a fetch
-_TIMEOUT_S = 5.0
 _LEEWAY_S = 30  # how far the clocks of issuer and server may differ
 _MAX_TOKEN_LENGTH = 16384
 _PREFIX = "oidc:"  # the colon is not allowed in the ids of a file of keys
-
-logger = logging.getLogger(__name__)
+_VERIFIED_CLAIMS = ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")
 
 
 class Issuer:
     """One identity provider, as the settings name it."""
 
     def __init__(self, settings: OidcSettings) -> None:
+        self.keys = SigningKeys(settings)
         self._settings = settings
-        self._keys: dict[str, jwt.PyJWK] = {}
-        self._fetched_s = -_KEYS_MAX_AGE_S
-        self._tried_s = -_MIN_FETCH_INTERVAL_S
-        self._fetching = asyncio.Lock()
 
     async def find(self, token: str) -> Key | None:
         """A key for the token's caller, with the grant of the first role in the settings that the token has. None if
-        the token is invalid or has none of the roles. Raises IssuerUnavailable if the issuer's keys could never be
-        fetched."""
+        the token is invalid or has none of the roles. Raises IssuerUnavailable if the token may be valid, but the
+        issuer's key for it can't be had."""
         try:
-            key = await self._key_of(jwt.get_unverified_header(token))
-            claims = self._verified(token, key) if key else None
+            kid = self._key_id_of(token)
+            if not self.keys.has(kid) and self._caller(self._claims(token)) is None:
+                return None  # whatever key there may be
+            key = await self.keys.find(kid)
+            return self._caller(self._claims(token, key)) if key else None
         except jwt.InvalidTokenError:
             return None
-        return self._caller(claims) if claims else None
 
-    def _verified(self, token: str, key: jwt.PyJWK) -> dict[str, Any]:
+    def _key_id_of(self, token: str) -> str:
+        """Raises InvalidTokenError for a token that no key of the issuer can have signed."""
+        header = jwt.get_unverified_header(token)
+        if header.get("alg") not in self._settings.algorithms or "kid" not in header:
+            raise jwt.InvalidTokenError
+        return str(header["kid"])
+
+    def _claims(self, token: str, key: jwt.PyJWK | None = None) -> dict[str, Any]:
+        """The claims of a token that the key has signed. Without a key, all but the signature is verified. Raises
+        InvalidTokenError."""
         settings = self._settings
-        # The key names its algorithm, and the settings name those that are allowed. The `alg` of the token's header is
-        # ignored.
+        options: dict[str, Any] = {f"verify_{claim}": True for claim in _VERIFIED_CLAIMS}
+        options["verify_signature"] = key is not None
+        options["require"] = ["exp", "iss", "aud", settings.caller_claim]
+        # The key names its algorithm, and the settings name those that are allowed. A token whose header names another
+        # one is refused.
         claims: dict[str, Any] = jwt.decode(
             token,
-            key,
+            key or "",
             algorithms=list(settings.algorithms),
             audience=settings.audience,
             issuer=settings.issuer,
             leeway=_LEEWAY_S,
-            options={"require": ["exp", "iss", "aud", settings.caller_claim]},
+            options=options,  # type: ignore[arg-type]
         )
         return claims
 
@@ -73,42 +75,6 @@ class Issuer:
             if role in claimed_roles:
                 return _key(str(claims[self._settings.caller_claim]), grant)
         return None
-
-    async def _key_of(self, header: Mapping[str, Any]) -> jwt.PyJWK | None:
-        kid = header.get("kid")
-        now = time.monotonic()
-        if kid not in self._keys or now - self._fetched_s > _KEYS_MAX_AGE_S:
-            async with self._fetching:
-                await self._fetch(kid)
-        return self._keys.get(str(kid))
-
-    async def _fetch(self, kid: object) -> None:
-        """Fetch the issuer's keys, unless another task has just done so, or the last attempt was too recent."""
-        now = time.monotonic()
-        is_fresh = now - self._fetched_s <= _KEYS_MAX_AGE_S
-        if (is_fresh and kid in self._keys) or now - self._tried_s < _MIN_FETCH_INTERVAL_S:
-            return
-        self._tried_s = now
-        try:
-            key_set = jwt.PyJWKSet.from_json(await self._read_jwks())
-        except (OSError, ValueError, httpx.HTTPError, jwt.PyJWTError) as error:
-            logger.error("the keys of %s can't be fetched: %r", self._settings.issuer, error)
-            if not self._keys:
-                self._tried_s = -_MIN_FETCH_INTERVAL_S
-                raise IssuerUnavailable from error
-            return  # the previous keys stay in force
-        self._keys = {str(key.key_id): key for key in key_set.keys if key.key_id}
-        self._fetched_s = now
-
-    async def _read_jwks(self) -> str:
-        location = self._settings.jwks
-        if "://" not in location:
-            return await asyncio.to_thread(Path(location).read_text)
-        # The provider may be outside, where the environment's proxy is the way.
-        async with httpx.AsyncClient(timeout=_TIMEOUT_S) as client:
-            response = await client.get(location)
-            response.raise_for_status()
-            return response.text
 
 
 def looks_like_token(secret: str) -> bool:

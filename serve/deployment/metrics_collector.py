@@ -15,6 +15,7 @@ from prometheus_client.core import Metric
 from serve.adapters.pool import AdapterPool
 from serve.adapters.reconcile import Reconciler
 from serve.adapters.rollout import Rollouts
+from serve.callers.signing_keys import SigningKeys
 from serve.catalogue.catalogue import Catalogue
 from serve.engine.protocol import Engine
 from serve.gateway.engine_queue import EngineQueue
@@ -41,6 +42,7 @@ class MetricsCollector:
     engine_queue: EngineQueue | None = None
     forwarded: Callable[[], int] = int
     keys: Expiries = dict
+    issuer_keys: SigningKeys | None = None
     is_ready: bool = False
 
     def collect(self) -> Iterator[Metric]:
@@ -53,6 +55,8 @@ class MetricsCollector:
             self._add_catalogue(families, self.reconciler)
         if self.rollouts:
             self._add_splits(families, self.rollouts)
+        if self.issuer_keys:
+            self._add_issuer(families, self.issuer_keys)
         for name, when in self.keys().items():
             families.add(metrics.EXPIRY, ("key", name), when)
         return iter(families)
@@ -135,6 +139,11 @@ class MetricsCollector:
         families.add(metrics.LINEAGE, (name, candidate.adapter.engine_name, *origin), 1)
         if lineage and lineage.kl_mean is not None:
             families.add(metrics.CONVERSION_KL, (name,), lineage.kl_mean)
+
+    def _add_issuer(self, families: MetricFamilies, keys: SigningKeys) -> None:
+        families.add(metrics.ISSUER_FAILURES, (), keys.failures)
+        if (age_s := keys.age_s) is not None:
+            families.add(metrics.ISSUER_KEYS_AGE, (), age_s)
 
     def _add_splits(self, families: MetricFamilies, rollouts: Rollouts) -> None:
         for name, stats in list(rollouts.stats.items())[: self.settings.metrics.max_adapters]:

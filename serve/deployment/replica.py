@@ -102,6 +102,9 @@ class EngineReplica:
         self._metrics.engine_queue = policy.engine_queue
         if gateway.keys:
             self._metrics.keys = gateway.keys.expiries
+        if gateway.issuer:
+            self._metrics.issuer_keys = gateway.issuer.keys
+            self._tasks.append(asyncio.create_task(gateway.issuer.keys.keep_fresh()))
         return gateway
 
     async def _start_observability(self) -> None:

@@ -235,8 +235,9 @@ class EngineWaitTooLong(Unavailable):
 class IssuerUnavailable(Unavailable):
     code = "issuer_unavailable"
 
-    def __init__(self) -> None:
-        super().__init__("The keys of the identity provider can't be fetched at the moment; try again.")
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__("The keys of the identity provider can't be fetched at the moment; try again later.")
+        self.retry_after_s = retry_after_s
 
 
 class LimitsUnavailable(Unavailable):

@@ -81,7 +81,8 @@ class Gateway:
         recorder = recorder or MetricsRecorder(settings.metrics.max_adapters)
         access_log = AccessLog(settings.log.access_sample)
         self.keys = KeyRing(settings.gateway.keys_file) if settings.gateway.keys_file else None
-        app = with_middleware(engine_routes, settings.gateway, self.keys)
+        self.issuer = Issuer(settings.gateway.oidc) if settings.gateway.oidc else None
+        app = with_middleware(engine_routes, settings.gateway, self.keys, self.issuer)
         self._http = TelemetryMiddleware(app, recorder, access_log, tracer)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -178,10 +179,10 @@ class EngineRoutes:
                 raise
 
 
-def with_middleware(app: ASGIApp, settings: GatewaySettings, keys: KeyRing | None) -> ASGIApp:
+def with_middleware(app: ASGIApp, settings: GatewaySettings, keys: KeyRing | None, issuer: Issuer | None) -> ASGIApp:
     """The application behind the authentication and the CORS headers that the settings ask for."""
-    if keys or settings.oidc:
-        app = Authentication(app, keys, Issuer(settings.oidc) if settings.oidc else None)
+    if keys or issuer:
+        app = Authentication(app, keys, issuer)
     if settings.cors_origins:
         # Outermost: a browser sends its preflight request without a key.
         app = CORSMiddleware(

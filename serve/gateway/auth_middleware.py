@@ -27,16 +27,19 @@ class Authentication:
         self._issuer = issuer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path: str = scope["path"]
+        if path in _PUBLIC:
+            await self._app(scope, receive, send)  # its answer must not wait for an identity provider
+            return
         secret = secret_of(scope)
         try:
             key = await self._find(secret) if secret else None
         except ServeError as error:
             await _refuse(error, scope, receive, send)
             return
-        path: str = scope["path"]
         if key is not None:
             await self._app(with_key(scope, key), receive, send)
-        elif path in _PUBLIC or path.startswith(_ADMIN_PATHS):
+        elif path.startswith(_ADMIN_PATHS):
             await self._app(scope, receive, send)
         else:
             await _refuse(InvalidApiKey(given=bool(secret)), scope, receive, send)

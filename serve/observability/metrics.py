@@ -126,6 +126,13 @@ SPLIT_ERRORS = Spec(
     ("adapter", "side"),
 )  # fmt: skip
 
+ISSUER_FAILURES = Spec(
+    "graft_issuer_failures_total", "counter", "Failed attempts to fetch the public keys of the identity provider."
+)
+ISSUER_KEYS_AGE = Spec(
+    "graft_issuer_keys_age_seconds", "gauge", "Time since the public keys of the identity provider were fetched."
+)
+
 # Faults.
 DRIFT = Spec(
     "graft_drift_repairs_total", "counter",

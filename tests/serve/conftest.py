@@ -34,7 +34,7 @@ from serve.gateway.app import Gateway
 from serve.names import AdapterRevision
 from tests.recording_proxy import RecordingProxy, recording_proxy
 from tests.serve.fakes import FakeEngine
-from tests.serve.virtual_time import VirtualTimeLoop
+from tests.serve.virtual_time import SkippableLoop, VirtualTimeLoop
 
 BASE = "b" * 64
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -46,7 +46,8 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """One loop for each test: that of the marker, or asyncio's own."""
-    return {"loop": VirtualTimeLoop if item.get_closest_marker("virtual_time") else asyncio.new_event_loop}
+    loops = {"virtual_time": VirtualTimeLoop, "skippable_time": SkippableLoop}
+    return {"loop": next((loops[name] for name in loops if item.get_closest_marker(name)), asyncio.new_event_loop)}
 
 
 def revision(name: str, content: str) -> AdapterRevision:

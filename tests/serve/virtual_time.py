@@ -46,6 +46,27 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._now += seconds
 
 
+class SkippableLoop(asyncio.SelectorEventLoop):
+    """Real time, of which a test can skip some: real servers answer, and nobody waits for a timer."""
+
+    def __init__(self) -> None:
+        self._skipped_s = 0.0
+        super().__init__()
+
+    def time(self) -> float:
+        return super().time() + self._skipped_s
+
+    def skip(self, seconds: float) -> None:
+        self._skipped_s += seconds
+
+
+def skip(seconds: float) -> None:
+    """Has that time pass at once, in a test with the marker `skippable_time`."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, SkippableLoop)
+    loop.skip(seconds)
+
+
 def run(main: Coroutine[Any, Any, Result]) -> Result:
     """`asyncio.run` in virtual time. Fails if everyone waits for something that can't come."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
