@@ -203,6 +203,7 @@ class Rollouts:
     async def _give_up(self, canary: AdapterRevision, stats: SplitStats, reason: str) -> None:
         try:
             await self.give_up(canary, reason)
-        except ServeError as error:  # another replica was faster, or not all replicas could be asked
-            logger.warning("could not give up the canary %s: %s", canary, error)
+        except Exception as error:  # another replica was faster, not all replicas could be asked, or anything else
+            unexpected = None if isinstance(error, ServeError) else error
+            logger.warning("could not give up the canary %s: %s", canary, error, exc_info=unexpected)
             stats.is_given_up = False  # a canary that goes on is judged again

@@ -103,6 +103,7 @@ class KeyRing:
         """Raises KeysInvalid: a server that requires keys does not start without them."""
         self._path = path
         self._clock = clock
+        self._refused = ""  # why the changed file is not used
         self._version = _file_version(path)
         self._secrets = _by_digest(KeyFile.read(path))
         self._checked_s = clock()
@@ -134,17 +135,23 @@ class KeyRing:
         return {key_id: expires_s for key_id, expires_s in expiries.items() if expires_s != float("inf")}
 
     def _reload(self, now: float) -> None:
-        """Read the file if it has changed."""
+        """Read the file if it has changed, or could not be read the last time: what was in the way, as a missing
+        permission, may be gone without a change of the file."""
         self._checked_s = now
         version = _file_version(self._path)
         if version == self._version:
+            self._refused = ""
             return
-        self._version = version
         try:
             self._secrets = _by_digest(KeyFile.read(self._path))
             logger.info("the keys were read again: %d secrets", len(self._secrets))
+            self._version, self._refused = version, ""
         except KeysInvalid as error:
-            logger.error("the changed keys are not used, the previous ones stay in force: %s", error)
+            if not isinstance(error.__cause__, OSError):
+                self._version = version
+            if str(error) != self._refused:
+                logger.error("the changed keys are not used, the previous ones stay in force: %s", error)
+            self._refused = str(error)
 
 
 def _file_version(path: Path) -> tuple[int, int, int] | None:

@@ -99,7 +99,7 @@ class Limiter:
         self._running.pop(reservation.id, None)
         try:
             await change
-        except BackendUnreachable as error:
+        except Exception as error:  # the answer of the request is not affected
             self._log_outage(error)  # the lease expires, and the reserved tokens leave the window after a minute
 
     async def _reserve(self, reservation: Reservation) -> Admitted:
@@ -147,10 +147,10 @@ class Limiter:
             await asyncio.sleep(self._lease_s / 3)
             try:
                 await self._backend.renew(list(self._running.values()))
-            except BackendUnreachable as error:
+            except Exception as error:  # any error may be over at the next attempt, and the leases would expire
                 self._log_outage(error)
 
-    def _log_outage(self, error: BackendUnreachable) -> None:
+    def _log_outage(self, error: Exception) -> None:
         """Log an outage once, when it begins."""
         if not self._outage_logged:
             consequence = "refused" if self._refuses else "admitted without a check"

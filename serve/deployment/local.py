@@ -156,11 +156,21 @@ def wait_while_ray_runs(warn: Callable[[str], None]) -> None:
     process of Ray itself has ended: nothing restarts these processes, and the replicas end with them."""
     processes = [child for child in psutil.Process().children() if child.name() in _RAY_PROCESSES]
     memory_watch = MemoryWatch()
-    while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
-        if warning := memory_watch.warning(memory_left()):
-            warn(warning)
+    while all(map(_runs, processes)):
+        try:
+            if warning := memory_watch.warning(memory_left()):
+                warn(warning)
+        except Exception:  # a warning that can't be made, or printed, must not end the server
+            logger.debug("could not warn of short memory", exc_info=True)
         time.sleep(_NODE_POLL_S)
     raise NodeLost("A process of Ray's own ended, and the replicas with it. Start the server again.")
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # it ended between the two questions
+        return False
 
 
 def _require_gpus(resources: dict[str, float], settings: ServeSettings) -> None:

@@ -80,11 +80,6 @@ class DesiredState:
         ]
         return hashlib.sha256("\n".join([*lines, str(self.retire_others)]).encode()).hexdigest()
 
-    @property
-    def manifests(self) -> list[Path]:
-        """The files besides `path` that decide the desired state."""
-        return [desired.artifact / MANIFEST for desired in self.adapters]
-
 
 @dataclass(frozen=True)
 class Step:
@@ -97,6 +92,15 @@ class Step:
 
     def __str__(self) -> str:
         return f"{self.verb} {self.name}" + (f"@{self.revision[:12]}" if self.revision else "")
+
+
+def manifests_named_in(path: Path) -> list[Path]:
+    """The files besides `path` that decide the desired state, whether they are there or not; none if `path` itself
+    can't be used."""
+    try:
+        return [_root_of(path, entry) / MANIFEST for entry in _read_file(path).adapters]
+    except DesiredStateInvalid:
+        return []
 
 
 def diff(desired: DesiredState, actual: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
@@ -153,12 +157,16 @@ def _read_file(path: Path) -> _AdaptersFile:
 
 
 def _resolve(path: Path, entry: _AdapterEntry) -> DesiredAdapter:
-    root = path.parent / entry.artifact
+    root = _root_of(path, entry)
     try:
         candidate = candidate_of(Artifact.open(root), entry.name)
     except (ArtifactInvalid, ArtifactRefused) as error:
         raise DesiredStateInvalid(f"{path} names {entry.artifact}: {error}") from error
     return DesiredAdapter(candidate.adapter, candidate.rank, entry.pinned, root)
+
+
+def _root_of(path: Path, entry: _AdapterEntry) -> Path:
+    return path.parent / entry.artifact
 
 
 def _others(desired: DesiredState, actual: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from convert.artifact.durable_files import replace_file
 from convert.errors import ConvertError
 from serve.errors import EngineUnavailable, ReplicaUnreachable, ServeError, ServerNotRunning, StoreUnavailable
 from serve.follower.admin_client import AdminClient
-from serve.follower.desired_state import DesiredState, apply, diff
+from serve.follower.desired_state import DesiredState, apply, diff, manifests_named_in
 
 POLL_S = 1.0
 _RETRY_S = 10.0
@@ -41,28 +41,36 @@ class FileWatcher:
         self._watched: list[Path] = [path]
         self._last_stamps: list[tuple[int, int] | None] | None = None
         self._retry_at: float | None = None
+        self._attempts = 0  # since the file was last applied
+        self._said: set[str] = set()  # lines about why they failed
 
     def poll(self) -> None:
-        """Applies the file if something changed since the last call. Raises nothing: an error is printed, and the file
-        is applied again when it changes, or after a while if the error may be over by then."""
+        """Applies the file if something changed since the last call. Raises nothing: an error is printed, once, and the
+        file is applied again when it changes, or after a while if the error may be over by then."""
         retry_is_due = self._retry_at is not None and time.monotonic() > self._retry_at
-        if not retry_is_due and self._stamps() == self._last_stamps:
+        has_changed = self._stamps() != self._last_stamps
+        if not retry_is_due and not has_changed:
             return
+        if has_changed:
+            self._said.clear()
         self._retry_at = None
+        self._attempts += 1
         try:
+            self._watched = [self._path, *manifests_named_in(self._path)]
+            # Before the file is read: what changes while it is applied, which may take minutes, is seen afterwards.
+            self._last_stamps = self._stamps()
             self._apply()
         except (ServeError, ConvertError) as error:
             self._report(str(self._path), error)
         except Exception as error:  # whatever it is, the next change of the file must still be seen
             logger.debug("could not apply %s", self._path, exc_info=True)
-            self._print(f"{self._path} was not applied, trying again in {_RETRY_S:g} s: {error!r}")
+            self._say(f"{self._path} was not applied, trying again every {_RETRY_S:g} s: {error!r}")
             self._retry_at = time.monotonic() + _RETRY_S
-        self._last_stamps = self._stamps()
 
     def _apply(self) -> None:
         desired = DesiredState.read(self._path)
-        self._watched = [self._path, *desired.manifests]
         if self._applied.is_file() and self._applied.read_text() == desired.digest:
+            self._succeed("nothing to change")
             return
         steps = diff(desired, self._client.adapters())
         failed = apply(desired, steps, self._client)
@@ -70,12 +78,32 @@ class FileWatcher:
             self._report(str(step), error)
         if not failed:
             replace_file(self._applied, desired.digest.encode())
-            self._print(f"{self._path} applied: {', '.join(map(str, steps)) or 'nothing to change'}")
+            self._succeed(", ".join(map(str, steps)) or "nothing to change", is_news=True)
+
+    def _succeed(self, result: str, is_news: bool = False) -> None:
+        failures = self._attempts - 1
+        if is_news or failures:
+            self._say(
+                f"{self._path} applied: {result}" + (f" (failed attempts before: {failures})" if failures else "")
+            )
+        self._attempts = 0
+        self._said.clear()
 
     def _report(self, subject: str, error: ServeError | ConvertError) -> None:
-        self._print(f"{subject} was not applied: error[{error.code}]: {error}")
-        if error.code in _TRANSIENT:
+        self._say(f"{subject} was not applied: error[{error.code}]: {error}")
+        if error.code in _TRANSIENT or isinstance(error.__cause__, OSError):
             self._retry_at = time.monotonic() + _RETRY_S
+
+    def _say(self, line: str) -> None:
+        """Prints a line that was not printed since the last change. Printing fails where nobody can read it, as after a
+        terminal was closed; the file is followed all the same."""
+        if line in self._said:
+            return
+        self._said.add(line)
+        try:
+            self._print(line)
+        except Exception:
+            logger.debug("could not print: %s", line, exc_info=True)
 
     def _stamps(self) -> list[tuple[int, int] | None]:
         return [_stamp(path) for path in self._watched]
@@ -101,9 +129,9 @@ def watch_in_thread(watcher: FileWatcher) -> Iterator[None]:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Modification time in nanoseconds and size; None if there is no such file."""
+    """Modification time in nanoseconds and size; None if there is no such file, or none can have that name."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return None
     return status.st_mtime_ns, status.st_size

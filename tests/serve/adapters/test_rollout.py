@@ -16,6 +16,7 @@ from serve.errors import AdapterRejected, PublishFailed, SplitRefused, UnknownMo
 from serve.names import RequestedModel
 from tests.serve.adapters.test_publish import ALIAS, NEW, OLD, Fleet
 from tests.serve.conftest import candidate
+from tests.serve.guarded import until
 
 TERMS = SplitPolicy(share=0.5, min_requests=10, max_error_rate=0.1)
 THIRD = candidate("pirate", "third")
@@ -150,6 +151,25 @@ async def test_a_canary_that_fails_is_given_up_on_every_replica_with_its_reason(
     assert "50.0% of its 10 requests failed" in given_up[0]
     assert all(reconciler.catalogue.split_of("pirate") is None for reconciler in fleet.reconcilers)
     assert {reconciler.catalogue.resolve(ALIAS) for reconciler in fleet.reconcilers} == {NEW.adapter}
+
+
+async def test_a_canary_that_could_not_be_given_up_is_judged_again(fleet: Fleet, log: CatalogueLog) -> None:
+    await begin_split(Control(log, fleet), "pirate", OLD.revision, "canary", TERMS)
+    attempts: list[str] = []
+
+    async def give_up(canary: object, reason: str) -> None:
+        attempts.append(reason)
+        raise KeyError("an answer of another replica")
+
+    rollouts = Rollouts(give_up)
+    rollouts.choose(log.read(), NEW.adapter, "caller")
+    for number in range(20):
+        rollouts.record_outcome(NEW.adapter, RequestOutcome(number, failed=False, first_byte_s=0.1))
+        rollouts.record_outcome(OLD.adapter, RequestOutcome(number, failed=True, first_byte_s=0.1))
+    await until(lambda: not rollouts.stats["pirate"].is_given_up)
+
+    rollouts.record_outcome(OLD.adapter, RequestOutcome(20, failed=True, first_byte_s=0.1))
+    await until(lambda: len(attempts) == 2)
 
 
 async def test_what_is_older_than_the_window_is_forgotten(fleet: Fleet, log: CatalogueLog) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from serve.__main__ import app
 from serve.callers import key_admin
 from serve.callers.keys import PREFIX, Key, KeyFile, KeyRing, Secret, digest_of
+from serve.cli.app import app
 from serve.errors import KeysInvalid
 from serve.settings import Allowance
 
@@ -132,6 +133,27 @@ def test_a_broken_new_file_leaves_the_keys_before_it(
     restored = add(path, "team-b") if broken is None else None
     if restored:
         assert key_id(ring, restored) == "team-b"
+
+
+def test_keys_that_could_not_be_read_are_read_once_they_can_be_though_the_file_is_the_same(
+    path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = add(path, "team-a")
+    ring = KeyRing(path, clock)
+
+    with pytest.MonkeyPatch.context() as disk, caplog.at_level(logging.ERROR):
+        new = add(path, "team-b")
+        disk.setattr(Path, "read_bytes", broken_read)
+        for _ in range(3):
+            clock.now_s += 2
+            assert [key_id(ring, old), key_id(ring, new)] == ["team-a", None]
+    assert len(caplog.records) == 1, "logged once"
+
+    assert key_id(ring, new) == "team-b"
+
+
+def broken_read(path: Path) -> bytes:
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
 
 def test_text_in_place_of_a_digest_is_not_shown(path: Path) -> None:

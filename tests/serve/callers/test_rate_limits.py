@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from serve.callers.ledger import BackendUnreachable, Decision, LocalLedger, Reservation
+from serve.callers.ledger import BackendUnreachable, Decision, LocalLedger, RateLimit, Reservation
+from serve.callers.rate_limits import Limiter
 from serve.catalogue.adapter_store import AdapterStore
-from serve.engine.token_counter import current_counter
+from serve.engine.token_counter import Tokens, current_counter
 from tests.serve.fakes import FakeEngine, respond
 from tests.serve.guarded import (
     BASE_MODEL,
@@ -27,6 +29,7 @@ from tests.serve.guarded import (
     until,
 )
 from tests.serve.one_replica import calling
+from tests.serve.virtual_time import skip
 
 
 async def test_of_200_at_once_exactly_as_many_as_may_get_through(server: Guarded, client: httpx.AsyncClient) -> None:
@@ -243,6 +246,38 @@ async def test_while_limits_cannot_be_counted_callers_with_limits_get_what_the_s
     assert len(errors) == 1, "an outage is logged once"
     if status == 503:
         assert code(answers[0]) == (503, "limits_unavailable")
+
+
+class Failing(LocalLedger):
+    """A ledger that meets an error which nobody thought of."""
+
+    def __init__(self, lease_s: float) -> None:
+        super().__init__(lease_s)
+        self.renewals = self.settlements = 0
+
+    async def renew(self, reservations: Iterable[Reservation]) -> None:
+        self.renewals += 1
+        raise RuntimeError("dictionary changed size during iteration")
+
+    async def settle(self, reservation: Reservation, tokens: int | None) -> None:
+        self.settlements += 1
+        raise RuntimeError("dictionary changed size during iteration")
+
+
+@pytest.mark.skippable_time
+async def test_leases_are_renewed_on_after_an_unexpected_error_which_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = Failing(lease_s=15)
+    limiter = Limiter(backend, 15)
+    with caplog.at_level(logging.ERROR):
+        async with limiter.admit((RateLimit("team-a", None, None, 1),), 1, Tokens()):
+            for renewals in range(1, 5):
+                skip(5)
+                await until(lambda renewals=renewals: backend.renewals == renewals)  # type: ignore[misc]
+
+    assert backend.settlements == 1
+    assert len([record for record in caplog.records if "changed size" in record.getMessage()]) == 1
 
 
 async def test_output_is_capped_and_who_asks_for_more_is_told(

@@ -1,4 +1,4 @@
-"""What a start does while Ray Serve tries to start its engines."""
+"""What a start does while Ray Serve tries to start its engines, and a server while Ray runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
-from serve.deployment.local import _wait_until_running
-from serve.errors import EngineStartFailed
+from serve.deployment import local
+from serve.deployment.local import _wait_until_running, wait_while_ray_runs
+from serve.errors import EngineStartFailed, NodeLost
 
 SLOW = "Deployment has 1 replicas that have taken more than 30s to initialize. This may be caused by a slow __init__."
 RETRYING = """A replica failed to start with exception. Retrying 2 more time(s). Error:
@@ -59,3 +61,45 @@ def test_the_last_attempt_ends_the_start_with_its_reason(monkeypatch: pytest.Mon
 
     with pytest.raises(EngineStartFailed, match=r"did not start: vLLM can't serve this: RuntimeError: CUDA error$"):
         wait([seen("DEPLOY_FAILED", message)], monkeypatch)
+
+
+class Ray:
+    """The process of Ray's own that this process has: it runs for some questions, and then it is gone."""
+
+    def __init__(self, questions: int) -> None:
+        self.questions = questions
+
+    def children(self) -> list[Ray]:
+        return [self]
+
+    def name(self) -> str:
+        return "raylet"
+
+    def is_running(self) -> bool:
+        return True
+
+    def status(self) -> str:
+        self.questions -= 1
+        if self.questions < 0:
+            raise psutil.NoSuchProcess(1)
+        return "sleeping"
+
+
+@pytest.mark.parametrize("fails", ["memory_left", "warn"])
+def test_a_warning_that_can_not_be_given_does_not_end_the_server_and_the_end_of_ray_does(
+    monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def fail(*_: object) -> Any:
+        raise OSError("the disk, or the terminal")
+
+    ray = Ray(questions=3)
+    monkeypatch.setattr(psutil, "Process", lambda: ray)
+    monkeypatch.setattr(local, "_NODE_POLL_S", 0)
+    memory = SimpleNamespace(available=0, limit=1 << 40, is_short=True)
+    monkeypatch.setattr(local, "memory_left", fail if fails == "memory_left" else lambda: memory)
+    monkeypatch.setattr("serve.observability.memory.largest_process", lambda: "This one")
+
+    with pytest.raises(NodeLost):
+        wait_while_ray_runs(fail)
+
+    assert ray.questions == -1
