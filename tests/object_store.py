@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
+_OPERATIONS = {"GET": "read", "PUT": "write", "DELETE": "delete"}
+
 
 @contextmanager
-def s3_server() -> Iterator[str]:
-    """Its address."""
+def s3_server(operations: list[str] | None = None) -> Iterator[str]:
+    """Its address. `operations` gets a word for each request as it arrives: list, read, write or delete."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    assert server._server
+    answer = server._server.app
+
+    def record(environment: dict[str, Any], start: Any) -> Iterable[bytes]:
+        if operations is not None:
+            is_listing = "list-type" in environment["QUERY_STRING"]
+            operations.append("list" if is_listing else _OPERATIONS[environment["REQUEST_METHOD"]])
+        return answer(environment, start)
+
+    server._server.app = record
     try:
         host, port = server.get_host_and_port()
         yield f"http://{host}:{port}"

@@ -13,7 +13,7 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict
 
 from serve.adapters.reconcile import ReplicaReport
-from serve.catalogue.adapter_state import AdapterState, Revision
+from serve.catalogue.adapter_state import Revision
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.entry import Audit
@@ -202,22 +202,26 @@ class Control:
 
     async def _find(self, name: str, revision: str | None) -> Revision:
         """A revision of a name; the current one for None. Raises UnknownModel."""
-        catalogue = await asyncio.to_thread(self.log.read)
-        state = catalogue.adapters.get(name, AdapterState())
-        target = state.find(revision) if revision else state.current
-        if target is None:
-            requested = f"{name}@{revision}" if revision else name
-            revisions = {str(existing.candidate.adapter) for existing in state.revisions.values()}
-            raise UnknownModel(requested, revisions or catalogue.adapters)
-        return target
+        return _revision_of(await asyncio.to_thread(self.log.read), name, revision)
 
     async def _previous(self, name: str) -> Revision:
-        await self._find(name, None)
         catalogue = await asyncio.to_thread(self.log.read)
+        _revision_of(catalogue, name, None)
         previous = catalogue.adapters[name].previous()
         if not previous:
             raise TransitionRefused(f"{name} has no revision before the current one: there is nothing to go back to.")
         return previous[0]
+
+
+def _revision_of(catalogue: Catalogue, name: str, revision: str | None) -> Revision:
+    """A revision of a name; the current one for None. Raises UnknownModel."""
+    state = catalogue.state_of(name)
+    target = state.find(revision) if revision else state.current
+    if target is None:
+        requested = f"{name}@{revision}" if revision else name
+        revisions = {str(existing.candidate.adapter) for existing in state.revisions.values()}
+        raise UnknownModel(requested, revisions or catalogue.adapters)
+    return target
 
 
 def max_pinned(capacity: int) -> int:

@@ -60,10 +60,12 @@ class BucketStore:
             except FileNotFoundError:
                 return None
 
-    def names(self, prefix: str) -> list[str]:
+    def names(self, prefix: str, after: str = "") -> list[str]:
         with self._store_errors("list", prefix):
-            listed = obstore.list_with_delimiter(self._store, prefix=f"{prefix}/")
-            return sorted(item["path"].rpartition("/")[2] for item in listed["objects"])
+            offset = f"{prefix}/{after}" if after else None  # the store begins there, so that a long log costs one page
+            pages = obstore.list(self._store, prefix=f"{prefix}/", offset=offset)
+            names = (item["path"].removeprefix(f"{prefix}/") for page in pages for item in page)
+            return sorted(name for name in names if "/" not in name)
 
     def delete(self, key: str) -> None:
         with self._store_errors("remove", key):

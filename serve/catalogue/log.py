@@ -10,9 +10,10 @@ may be missing.
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import TypeVar
 
@@ -29,8 +30,10 @@ from serve.names import AdapterRevision
 
 SNAPSHOT_EVERY = 128
 _REPLAY_BATCH = 256  # entries that are in memory at once
+_READS_AT_ONCE = 16  # a read of an object store is mostly waiting
 _SNAPSHOTS_KEPT = 2  # the last but one is kept for readers that have listed it and read it next
 _NOBODY = Audit()
+_ENTRY_NAME = re.compile(r"(\d{10})\.json")
 _Document = TypeVar("_Document", bound=BaseModel)
 
 logger = logging.getLogger(__name__)
@@ -46,28 +49,44 @@ class _Snapshot(BaseModel):
 class CatalogueLog:
     """The log in an object store, which all replicas and writers share. Methods block on the store, so async code calls
     them in a thread. Every method raises StoreUnavailable if the store can't be reached, and StateInvalid if an entry
-    is damaged."""
+    is damaged.
+
+    An instance remembers the state that it saw last: entries never change, so no entry is read twice."""
 
     def __init__(self, objects: ObjectStore) -> None:
         self._objects = objects
+        # Threads may replace it by a state that is a little older. That costs the next call some reads, and no more.
+        self._known = Catalogue()
 
     def follow(self, catalogue: Catalogue) -> Catalogue:
         """`catalogue` with every entry that was appended since. If there is none, this costs one read."""
-        entries = self._entries_after(catalogue.epoch)
-        while batch := tuple(itertools.islice(entries, _REPLAY_BATCH)):
-            catalogue = catalogue.after(*batch)
-        return catalogue
+        if self._known.epoch > catalogue.epoch:
+            catalogue = self._known
+        first = self._read(catalogue.epoch + 1)
+        if first is None:
+            return catalogue
+        if not catalogue.epoch:
+            return self.read()
+        return self._replay(catalogue.after(first), self._numbers_from(catalogue.epoch + 2))
 
     def read(self) -> Catalogue:
-        """The state now: the newest snapshot and all entries after it."""
-        return self.follow(self._load_snapshot())
+        """The state now. Costs one listing, and the reads of the entries that this instance doesn't know. The first
+        call lists and reads the newest snapshot besides."""
+        catalogue = self._known
+        numbers = self._numbers_from(catalogue.epoch) if catalogue.epoch else []
+        # A file system of other machines may list a little less than it holds, so what is missing is read.
+        if catalogue.epoch not in numbers and not (catalogue.epoch and self._read(catalogue.epoch)):
+            # Nothing is known yet, or the log was replaced by a shorter one from a backup.
+            catalogue = self._load_snapshot()
+            numbers = self._numbers_from(catalogue.epoch)
+        return self._replay(catalogue, numbers)
 
     def history(self, name: str | None = None, limit: int = 100) -> list[tuple[int, Entry]]:
         """The last `limit` entries of one name, or of all, with their numbers; newest first."""
         catalogue = self.read()
         numbers = catalogue.state_of(name).entries if name else range(1, catalogue.epoch + 1)
-        newest = reversed(numbers[-limit:]) if limit else ()
-        return [(number, entry) for number in newest if (entry := self._read(number)) is not None]
+        newest = numbers[-limit:][::-1] if limit else ()
+        return [(number, entry) for number, entry in zip(newest, self._read_all(newest), strict=True) if entry]
 
     def append(self, decide: Callable[[Catalogue], Entry | None]) -> Catalogue:
         """Append the entry that `decide` returns for the current state; None appends nothing. If another writer takes
@@ -76,7 +95,7 @@ class CatalogueLog:
         catalogue = self.read()
         while (entry := decide(catalogue)) is not None:
             if self._create(catalogue.epoch + 1, entry):
-                catalogue = catalogue.after(entry)
+                self._known = catalogue = catalogue.after(entry)
                 self._save_snapshot(catalogue)
                 return catalogue
             catalogue = self.follow(catalogue)
@@ -176,10 +195,28 @@ class CatalogueLog:
 
         return self.append(decide)
 
-    def _entries_after(self, epoch: int) -> Iterator[Entry]:
-        while (entry := self._read(epoch + 1)) is not None:
-            yield entry
-            epoch += 1
+    def _replay(self, catalogue: Catalogue, numbers: Iterable[int]) -> Catalogue:
+        """`catalogue` with the entries after it, as far as they are among the sorted `numbers`."""
+        new = _consecutive(catalogue.epoch + 1, numbers)
+        for first in range(0, len(new), _REPLAY_BATCH):
+            batch = self._read_all(new[first : first + _REPLAY_BATCH])
+            entries = [entry for entry in batch if entry is not None]
+            if len(entries) < len(batch):  # deleted since they were listed, which nothing of Graft does
+                break
+            catalogue = catalogue.after(*entries)
+        self._known = catalogue
+        return catalogue
+
+    def _numbers_from(self, first: int) -> list[int]:
+        """The numbers of the entries from `first` on, sorted."""
+        names = self._objects.names("catalogue", after=_entry_name(first - 1) if first else "")
+        return [int(match[1]) for name in names if (match := _ENTRY_NAME.fullmatch(name))]
+
+    def _read_all(self, numbers: Sequence[int]) -> list[Entry | None]:
+        if len(numbers) < 2:
+            return [self._read(number) for number in numbers]
+        with ThreadPoolExecutor(min(_READS_AT_ONCE, len(numbers))) as threads:
+            return list(threads.map(self._read, numbers))
 
     def _read(self, number: int) -> Entry | None:
         key = _entry_key(number)
@@ -220,8 +257,21 @@ def _live_revision(catalogue: Catalogue, adapter: AdapterRevision) -> Revision:
     return revision
 
 
+def _consecutive(first: int, numbers: Iterable[int]) -> range:
+    """`first` and the numbers that follow it without a gap, as far as they are among the sorted `numbers`. An entry
+    that was appended while a store listed the ones after it may be missing."""
+    end = first
+    for number in numbers:
+        end += number == end
+    return range(first, end)
+
+
+def _entry_name(number: int) -> str:
+    return f"{number:010}.json"
+
+
 def _entry_key(number: int) -> str:
-    return f"catalogue/{number:010}.json"
+    return f"catalogue/{_entry_name(number)}"
 
 
 def _parse(model: type[_Document], content: bytes, location: str) -> _Document:

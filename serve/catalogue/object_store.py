@@ -26,8 +26,9 @@ class ObjectStore(Protocol):
         """The object; None if there is none."""
         ...
 
-    def names(self, prefix: str) -> list[str]:
-        """The names of the objects directly under `prefix/`, sorted, without the prefix."""
+    def names(self, prefix: str, after: str = "") -> list[str]:
+        """The names of the objects directly under `prefix/`, sorted, without the prefix: those that sort after
+        `after`."""
         ...
 
     def delete(self, key: str) -> None:
@@ -64,10 +65,10 @@ class DirectoryStore:
         except OSError as error:
             raise StoreUnavailable(f"Can't read {path}: {error.strerror}.") from error
 
-    def names(self, prefix: str) -> list[str]:
+    def names(self, prefix: str, after: str = "") -> list[str]:
         try:
             entries = os.scandir(self._root / prefix)
-            return sorted(entry.name for entry in entries if not entry.name.startswith("."))
+            return sorted(entry.name for entry in entries if entry.name > after and not entry.name.startswith("."))
         except FileNotFoundError:
             return []
         except OSError as error:

@@ -57,8 +57,9 @@ class StateDir:
         """Where catalogue and golden answers are. Raises StateInvalid if the URL is not that of an object store."""
         return BucketStore(self.url) if self.url else DirectoryStore(self.root)
 
-    @property
+    @cached_property
     def log(self) -> CatalogueLog:
+        """One instance, because it remembers what it has read."""
         return CatalogueLog(self.objects)
 
     @property

@@ -71,7 +71,7 @@ def test_a_damaged_entry_is_reported_with_its_path(log: CatalogueLog, tmp_path: 
     entry.write_text("{}")
 
     with pytest.raises(StateInvalid, match=str(entry)):
-        log.read()
+        CatalogueLog(DirectoryStore(tmp_path)).read()
 
 
 def test_a_reader_starts_from_the_newest_snapshot(log: CatalogueLog, tmp_path: Path) -> None:
@@ -79,14 +79,15 @@ def test_a_reader_starts_from_the_newest_snapshot(log: CatalogueLog, tmp_path: P
         published(log, candidate(f"adapter-{number}", "1"))
     snapshots = sorted((tmp_path / "snapshots").iterdir())
     assert [snapshot.name for snapshot in snapshots] == [f"{number * SNAPSHOT_EVERY:010}.json" for number in (1, 2)]
-    replayed = CatalogueLog(DirectoryStore(tmp_path)).follow(Catalogue())
+    replayed = Catalogue().after(*(entry for _, entry in reversed(log.history(limit=1000))))
 
     for entry in (tmp_path / "catalogue").iterdir():
         if int(entry.stem) <= 2 * SNAPSHOT_EVERY - 1:
             entry.unlink()
 
-    assert log.read() == replayed
-    assert len(published(log, OLD).current) == SNAPSHOT_EVERY + 1
+    restarted = CatalogueLog(DirectoryStore(tmp_path))
+    assert restarted.read() == replayed
+    assert len(published(restarted, OLD).current) == SNAPSHOT_EVERY + 1
 
 
 class NoSnapshots(DirectoryStore):
@@ -100,8 +101,32 @@ def test_a_snapshot_that_could_not_be_written_costs_only_a_longer_replay(tmp_pat
     log = CatalogueLog(NoSnapshots(tmp_path))
     states = [log.stage(candidate(f"adapter-{number}", "1")) for number in range(SNAPSHOT_EVERY)]
 
-    assert log.read() == states[-1]
+    assert CatalogueLog(DirectoryStore(tmp_path)).read() == states[-1]
     assert log.history(limit=1)[0][0] == SNAPSHOT_EVERY
+
+
+def test_a_log_that_was_restored_from_an_older_backup_is_read_as_it_is(log: CatalogueLog, tmp_path: Path) -> None:
+    backup = published(log, OLD)
+    published(log, NEW)
+    for number in (3, 4):
+        (tmp_path / "catalogue" / f"{number:010}.json").unlink()
+
+    assert log.read() == backup
+    assert log.stage(NEW).epoch == 3
+
+
+class Overtaken(DirectoryStore):
+    """Lists the entries before the last one was written, as a file system of other machines may for some seconds."""
+
+    def names(self, prefix: str, after: str = "") -> list[str]:
+        return super().names(prefix, after)[:-1]
+
+
+def test_a_listing_that_is_late_takes_back_nothing_that_is_known(tmp_path: Path) -> None:
+    log = CatalogueLog(Overtaken(tmp_path))
+    published(log, OLD)
+
+    assert log.read().resolve(ALIAS) == OLD.adapter
 
 
 class LostAnswer(DirectoryStore):
@@ -170,7 +195,7 @@ def test_no_interleaving_of_two_writers_loses_or_misplaces_an_entry(
         for _, entry in reversed(log.history(limit=1000)):
             assert_allowed(state, entry)
             state = state.after(entry)
-        assert state == log.read()
+        assert state == log.read() == CatalogueLog(DirectoryStore(Path(root))).read()
         for name, adapter in state.adapters.items():
             serving = [revision for revision in adapter.revisions.values() if revision.state == "serving"]
             assert [revision.candidate for revision in serving] == (
