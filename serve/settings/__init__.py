@@ -1,0 +1,26 @@
+"""All settings, read once, checked whole, then frozen."""
+
+from __future__ import annotations
+
+from serve.settings.callers import Allowance, Grant, OidcSettings, SecretDigest
+from serve.settings.engine import REFUSED_VLLM_ARGS, RESERVED_SLOTS, EngineSettings, supported_rank
+from serve.settings.gateway import GatewaySettings
+from serve.settings.observability import LogSettings, MetricsSettings, TracingSettings
+from serve.settings.server import AdmissionSettings, ServeSettings
+
+__all__ = [
+    "REFUSED_VLLM_ARGS",
+    "RESERVED_SLOTS",
+    "AdmissionSettings",
+    "Allowance",
+    "EngineSettings",
+    "GatewaySettings",
+    "Grant",
+    "LogSettings",
+    "MetricsSettings",
+    "OidcSettings",
+    "SecretDigest",
+    "ServeSettings",
+    "TracingSettings",
+    "supported_rank",
+]

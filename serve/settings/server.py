@@ -1,0 +1,70 @@
+"""Settings of a whole server, and of the adapters that it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from serve.settings.engine import EngineSettings
+from serve.settings.frozen import FrozenSettings
+from serve.settings.gateway import GatewaySettings
+from serve.settings.observability import LogSettings, MetricsSettings, TracingSettings
+
+
+class AdmissionSettings(FrozenSettings):
+    """The conditions for an adapter to be served."""
+
+    adapter_roots: tuple[Path, ...] = Field(
+        (), description="Directories in which callers of the admin API may name adapters; none: no paths are taken."
+    )
+    max_adapter_bytes: PositiveInt = Field(4 << 30, description="Larger adapters are refused.")
+    allow_other_template: bool = Field(
+        False, description="Take adapters that bring another tokenizer or chat template than the base model's."
+    )
+    trusted_keys: tuple[Path, ...] = Field(
+        (),
+        description="Public keys (Ed25519, PEM): an adapter that none of them signed is refused; none: all are taken.",
+    )
+    least_change_nats: NonNegativeFloat = Field(
+        0.005, description="A new revision must change some log-probability of a probe by more than this; 0: no probe."
+    )
+    golden_tolerance_nats: PositiveFloat = Field(
+        0.25, description="Largest mean distance of an adapter's log-probabilities from its golden answers, in nats."
+    )
+
+
+class ServeSettings(FrozenSettings):
+    """One base model behind one Ray Serve application."""
+
+    engine: EngineSettings
+    gateway: GatewaySettings
+    admission: AdmissionSettings = AdmissionSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    log: LogSettings = LogSettings()
+    tracing: TracingSettings = TracingSettings()
+    state_dir: Path = Field(description="Catalogue and adapter store, shared by all replicas.")
+    state_url: str | None = Field(
+        None,
+        description="An object store that holds them for many machines; state_dir then has this machine's own files.",
+    )
+    replicas: PositiveInt = Field(1, description="Engines, each a process of its own with the whole model.")
+    cpus_per_replica: NonNegativeFloat = Field(1, description="Ray's reservation per replica.")
+    gpus_per_replica: NonNegativeFloat = Field(0, description="GPUs for each engine; 0 runs on the CPU.")
+    max_ongoing_requests: PositiveInt = Field(
+        4096, description="Requests that a replica has open: those that run, wait, or still arrive."
+    )
+    catalogue_poll_s: PositiveFloat = Field(
+        1.0, description="A replica that missed a notification follows the catalogue after at most this long."
+    )
+    drift_check_s: PositiveFloat = Field(
+        5.0, description="How often a replica compares what its engine holds with what it should."
+    )
+    keep_previous: Annotated[int, Field(ge=0)] = Field(
+        1, description="Revisions before the current one that stay resident, so that a rollback loads nothing."
+    )
+    sync_timeout_s: PositiveFloat = Field(
+        60.0, description="Seconds after which a publish gives up on a replica that does not answer."
+    )
+    drain_s: PositiveFloat = Field(20.0, description="Running requests get this long when a replica stops.")
