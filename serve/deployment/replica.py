@@ -75,7 +75,7 @@ class EngineReplica:
         self._rollouts = Rollouts(self._admin.give_up)
         address = node_address()
         keep_replica_on(address)
-        self._peers = Peers(self._replica, address, self._replicas.report)
+        self._peers = Peers(self._replica, address, self._replicas.report, lambda: self._reconciler.follow())
         patch_uvicorn_startup(self._replica, self._peers.listens_on)
         self._reconciler = self._new_reconciler()
         self._collect_all_metrics()

@@ -1,6 +1,7 @@
 """Errors of the serving side, each with a stable code: docs/reference/errors.md lists them.
 
-`ServeError` and its subclasses in `http` are answers of a running server, with their HTTP status and headers.
+`ServeError` and its subclasses in `http` and `unavailable` are answers of a running server, with their HTTP status and
+headers.
 Subclasses of `StartError` in `start` end a command before there is a server to answer.
 
 Messages say what was wrong, what was expected and what to do.
@@ -9,23 +10,15 @@ Messages say what was wrong, what was expected and what to do.
 from __future__ import annotations
 
 from serve.errors.http import (
-    AdapterQueueFull,
     AdapterRejected,
-    AdaptersExhausted,
-    AdapterUnavailable,
-    AdapterWaitTooLong,
     BodyTooLarge,
     BodyTooSlow,
     CallerQueueFull,
     EngineError,
-    EngineQueueFull,
-    EngineUnavailable,
-    EngineWaitTooLong,
+    HolderTimeout,
     InvalidApiKey,
     InvalidBody,
     InvalidRequest,
-    IssuerUnavailable,
-    LimitsUnavailable,
     MethodNotAllowed,
     OutputTooLong,
     PathRefused,
@@ -33,11 +26,9 @@ from serve.errors.http import (
     PublishFailed,
     PublishUnconfirmed,
     RateLimited,
-    ReplicaUnreachable,
     RunTooLong,
     ServeError,
     SplitRefused,
-    StoreUnavailable,
     TaskUnsupported,
     ToolUnsupported,
     TransitionRefused,
@@ -45,7 +36,6 @@ from serve.errors.http import (
     Unavailable,
     UnknownModel,
     UnknownRoute,
-    WrongReplica,
 )
 from serve.errors.start import (
     AdminRefused,
@@ -62,6 +52,23 @@ from serve.errors.start import (
     StateInvalid,
     TrafficLogInvalid,
 )
+from serve.errors.unavailable import (
+    AdapterQueueFull,
+    AdaptersExhausted,
+    AdapterUnavailable,
+    AdapterWaitTooLong,
+    BodyBudgetFull,
+    CatalogueBehind,
+    EngineQueueFull,
+    EngineUnavailable,
+    EngineWaitTooLong,
+    HolderLost,
+    IssuerUnavailable,
+    LimitsUnavailable,
+    ReplicaUnreachable,
+    StoreUnavailable,
+    WrongReplica,
+)
 
 __all__ = [
     "AdapterQueueFull",
@@ -71,9 +78,11 @@ __all__ = [
     "AdaptersExhausted",
     "AdminRefused",
     "ArtifactRefused",
+    "BodyBudgetFull",
     "BodyTooLarge",
     "BodyTooSlow",
     "CallerQueueFull",
+    "CatalogueBehind",
     "DesiredStateInvalid",
     "EngineError",
     "EngineQueueFull",
@@ -81,6 +90,8 @@ __all__ = [
     "EngineStartFailed",
     "EngineUnavailable",
     "EngineWaitTooLong",
+    "HolderLost",
+    "HolderTimeout",
     "InvalidApiKey",
     "InvalidBody",
     "InvalidRequest",

@@ -32,6 +32,18 @@ class RunTooLong(ServeError):
         super().__init__(f"The request ran for {limit_s:g} s, which is the limit here. Ask for less output at once.")
 
 
+class HolderTimeout(ServeError):
+    """Unlike a run that took too long, a retry reaches another replica, or this one once it has been replaced."""
+
+    status, type, code = 504, "timeout", "holder_timeout"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(
+            f"The replica that this request was forwarded to sent nothing for {limit_s:g} s, which is longer than a "
+            "request may take there; try again."
+        )
+
+
 class EngineError(ServeError):
     """An error of the engine. The codes follow OpenAI's."""
 
@@ -183,68 +195,12 @@ class Unavailable(ServeError):
     status, type, retry_after_s = 503, "service_unavailable", 1
 
 
-class AdaptersExhausted(Unavailable):
-    code = "adapters_exhausted"
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__(
-            f"All {capacity} adapters that this replica can hold are in use by running requests; try again."
-        )
-
-
-class AdapterQueueFull(Unavailable):
-    code = "adapter_queue_full"
-
-    def __init__(self, limit: int, retry_after_s: int) -> None:
-        super().__init__(f"{limit} requests wait for an adapter slot of this replica already; try again later.")
-        self.retry_after_s = retry_after_s
-
-
-class AdapterWaitTooLong(Unavailable):
-    code = "adapter_wait_too_long"
-
-    def __init__(self, waited_s: float, retry_after_s: int) -> None:
-        super().__init__(f"No adapter slot of this replica came free within {waited_s:g} s; try again later.")
-        self.retry_after_s = retry_after_s
-
-
 class CallerQueueFull(ServeError):
     status, type, code = 429, "rate_limit_error", "caller_queue_full"
 
     def __init__(self, limit: int, retry_after_s: int) -> None:
         super().__init__(f"{limit} requests of this caller wait already; send fewer at once, or try again later.")
         self.retry_after_s = retry_after_s
-
-
-class EngineQueueFull(Unavailable):
-    code = "engine_queue_full"
-
-    def __init__(self, limit: int, retry_after_s: int) -> None:
-        super().__init__(f"{limit} requests wait for this replica's engine already; try again later.")
-        self.retry_after_s = retry_after_s
-
-
-class EngineWaitTooLong(Unavailable):
-    code = "engine_wait_too_long"
-
-    def __init__(self, waited_s: float, retry_after_s: int) -> None:
-        super().__init__(f"No place in this replica's engine came free within {waited_s:g} s; try again later.")
-        self.retry_after_s = retry_after_s
-
-
-class IssuerUnavailable(Unavailable):
-    code = "issuer_unavailable"
-
-    def __init__(self, retry_after_s: int) -> None:
-        super().__init__("The keys of the identity provider can't be fetched at the moment; try again later.")
-        self.retry_after_s = retry_after_s
-
-
-class LimitsUnavailable(Unavailable):
-    code = "limits_unavailable"
-
-    def __init__(self) -> None:
-        super().__init__("The limits of this key can't be checked at the moment; try again.")
 
 
 class RateLimited(ServeError):
@@ -258,32 +214,3 @@ class RateLimited(ServeError):
         self.type = kind
         self.retry_after_s = retry_after_s
         self.headers = headers
-
-
-class AdapterUnavailable(Unavailable):
-    code = "adapter_unavailable"
-
-
-class StoreUnavailable(Unavailable):
-    """The store of the catalogue and the adapter files can't be reached. Requests for resident adapters are still
-    served, and a retry of the failed call may succeed."""
-
-    code, retry_after_s = "store_unavailable", 5
-
-
-class ReplicaUnreachable(Unavailable):
-    code = "replica_unreachable"
-
-
-class EngineUnavailable(Unavailable):
-    code = "engine_unavailable"
-
-    def __init__(self) -> None:
-        super().__init__("The engine of this replica stopped and is being replaced; try again.")
-
-
-class WrongReplica(Unavailable):
-    code = "wrong_replica"
-
-    def __init__(self) -> None:
-        super().__init__("This request was passed on to a replica that is not here; try again.")

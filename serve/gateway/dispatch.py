@@ -17,7 +17,14 @@ from serve.callers.identity import caller_of, key_of
 from serve.callers.keys import Key
 from serve.catalogue.catalogue import Catalogue
 from serve.engine.protocol import Engine
-from serve.errors import EngineUnavailable, PromptLogprobsUnavailable, RunTooLong, UnknownModel
+from serve.errors import (
+    EngineUnavailable,
+    HolderLost,
+    HolderTimeout,
+    PromptLogprobsUnavailable,
+    RunTooLong,
+    UnknownModel,
+)
 from serve.gateway.body import (
     Fields,
     check_tools,
@@ -28,11 +35,18 @@ from serve.gateway.body import (
     with_fields,
 )
 from serve.gateway.disconnect import DisconnectWatcher
-from serve.gateway.peer_forwarding import Peers, check_addressed_to, forwarded_to
+from serve.gateway.peer_forwarding import (
+    EPOCH_HEADER,
+    ForwardLimits,
+    Peers,
+    RevisionUnknown,
+    check_addressed_to,
+    forwarded_to,
+)
 from serve.gateway.request_policy import AdmittedRequest, RequestPolicy
 from serve.gateway.response import CapturedBody, ResponsePipeline, outcome_of, wait_for_replica_exit
 from serve.gateway.shadow import Shadows
-from serve.names import RequestedModel
+from serve.names import AdapterRevision, RequestedModel
 from serve.observability.metrics import BASE
 from serve.observability.request_record import RequestRecord, record_of
 
@@ -46,12 +60,19 @@ class _Request:
     """One request whose body was read. `send` leads to the caller."""
 
     scope: Scope
+    model: str | None  # as the caller wrote it
     fields: Fields
     body: bytes
     client: DisconnectWatcher
     send: Send
     caller: str
     record: RequestRecord
+
+    def run_with(self, adapter: AdapterRevision) -> None:
+        """Has the fields and the body name the revision that the request was resolved to."""
+        self.record.resolved_to(adapter.name, adapter.engine_name, self.caller)
+        self.fields = self.fields | {"model": adapter.engine_name}
+        self.body = msgspec.json.encode(self.fields)
 
 
 class ModelResolver:
@@ -62,6 +83,10 @@ class ModelResolver:
         self.base_model = base_model
         self._catalogue = catalogue
         self._rollouts = rollouts
+
+    def epoch(self) -> int:
+        """How far this replica has followed the catalogue."""
+        return self._catalogue().epoch
 
     def resolve(self, model: str | None, caller: str, key: Key | None) -> RevisionChoice | None:
         """The revision that answers a request for `model`; None for the base model. Raises UnknownModel, also for a
@@ -116,29 +141,53 @@ class EngineCall:
             check_tools(fields)
         client = DisconnectWatcher(receive)
         with self._policy.slow_clients.guard(send) as guarded_send, client.watch(scope):
-            caller, record = caller_of(scope), record_of(scope)
-            request = _Request(scope, fields, body, client, guarded_send, caller, record)
-            choice = self._models.resolve(requested_model(fields), caller, key_of(scope))
+            model, caller = requested_model(fields), caller_of(scope)
+            request = _Request(scope, model, fields, body, client, guarded_send, caller, record_of(scope))
+            choice = self._resolve(request)
             if choice is None:
-                record.resolved_to(BASE, self._models.base_model, caller)
                 await self._run_base(request)
             else:
-                record.resolved_to(choice.adapter.name, choice.adapter.engine_name, caller)
                 await self._run_adapter(request, choice)
+
+    def _resolve(self, request: _Request) -> RevisionChoice | None:
+        """The revision that answers; None for the base model. Raises UnknownModel, which tells a replica that has
+        forwarded the request how far this one has followed the catalogue."""
+        try:
+            return self._models.resolve(request.model, request.caller, key_of(request.scope))
+        except UnknownModel as error:
+            if forwarded_to(request.scope) is not None:
+                error.headers = {EPOCH_HEADER: str(self._models.epoch())}
+            raise
 
     async def _run_base(self, request: _Request) -> None:
         model = self._models.base_model
+        request.record.resolved_to(BASE, model, request.caller)
         async with self._policy.enforce(request.scope, model, request.fields) as admitted:
             request.client.body = with_fields(request.body, request.fields, admitted.added_fields)
             async with self._policy.engine_queue.acquire(request.caller, model) as release:
                 await self._run(request, model, admitted, release)
 
     async def _run_adapter(self, request: _Request, choice: RevisionChoice) -> None:
-        adapter = choice.adapter
-        request.fields = fields = request.fields | {"model": adapter.engine_name}
-        request.body = body = msgspec.json.encode(fields)
-        if await self._forward(request, choice):
-            return  # the replica that answered also counts the request
+        request.run_with(choice.adapter)
+        try:
+            if await self._forward(request, choice.adapter):
+                return  # the replica that answered also counts the request
+        except RevisionUnknown as answer:
+            choice = await self._resolve_again(request, answer.epoch)
+            request.run_with(choice.adapter)
+        await self._run_adapter_here(request, choice)
+
+    async def _resolve_again(self, request: _Request, epoch: int) -> RevisionChoice:
+        """The choice by the newest catalogue: at least as new as that of a holder that doesn't know the revision which
+        was chosen before. Raises UnknownModel if the model is gone, and CatalogueBehind."""
+        assert self._peers
+        await self._peers.catch_up(epoch, self._models.epoch, self._policy.max_wait_s)
+        choice = self._resolve(request)
+        assert choice is not None, "a name of an adapter never becomes that of the base model"
+        return choice
+
+    async def _run_adapter_here(self, request: _Request, choice: RevisionChoice) -> None:
+        adapter, fields, body = choice.adapter, request.fields, request.body
         capture = CapturedBody() if choice.shadow else None
         async with self._policy.enforce(request.scope, adapter.name, fields) as admitted:
             request.client.body = with_fields(body, fields, admitted.added_fields)
@@ -165,17 +214,26 @@ class EngineCall:
                 raise
             self._rollouts.record_outcome(adapter, outcome_of(record))
 
-    async def _forward(self, request: _Request, choice: RevisionChoice) -> bool:
+    async def _forward(self, request: _Request, adapter: AdapterRevision) -> bool:
         """Forwards the request to a replica that holds the adapter, if this replica would have to wait for a slot or
-        evict an adapter. Returns whether the other replica has answered."""
-        adapter, record = choice.adapter, request.record
+        evict an adapter. Returns whether the other replica has answered. Raises RevisionUnknown, HolderTimeout or
+        HolderLost."""
+        record = request.record
         if self._peers is None or self._pool.can_run_at_once(adapter) or forwarded_to(request.scope) is not None:
             return False
         holder = await self._peers.holder_of(adapter)
-        if holder is not None:
-            scope = with_content_length(request.scope, len(request.body))
-            response = ResponsePipeline(request.send, record, request.client)
-            record.forwarded = await self._peers.forward(holder, scope, request.body, response.send)
+        if holder is None:
+            return False
+        scope = with_content_length(request.scope, len(request.body))
+        response = ResponsePipeline(request.send, record, request.client)
+        limits = ForwardLimits.of(self._policy.max_wait_s, self._policy.max_run_s)
+        try:
+            record.forwarded = await self._peers.forward(holder, scope, request.body, response.send, limits)
+        except (HolderTimeout, HolderLost) as error:
+            record.forwarded = True
+            if not record.streamed:
+                raise  # an answer that has begun is broken off
+            await response.end_with(error)
         return record.forwarded
 
     async def _run(

@@ -66,7 +66,7 @@ class RequestPolicy:
     ) -> None:
         """`rate_limits`: shared by all replicas, by default this replica's own; `meter`: records usage, if given."""
         self._settings = settings
-        self.max_run_s = settings.max_run_s
+        self.max_wait_s, self.max_run_s = settings.max_wait_s, settings.max_run_s
         self._engine = engine
         self._prompts = PromptEstimator(engine.prompt_size)
         self.meter = meter

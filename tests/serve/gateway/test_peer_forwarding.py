@@ -3,70 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
-from starlette.types import Receive, Scope, Send
 
-from serve.adapters.admission import Admission
-from serve.adapters.pool import AdapterPool
-from serve.adapters.publish import Control
-from serve.adapters.reconcile import Reconciler, ReplicaReport
-from serve.admin.routes import Admin
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.log import CatalogueLog
-from serve.deployment.uvicorn_patches import patch_uvicorn_startup
-from serve.errors import ReplicaUnreachable
-from serve.follower.http_client import direct_async_client
-from serve.gateway.app import Gateway
-from serve.gateway.peer_forwarding import Peers
-from serve.settings import EngineSettings, GatewaySettings, ServeSettings
 from tests.recording_proxy import RecordingProxy
-from tests.serve.conftest import BASE, candidate, verify_nothing
-from tests.serve.fakes import FakeEngine, respond
-
-ADAPTERS = [candidate(f"adapter-{number}", "w") for number in range(4)]
-FIRST, SECOND = ADAPTERS[:2]
-# Of documentation: nothing is there. The replicas listen on loopback only, as those of a local server do.
-MACHINE = "192.0.2.7"
-CAPACITY = 2
-
-
-@dataclass
-class Replica:
-    number: int
-    engine: FakeEngine
-    pool: AdapterPool
-    reconciler: Reconciler
-    peers: Peers
-    url: str
-
-    async def ask(self, name: str) -> str:
-        """Which replica answered; it says so itself."""
-        async with direct_async_client() as client:
-            response = await client.post(f"{self.url}/v1/completions", json={"model": name, "stream": True})
-        assert response.status_code == 200, response.text
-        return response.text
-
-
-@dataclass
-class Fleet:
-    replicas: list[Replica]
-    reachable: bool = True
-    asked: int = 0
-
-    async def report(self) -> Sequence[ReplicaReport]:
-        self.asked += 1
-        if not self.reachable:
-            raise ReplicaUnreachable("no answer")
-        return [await replica.reconciler.report() for replica in self.replicas]
+from tests.serve.fleet import ADAPTERS, FIRST, Fleet, fill, fleet_of_two
 
 
 @pytest.fixture
@@ -76,63 +21,9 @@ async def fleet_beside_a_proxy(proxy: RecordingProxy, fleet: Fleet) -> tuple[Fle
 
 
 @pytest.fixture
-async def fleet(tmp_path: Path, log: CatalogueLog, store: AdapterStore) -> AsyncIterator[Fleet]:
-    """Two replicas; each knows the address of the other, and neither holds an adapter."""
-    for adapter in ADAPTERS:
-        log.stage(adapter)
-        log.promote(adapter)
-    fleet = Fleet([])
-    async with serving(0, fleet, log, store, tmp_path), serving(1, fleet, log, store, tmp_path):
+async def fleet(tmp_path: Path, store: AdapterStore) -> AsyncIterator[Fleet]:
+    async with fleet_of_two(store, tmp_path) as fleet:
         yield fleet
-
-
-@asynccontextmanager
-async def serving(number: int, fleet: Fleet, log: CatalogueLog, store: AdapterStore, root: Path) -> AsyncIterator[None]:
-    engine = FakeEngine()
-
-    async def say_who(scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
-        model = json.loads((await receive())["body"])["model"]
-        assert model in {adapter.engine_name for adapter in engine.resident}
-        await respond(send, 200, f"replica {number}, {model}, {headers.get(b'x-graft-caller', b'').decode()}".encode())
-
-    engine.handler = say_who
-    pool = AdapterPool(engine, store, CAPACITY)
-    peers = Peers(f"replica-{number}", MACHINE, fleet.report)
-    reconciler = Reconciler(f"replica-{number}", log, engine, pool, verify_nothing, address=lambda: peers.address)
-    reconciler.catalogue = log.read()
-    settings = ServeSettings(
-        engine=EngineSettings(model_path=root, model_name="small-llama", fingerprint=BASE),
-        gateway=GatewaySettings(admin_tokens={"admin": "0" * 64}),
-        state_dir=root,
-    )
-    admin = Admin(
-        settings.gateway.admin_tokens,
-        settings.engine,
-        settings.admission,
-        Admission(settings.engine, settings.admission),
-        store,
-        Control(log, fleet),  # type: ignore[arg-type]
-    )
-    gateway = Gateway(settings, engine, pool, lambda: reconciler.catalogue, admin, peers=peers)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        patch_uvicorn_startup(f"replica-{number}", peers.listens_on)
-        server = uvicorn.Server(uvicorn.Config(gateway, port=port, log_level="error", lifespan="off"))
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:  # noqa: ASYNC110  (uvicorn has no event for it)
-            await asyncio.sleep(0.01)
-        url = f"http://127.0.0.1:{port}"
-        fleet.replicas.append(Replica(number, engine, pool, reconciler, peers, url))
-        yield
-        server.should_exit = True
-        await task
-
-
-async def fill(replica: Replica, *names: str) -> None:
-    for name in names:
-        await replica.ask(name)
 
 
 async def test_a_cold_request_goes_to_the_replica_that_holds_its_adapter(fleet: Fleet) -> None:
