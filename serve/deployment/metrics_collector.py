@@ -18,6 +18,7 @@ from serve.adapters.rollout import Rollouts
 from serve.callers.signing_keys import SigningKeys
 from serve.catalogue.catalogue import Catalogue
 from serve.engine.protocol import Engine
+from serve.gateway.body import BodyBudget
 from serve.gateway.engine_queue import EngineQueue
 from serve.names import AdapterRevision
 from serve.observability import metrics
@@ -40,6 +41,7 @@ class MetricsCollector:
     reconciler: Reconciler | None = None
     rollouts: Rollouts | None = None
     engine_queue: EngineQueue | None = None
+    bodies: BodyBudget | None = None
     forwarded: Callable[[], int] = int
     keys: Expiries = dict
     issuer_keys: SigningKeys | None = None
@@ -72,6 +74,11 @@ class MetricsCollector:
             metrics.MEMORY_AVAILABLE: memory.available,
             metrics.MEMORY_LIMIT: memory.limit,
         })  # fmt: skip
+        if self.bodies:
+            families.gauges({
+                metrics.BODY_BYTES: self.bodies.held_bytes,
+                metrics.BODY_BYTES_LIMIT: self.bodies.limit_bytes,
+            })  # fmt: skip
         families.add(metrics.BUILD, (_version("graft"), _vllm_version()), 1)
 
     def _add_residency(self, families: MetricFamilies, pool: AdapterPool) -> None:

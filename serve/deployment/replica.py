@@ -99,7 +99,7 @@ class EngineReplica:
             self._recorder,
             self._tracer,
         )
-        self._metrics.engine_queue = policy.engine_queue
+        self._metrics.engine_queue, self._metrics.bodies = policy.engine_queue, policy.bodies
         if gateway.keys:
             self._metrics.keys = gateway.keys.expiries
         if gateway.issuer:

@@ -77,7 +77,7 @@ class Gateway:
         call = EngineCall(engine, pool, self._models, self.policy, rollouts, peers)
         http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
         http.router.redirect_slashes = False  # it would redirect to an address made of the `Host` header
-        engine_routes = EngineRoutes(call, openapi.offered_routes(engine.openapi), http)
+        engine_routes = EngineRoutes(call, openapi.offered_routes(engine.openapi), http, self.policy)
         recorder = recorder or MetricsRecorder(settings.metrics.max_adapters)
         access_log = AccessLog(settings.log.access_sample)
         self.keys = KeyRing(settings.gateway.keys_file) if settings.gateway.keys_file else None
@@ -156,16 +156,18 @@ class Gateway:
 
 class EngineRoutes:
     """Calls the endpoint of the engine's routes directly. Starlette would wrap `send`, which is called for each token,
-    in layers of its own."""
+    in layers of its own. The bodies of all other routes have the same limits."""
 
-    def __init__(self, call: ASGIApp, paths: Iterable[str], others: ASGIApp) -> None:
+    def __init__(self, call: ASGIApp, paths: Iterable[str], others: ASGIApp, policy: RequestPolicy) -> None:
         self._call = call
         self._paths = frozenset(paths)
         self._others = others
+        self._policy = policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST" or scope["path"] not in self._paths:
-            await self._others(scope, receive, send)
+            with self._policy.limited(scope, receive) as limited:
+                await self._others(scope, limited, send)
             return
         try:
             await self._call(scope, receive, send)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-from starlette.types import Receive, Scope
+from starlette.types import Message, Receive, Scope
 
-from serve.errors import BodyTooLarge, BodyTooSlow, InvalidBody, ToolUnsupported
+from serve.errors import BodyBudgetFull, BodyTooLarge, BodyTooSlow, InvalidBody, ToolUnsupported
 
 # The top level of a body. Only `model` is ever decoded: every other value reaches the engine byte for byte.
 Fields = dict[str, Any]
@@ -22,32 +24,143 @@ _DIGITS_OF_64_BITS = 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _TOOLS_OF_CLIENTS = frozenset({"function", "custom", "namespace"})
 _OFF = frozenset({b"null", b"false"})
+# Most requests are smaller. Larger ones leave a quarter of the budget to them.
+_SMALL_BODY_BYTES = 256 << 10
+_LARGE_BODIES_SHARE = 0.75
+_BUDGET_WAIT_S = 0.5
 
 
-async def read_body(receive: Receive, limit_bytes: int, timeout_s: float) -> bytes:
-    """The whole request body. Raises BodyTooLarge as soon as the limit is passed, BodyTooSlow after `timeout_s`, and
-    CancelledError if the client disconnects."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await _read_all(receive, limit_bytes)
-    except TimeoutError:
-        raise BodyTooSlow(timeout_s) from None
+@dataclass(eq=False)
+class _Waiter:
+    size_bytes: int
+    was_granted: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-async def _read_all(receive: Receive, limit_bytes: int) -> bytes:
+class BodyBudget:
+    """Limits the bytes of all request bodies that this process holds. Bytes are charged before they are read. A body
+    whose bytes don't fit waits for at most half a second.
+
+    Small bodies can use the whole budget, and larger ones a part of it. So a small body never waits for large ones to
+    end, however slowly they arrive or run."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self._limits = {True: limit_bytes, False: int(limit_bytes * _LARGE_BODIES_SHARE)}  # by whether a body is small
+        self._waiting: dict[bool, deque[_Waiter]] = {True: deque(), False: deque()}  # served in this order
+
+    @contextlib.contextmanager
+    def charge(self) -> Iterator[Charge]:
+        """The bytes of one request, which are free when the context ends."""
+        charge = Charge(self)
+        try:
+            yield charge
+        finally:
+            self._release(charge.size_bytes)
+
+    async def take(self, size_bytes: int, *, is_small: bool) -> None:
+        """Raises BodyBudgetFull if the bytes don't fit in time."""
+        waiting = self._waiting[is_small]
+        if not waiting and self._fits(size_bytes, is_small):
+            self.held_bytes += size_bytes
+            return
+        waiter = _Waiter(size_bytes)
+        waiting.append(waiter)
+        try:
+            async with asyncio.timeout(_BUDGET_WAIT_S):
+                await waiter.was_granted.wait()
+        except BaseException as error:
+            if waiter in waiting:
+                waiting.remove(waiter)
+                self._grant()  # one behind it may be smaller
+            else:  # granted and cancelled in the same turn of the event loop
+                self._release(size_bytes)
+            if isinstance(error, TimeoutError):
+                raise BodyBudgetFull(self.limit_bytes) from None
+            raise
+
+    def _release(self, size_bytes: int) -> None:
+        self.held_bytes -= size_bytes
+        self._grant()
+
+    def _grant(self) -> None:
+        for is_small, waiting in self._waiting.items():
+            while waiting and self._fits(waiting[0].size_bytes, is_small):
+                waiter = waiting.popleft()
+                self.held_bytes += waiter.size_bytes
+                waiter.was_granted.set()
+
+    def _fits(self, size_bytes: int, is_small: bool) -> bool:
+        return self.held_bytes + size_bytes <= self._limits[is_small]
+
+
+@dataclass
+class Charge:
+    """What one request holds of a budget."""
+
+    _budget: BodyBudget
+    size_bytes: int = 0
+
+    async def raise_to(self, size_bytes: int) -> None:
+        """Does nothing if it holds as much. Raises BodyBudgetFull."""
+        if size_bytes > self.size_bytes:
+            await self._budget.take(size_bytes - self.size_bytes, is_small=size_bytes <= _SMALL_BODY_BYTES)
+            self.size_bytes = size_bytes
+
+
+@dataclass
+class LimitedReceive:
+    """The ASGI `receive` of a request whose body is limited. The first call raises BodyTooLarge or BodyBudgetFull if
+    the announced length is too much. Any call raises BodyTooLarge as soon as the limit is passed, BodyBudgetFull, and
+    BodyTooSlow if the body isn't complete `timeout_s` after the first call."""
+
+    receive: Receive
+    announced_bytes: int  # 0 if the length isn't known
+    charge: Charge
+    limit_bytes: int
+    timeout_s: float
+    _received_bytes: int = 0
+    _deadline_s: float | None = None
+    _is_complete: bool = False
+
+    async def __call__(self) -> Message:
+        if self._is_complete:
+            return await self.receive()
+        if self._deadline_s is None:
+            await self._admit(self.announced_bytes)
+            self._deadline_s = asyncio.get_running_loop().time() + self.timeout_s
+        try:
+            async with asyncio.timeout_at(self._deadline_s):
+                message = await self.receive()
+        except TimeoutError:
+            raise BodyTooSlow(self.timeout_s) from None
+        self._received_bytes += len(message.get("body", b""))
+        await self._admit(self._received_bytes)
+        self._is_complete = not message.get("more_body")
+        return message
+
+    async def _admit(self, size_bytes: int) -> None:
+        if size_bytes > self.limit_bytes:
+            raise BodyTooLarge(self.limit_bytes)
+        await self.charge.raise_to(size_bytes)
+
+
+async def read_body(receive: Receive) -> bytes:
+    """The whole request body. Raises what a LimitedReceive raises, and CancelledError if the client disconnects."""
     chunks: list[bytes] = []
-    size_bytes = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise asyncio.CancelledError
-        chunk = message.get("body", b"")
-        size_bytes += len(chunk)
-        if size_bytes > limit_bytes:
-            raise BodyTooLarge(limit_bytes)
-        chunks.append(chunk)
+        chunks.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(chunks)
+
+
+def announced_length(scope: Scope) -> int:
+    """The Content-Length of a request; 0 if there is none."""
+    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    return int(length) if length.isdigit() else 0
 
 
 def parse_fields(body: bytes) -> Fields:

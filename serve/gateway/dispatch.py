@@ -29,6 +29,7 @@ from serve.gateway.body import (
     Fields,
     check_tools,
     parse_fields,
+    read_body,
     requested_model,
     wants_prompt_logprobs,
     with_content_length,
@@ -133,7 +134,10 @@ class EngineCall:
             await wait_for_replica_exit()
             raise EngineUnavailable
         check_addressed_to(scope, self._peers.replica if self._peers else None)
-        body = await self._policy.read_body(receive)
+        with self._policy.limited(scope, receive) as limited:
+            await self._answer(scope, receive, send, await read_body(limited))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
         fields = parse_fields(body)
         if wants_prompt_logprobs(fields) and not self._engine.supports_prompt_logprobs:
             raise PromptLogprobsUnavailable

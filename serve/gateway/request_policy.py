@@ -3,8 +3,8 @@ holds the engine queue, and counts the tokens that the request uses."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
 from starlette.types import Receive, Scope
@@ -18,10 +18,14 @@ from serve.callers.usage import Meter
 from serve.engine.protocol import Engine
 from serve.engine.token_counter import Tokens, count_tokens
 from serve.errors import ServeError
-from serve.gateway.body import read_body
+from serve.gateway.body import BodyBudget, LimitedReceive, announced_length
 from serve.gateway.engine_queue import EngineQueue, QueueLimits
 from serve.gateway.slow_clients import SlowClientGuard
+from serve.observability.memory import memory_limit_bytes
 from serve.settings import GatewaySettings
+
+# The rest is for what is made of a body, a multiple of its bytes: its fields, the prompt, the tokens.
+_BODIES_SHARE_OF_MEMORY = 1 / 16
 
 
 class _Prompt(NamedTuple):
@@ -80,10 +84,15 @@ class RequestPolicy:
             QueueLimits(settings.max_waiting_requests, settings.max_waiting_per_caller, settings.max_wait_s),
         )
         self.slow_clients = SlowClientGuard(settings.send_timeout_s)
+        self.bodies = BodyBudget(body_memory_bytes(settings))
 
-    async def read_body(self, receive: Receive) -> bytes:
-        """The whole body of a request. Raises BodyTooLarge or BodyTooSlow."""
-        return await read_body(receive, self._settings.max_body_bytes, self._settings.body_timeout_s)
+    @contextmanager
+    def limited(self, scope: Scope, receive: Receive) -> Iterator[LimitedReceive]:
+        """The `receive` of a request within the limits of its body. The memory of the body counts as held until the
+        context ends."""
+        with self.bodies.charge() as charge:
+            max_bytes, timeout_s = self._settings.max_body_bytes, self._settings.body_timeout_s
+            yield LimitedReceive(receive, announced_length(scope), charge, max_bytes, timeout_s)
 
     @asynccontextmanager
     async def enforce(self, scope: Scope, model: str, fields: dict[str, Any]) -> AsyncIterator[AdmittedRequest]:
@@ -114,3 +123,9 @@ class RequestPolicy:
                         self._prompts.observe(*prompt, used.prompt)
                     if self.meter and not request.is_refused:
                         self.meter.add(key.id if key else None, model, used)
+
+
+def body_memory_bytes(settings: GatewaySettings) -> int:
+    """The memory for bodies: what the settings say, else a share of the memory that there is."""
+    share = int(memory_limit_bytes() * _BODIES_SHARE_OF_MEMORY)
+    return settings.body_memory_bytes or max(settings.least_body_memory_bytes, share)

@@ -35,9 +35,12 @@ class Memory:
 
 def memory_left(groups_root: Path = Path("/")) -> Memory:
     """`groups_root`: the root of the file system with the control groups."""
-    machine = psutil.virtual_memory()
-    everything = [Memory(machine.available, machine.total), *_of_groups(groups_root, machine.total)]
-    return min(everything, key=lambda memory: memory.available)
+    return min(_machine_and_container(groups_root), key=lambda memory: memory.available)
+
+
+def memory_limit_bytes(groups_root: Path = Path("/")) -> int:
+    """The memory of the machine, or the limit of the container if it has one."""
+    return min(memory.limit for memory in _machine_and_container(groups_root))
 
 
 @dataclass
@@ -69,6 +72,11 @@ def largest_process() -> str:
 
 def gib(count: int) -> str:
     return f"{count / 2**30:.1f}"
+
+
+def _machine_and_container(groups_root: Path) -> list[Memory]:
+    machine = psutil.virtual_memory()
+    return [Memory(machine.available, machine.total), *_of_groups(groups_root, machine.total)]
 
 
 def _of_groups(root: Path, machine_bytes: int) -> Iterator[Memory]:

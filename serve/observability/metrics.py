@@ -79,6 +79,10 @@ FORWARDED = Spec(
 WAITING = Spec("graft_requests_waiting", "gauge", "Requests that wait for an adapter slot.", ("adapter",))
 WAITING_LIMIT = Spec("graft_requests_waiting_limit", "gauge", "Requests that may wait; more are refused.")
 IN_FLIGHT = Spec("graft_requests_in_flight", "gauge", "Requests that have arrived and are not answered yet.")
+BODY_BYTES = Spec(
+    "graft_request_body_bytes", "gauge", "Bytes of the bodies of open requests; those that were announced count too."
+)
+BODY_BYTES_LIMIT = Spec("graft_request_body_bytes_limit", "gauge", "Bytes of bodies that are held; more are refused.")
 
 # Adapters in their tiers.
 HITS = Spec(

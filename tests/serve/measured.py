@@ -116,7 +116,7 @@ async def server(
     admission = Admission(settings.engine, settings.admission)
     admin = Admin(settings.gateway.admin_tokens, settings.engine, settings.admission, admission, store, control)
     gateway = Gateway(settings, engine, pool, lambda: reconciler.catalogue, admin, recorder=recorder)
-    snapshot = MetricsCollector(settings, recorder, engine, pool, reconciler)
+    snapshot = MetricsCollector(settings, recorder, engine, pool, reconciler, bodies=gateway.policy.bodies)
     transport = httpx.ASGITransport(gateway, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://graft") as client:
         yield Server(client, engine, recorder, snapshot, pool, control, gateway.policy, logs)

@@ -10,7 +10,15 @@ import pytest
 from starlette.types import Message
 
 from serve.errors import BodyTooLarge, BodyTooSlow
-from serve.gateway.body import parse_fields, read_body, with_content_length, with_fields
+from serve.gateway.body import (
+    BodyBudget,
+    Charge,
+    LimitedReceive,
+    parse_fields,
+    read_body,
+    with_content_length,
+    with_fields,
+)
 from tests.serve.fakes import FakeEngine
 
 
@@ -25,27 +33,32 @@ def receiving(*messages: Message) -> Callable[[], Awaitable[Message]]:
     return receive
 
 
+def limited(*messages: Message, timeout_s: float = 1) -> LimitedReceive:
+    """A body of at most 3 bytes."""
+    return LimitedReceive(receiving(*messages), 0, Charge(BodyBudget(100)), limit_bytes=3, timeout_s=timeout_s)
+
+
 def chunk(content: bytes, *, more: bool) -> Message:
     return {"type": "http.request", "body": content, "more_body": more}
 
 
 async def test_a_body_is_read_whole() -> None:
-    assert await read_body(receiving(chunk(b"ab", more=True), chunk(b"c", more=False)), 3, 1) == b"abc"
+    assert await read_body(limited(chunk(b"ab", more=True), chunk(b"c", more=False))) == b"abc"
 
 
 async def test_a_body_that_is_too_large_is_refused_before_its_end() -> None:
     with pytest.raises(BodyTooLarge):
-        await read_body(receiving(chunk(b"ab", more=True), chunk(b"cd", more=True)), 3, 1)
+        await read_body(limited(chunk(b"ab", more=True), chunk(b"cd", more=True)))
 
 
 async def test_a_body_that_does_not_arrive_in_time_is_refused() -> None:
     with pytest.raises(BodyTooSlow):
-        await read_body(receiving(chunk(b"ab", more=True)), 3, 0.01)
+        await read_body(limited(chunk(b"ab", more=True), timeout_s=0.01))
 
 
 async def test_a_client_that_disconnects_cancels_the_reading() -> None:
     with pytest.raises(asyncio.CancelledError):
-        await read_body(receiving(chunk(b"ab", more=True), {"type": "http.disconnect"}), 3, 1)
+        await read_body(limited(chunk(b"ab", more=True), {"type": "http.disconnect"}))
 
 
 def test_fields_are_added_to_a_body_and_a_body_without_more_fields_is_untouched() -> None:

@@ -70,11 +70,14 @@ async def test_a_caller_that_leaves_is_no_failure(server: Server) -> None:
     asking = asyncio.create_task(server.ask("pirate"))
     await begun.wait()
     assert server.samples("graft_requests_in_flight") == {(): 1}
+    held, limit = (server.samples(f"graft_request_body_bytes{suffix}")[()] for suffix in ("", "_limit"))
+    assert 0 < held < 100 < limit
     asking.cancel()
     await asyncio.wait({asking})
 
     assert server.samples("graft_requests_total") == {("pirate", "499"): 1}
     assert server.samples("graft_requests_in_flight") == {(): 0}
+    assert server.samples("graft_request_body_bytes") == {(): 0}
 
 
 async def test_a_refused_request_says_why_in_the_metrics_and_the_log(server: Server) -> None:

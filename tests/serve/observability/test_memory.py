@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from serve.observability.memory import Memory, MemoryWatch, largest_process, memory_left
+from serve.observability.memory import Memory, MemoryWatch, largest_process, memory_left, memory_limit_bytes
 
 GIB = 2**30
 V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
@@ -32,6 +32,7 @@ def test_the_limit_of_a_container_counts_without_its_cache_of_files(
     group(tmp_path, version, str(64 << 20), used=60 << 20, cached=12 << 20)
 
     assert memory_left(tmp_path) == Memory(available=16 << 20, limit=64 << 20)
+    assert memory_limit_bytes(tmp_path) == 64 << 20
 
 
 @pytest.mark.parametrize(("version", "limit"), [(V1, "9223372036854771712"), (V2, "max")], ids=["v1", "v2"])
