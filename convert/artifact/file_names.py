@@ -23,6 +23,7 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 # Templates for other uses than plain chats, such as tools: NAME.jinja.
 OTHER_CHAT_TEMPLATES = "additional_chat_templates"
+PROCESSOR_CHAT_TEMPLATE = "chat_template.json"
 GENERATION_CONFIG = "generation_config.json"
 # One of these is a tokenizer; the other files only accompany it.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")

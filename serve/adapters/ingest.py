@@ -6,12 +6,18 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from convert.artifact import GOLDEN, MANIFEST, Artifact, digest, file_sha256, problems_of
+from convert.artifact.file_names import (
+    CHAT_TEMPLATE,
+    OTHER_CHAT_TEMPLATES,
+    PROCESSOR_CHAT_TEMPLATE,
+    TOKENIZER_CONFIG,
+)
 from convert.artifact.signature import signature_of
 from convert.errors import ArtifactInvalid
 from serve.adapters.file_validation import ADAPTER_FILES, CONFIG, WEIGHTS, largest_rank, read_config
@@ -22,6 +28,7 @@ from serve.settings import AdmissionSettings, EngineSettings
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MAX_GOLDEN_BYTES = 16 << 20
+_DEFAULT = "default"
 
 
 def ingest_artifact(artifact: Artifact, name: str | None, store: AdapterStore) -> Candidate:
@@ -146,8 +153,8 @@ def _check_tokenizer(root: Path, model: Path) -> None:
     here it would get other prompts than it was trained on."""
     differences = [
         part
-        for part, read in (("tokenizer", _read_vocabulary), ("chat template", _read_template))
-        if (own := read(root)) is not None and own != read(model)
+        for part, read in (("tokenizer", _read_vocabulary), ("chat template", chat_templates))
+        if (own := read(root)) and own != read(model)
     ]
     if differences:
         raise AdapterRejected(
@@ -156,19 +163,47 @@ def _check_tokenizer(root: Path, model: Path) -> None:
         )
 
 
-def _read_vocabulary(directory: Path) -> object:
+def _read_vocabulary(directory: Path) -> Mapping[str, object] | None:
     """The parts of tokenizer.json that decide which ids a text becomes. Trainers also save padding and truncation in
     that file, which do not."""
     tokenizer = _read_json(directory / "tokenizer.json")
     return None if tokenizer is None else {key: tokenizer.get(key) for key in ("model", "added_tokens", "normalizer")}
 
 
-def _read_template(directory: Path) -> object:
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(errors="replace").strip()
-    template = (_read_json(directory / "tokenizer_config.json") or {}).get("chat_template")
-    return template.strip() if isinstance(template, str) else None
+def chat_templates(directory: Path) -> Mapping[str, str]:
+    """The texts by their names, that for plain chats as `default`; empty where there are none.
+
+    As convert/inputs/chat/templates.py, and transformers: in files, else in tokenizer_config.json, else in the
+    chat_template.json of a processor. White space around a text does not count, since trainers add it. Raises
+    AdapterRejected for a damaged file.
+    """
+    files = {_DEFAULT: directory / CHAT_TEMPLATE}
+    files |= {path.stem: path for path in sorted((directory / OTHER_CHAT_TEMPLATES).glob("*.jinja"))}
+    templates = {name: _read_text(path) for name, path in files.items() if path.is_file()}
+    for file in (TOKENIZER_CONFIG, PROCESSOR_CHAT_TEMPLATE):
+        templates = templates or _templates_in(directory / file)
+    return {name: text.strip() for name, text in templates.items()}
+
+
+def _templates_in(path: Path) -> dict[str, str]:
+    """The templates in a JSON file: one text, or a list of names and texts."""
+    value = (_read_json(path) or {}).get("chat_template")
+    if not value:
+        return {}
+    entries = [{"name": _DEFAULT, "template": value}] if isinstance(value, str) else value
+    try:
+        return TypeAdapter(dict[str, str]).validate_python({entry["name"]: entry["template"] for entry in entries})
+    except (TypeError, KeyError, ValidationError):
+        raise AdapterRejected(
+            f"{path.name} is damaged: chat_template is neither a text nor a list of templates with their names."
+        ) from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AdapterRejected(f"{path.name} is damaged: {error}.") from error
 
 
 def _read_json(path: Path) -> dict[str, object] | None:

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter
+from transformers import AutoTokenizer
+from transformers.processing_utils import ProcessorMixin
 
 from convert.artifact.signature import sign
+from convert.errors import ConvertError
+from convert.inputs.chat.templates import chat_templates as of_convert
 from serve.adapters.admission import Admission
-from serve.adapters.ingest import ingest_artifact, ingest_path
+from serve.adapters.ingest import chat_templates, ingest_artifact, ingest_path
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.object_store import DirectoryStore
 from serve.errors import AdapterRejected, ArtifactRefused, PathRefused, StoreUnavailable
 from serve.settings import AdmissionSettings, EngineSettings
+from tests.convert import parts
 from tests.convert.artifact.test_signature import make_key
 from tests.serve.conftest import BASE, MakeArtifact, write_adapter, write_base
 
@@ -184,3 +190,89 @@ def test_a_file_that_is_far_too_long_for_a_signature_is_none_and_stays_out_of_th
 
     stored = TypeAdapter(Candidate)
     assert stored.validate_json(stored.dump_json(candidate)) == candidate  # type: ignore[arg-type]
+
+
+TEMPLATE, TOOLS = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}", "{{ tools }}"
+NAMED = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": TOOLS}]
+
+
+def _in_files(directory: Path, *names: str) -> None:
+    for name in names:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(TOOLS if "tool_use" in name else TEMPLATE)
+
+
+def _inline(directory: Path, value: object) -> None:
+    parts.edit_json(directory / "tokenizer_config.json", chat_template=value)
+
+
+PLACES: dict[str, Callable[[Path], None]] = {
+    "none": lambda directory: None,
+    "a file": lambda directory: _in_files(directory, "chat_template.jinja"),
+    "files": lambda directory: _in_files(directory, "chat_template.jinja", "additional_chat_templates/tool_use.jinja"),
+    "another file alone": lambda directory: _in_files(directory, "additional_chat_templates/tool_use.jinja"),
+    "a text": lambda directory: _inline(directory, TEMPLATE),
+    "a list": lambda directory: _inline(directory, NAMED),
+    "a list of one": lambda directory: _inline(directory, NAMED[:1]),
+    "null": lambda directory: _inline(directory, None),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_both_readers_of_chat_templates_find_those_of_transformers(tmp_path: Path, place: str) -> None:
+    parts.save_tokenizer(tmp_path, template=None)
+    PLACES[place](tmp_path)
+
+    loaded = AutoTokenizer.from_pretrained(tmp_path).chat_template
+
+    expected = loaded if isinstance(loaded, dict) else {"default": loaded} if loaded else {}
+    by_file = of_convert(tmp_path, ConvertError)
+    stems = {Path(file).stem: text.decode() for file, text in by_file.items()}
+    assert {stem if stem != "chat_template" else "default": text for stem, text in stems.items()} == expected
+    assert chat_templates(tmp_path) == expected
+
+
+def test_the_template_of_a_processor_is_that_of_transformers(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    (tmp_path / "processor_config.json").write_text("{}")
+
+    loaded = ProcessorMixin.get_processor_dict(tmp_path)[0]["chat_template"]
+
+    assert chat_templates(tmp_path) == {"default": loaded}
+    assert of_convert(tmp_path, ConvertError) == {"chat_template.jinja": loaded.encode()}
+
+
+@pytest.mark.parametrize("place", ["files", "another file alone", "a list", "a list of one"])
+def test_another_template_is_noticed_in_every_place(desk: Desk, place: str) -> None:
+    path = write_adapter(desk.roots / "pirate", "pirate")
+    for directory in (desk.base, path):
+        parts.save_tokenizer(directory, template=None)
+        PLACES[place](directory)
+    desk.take(path)
+
+    if place == "a list of one":
+        _inline(path, [{"name": "default", "template": "{{ other }}"}])
+    elif place == "a list":
+        _inline(path, [NAMED[0], {"name": "tool_use", "template": "{{ other }}"}])
+    else:
+        (path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ other }}")
+
+    with pytest.raises(AdapterRejected, match="another chat template"):
+        desk.take(path)
+
+
+@pytest.mark.parametrize("value", [7, True, [7], [{"name": "x"}], [{"name": 7, "template": "x"}], {"default": "x"}])
+def test_a_damaged_chat_template_is_refused_by_name(desk: Desk, value: object) -> None:
+    path = write_adapter(desk.roots / "pirate", "pirate")
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+
+    with pytest.raises(AdapterRejected, match=r"tokenizer_config\.json is damaged: chat_template"):
+        desk.take(path)
+
+
+def test_a_template_that_is_no_text_is_refused_by_name(desk: Desk) -> None:
+    path = write_adapter(desk.roots / "pirate", "pirate")
+    (path / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+
+    with pytest.raises(AdapterRejected, match=r"chat_template\.jinja is damaged"):
+        desk.take(path)
