@@ -1,4 +1,4 @@
-"""The options that several commands share, each declared once."""
+"""Every option that several commands have: its name, its help and its panel. `option_groups` puts them together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from convert.detection.training import Training
 from convert.routes.variants import DtypeOption, OntoOption, QuantizeOption, RouteOption
 
 TrainedOnOption = Literal["4bit", "full"]
@@ -47,6 +46,7 @@ TrainedOn = Annotated[
 Route = Annotated[
     RouteOption,
     typer.Option(
+        metavar="ROUTE",
         help="adapter: stays separate. merge: is added to the weights. rebase: stays separate, corrected for another "
         "base. recover: is distilled back to full precision, then merged. auto: QLoRA adapter, LoRA merge.",
         rich_help_panel=_OUTPUT,
@@ -55,32 +55,43 @@ Route = Annotated[
 Quantize = Annotated[
     QuantizeOption,
     typer.Option(
-        help="How linear layers are stored. auto: the smallest format that the target serves and that, by measurement, "
-        "keeps what was learnt.",
+        metavar="FORMAT",
+        help="How linear layers are stored: none (16 bits), nf4, w8a8-int8, fp8-dynamic or w4a16. auto: the smallest "
+        "format that the target serves and that, by measurement, keeps what was learnt.",
         rich_help_panel=_OUTPUT,
     ),
 ]
 MergeOnto = Annotated[
     OntoOption,
     typer.Option(
-        help="Which weights a merge adds the delta to. auto: the weights the adapter was trained on.",
+        metavar="WEIGHTS",
+        help="Which weights a merge adds the delta to: original, or dequantized from 4 bits. auto: those that the "
+        "adapter was trained on.",
         rich_help_panel=_OUTPUT,
     ),
 ]
 Rank = Annotated[
     int | None,
     typer.Option(
-        min=1, max=512, help="rebase, recover: rank of the new adapter. Default: twice the old rank, at least 64.",
+        metavar="N",
+        min=1,
+        max=512,
+        help="rebase, recover: rank of the new adapter. Default: twice the old rank, at least 64.",
         rich_help_panel=_OUTPUT,
     ),
-]  # fmt: skip
+]
 Steps = Annotated[
-    int, typer.Option(min=0, max=200, help="recover: maximum number of distillation steps.", rich_help_panel=_OUTPUT)
+    int,
+    typer.Option(
+        metavar="N", min=0, max=200, help="recover: maximum number of distillation steps.", rich_help_panel=_OUTPUT
+    ),
 ]
 Method = Annotated[
     MethodOption,
     typer.Option(
-        help="How w4a16 and w8a8-int8 weights are chosen: rounded to nearest, or GPTQ or AWQ with calibration text.",
+        metavar="METHOD",
+        help="How w4a16 and w8a8-int8 weights are chosen: rtn (rounded to nearest), or gptq or awq with calibration "
+        "text.",
         rich_help_panel=_OUTPUT,
     ),
 ]
@@ -94,7 +105,8 @@ Calibration = Annotated[
 Dtype = Annotated[
     DtypeOption,
     typer.Option(
-        help="16-bit type of a merged model that is not quantized. float16 rounds 8 times finer than bfloat16, "
+        metavar="DTYPE",
+        help="16-bit type of a merged model that is not quantized: bfloat16 or float16. float16 rounds 8 times finer, "
         "and holds weights up to 65504. auto: the base's own.",
         rich_help_panel=_OUTPUT,
     ),
@@ -154,10 +166,3 @@ MinGain = Annotated[
 ]  # fmt: skip
 ArtifactDirectory = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory with a manifest.json.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")]
-
-_TRAININGS: dict[TrainedOnOption, Training] = {"4bit": Training.QLORA, "full": Training.LORA}
-
-
-def training_of(trained_on: TrainedOnOption | None) -> Training | None:
-    """The training that `--trained-on` states; None where the option is not given."""
-    return _TRAININGS[trained_on] if trained_on else None

@@ -10,64 +10,38 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from convert.artifact import Name
+from convert.cli import option_groups as groups
 from convert.cli import options
 from convert.cli.console import exit_on_sigterm, print_json, reported_errors
 from convert.cli.progress import shown_progress
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command()(run)
+    app.command()(groups.with_groups(run))
 
 
 def run(
-    checkpoint: options.Checkpoint,
-    base: options.Base,
+    *,
+    inputs: groups.Inputs,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the artifact appears; must not exist yet.")],
     name: Annotated[
         str | None, typer.Option(help="Name under which it is served. Default: the name of DIR, in lower case.")
     ] = None,
-    route: options.Route = "auto",
-    quantize: options.Quantize = "auto",
-    merge_onto: options.MergeOnto = "auto",
-    rank: options.Rank = None,
-    steps: options.Steps = 60,
-    method: options.Method = "rtn",
-    calibration: options.Calibration = None,
-    dtype: options.Dtype = "auto",
-    target: options.Target = None,
-    trained_on: options.TrainedOn = None,
+    route: groups.Route,
+    output: groups.Output,
     text: options.Text = None,
     canaries: options.CanaryFile = None,
-    max_kl: options.MaxKl = None,
-    min_retention: options.MinRetention = None,
-    min_gain: options.MinGain = None,
     measure: options.Measure = True,
-    force: options.Force = False,
+    limits: groups.Limits,
     as_json: options.Json = False,
 ) -> None:
     """Convert a checkpoint to an artifact. DIR appears only when the artifact is complete."""
     from convert.cli.report.artifact import artifact_document, artifact_screen
     from convert.cli.report.screen import print_screen
     from convert.pipeline.convert import Destination, convert
-    from convert.pipeline.request import Request
-    from convert.quality import Gate
-    from convert.routes.choose import RouteOptions
 
-    request = Request(
-        checkpoint=checkpoint,
-        base=base,
-        route_options=RouteOptions(route, quantize, merge_onto, dtype, force),
-        target=target,
-        rank=rank,
-        steps=steps,
-        method=method,
-        calibration=calibration,
-        trained_on=options.training_of(trained_on),
-        text=text,
-        canaries=canaries,
-        gate=Gate(max_kl, min_retention, min_gain),
-        measure=measure,
-    )
+    settings = {"route_options": route.options(), "canaries": canaries, "gate": limits.gate(), "measure": measure}
+    request = groups.request(inputs, output, text, **settings)
     destination = Destination(out, _served_name(name, out))
     signal.signal(signal.SIGTERM, exit_on_sigterm)
     with reported_errors(), shown_progress() as progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import RenderableType
@@ -19,6 +19,7 @@ from convert.pipeline.request import PreparedRequest
 from convert.plan.conversion_plan import CastStep, CopyStep, LinearStep, ModelPlan, Step, UpdateStep
 from convert.safetensors_io.tensors import TensorSpec
 
+_LAYER = re.compile(r"(?P<path>.+?\.)\d+\.(?P<name>.+)")
 # The word for each kind of step in the table and in the JSON document.
 _ORIGINS: dict[type[Step], str] = {CopyStep: "copied", CastStep: "cast", LinearStep: "made", UpdateStep: "edited"}
 
@@ -58,7 +59,7 @@ def _variants(variants: Sequence[PlannedVariant]) -> list[RenderableType]:
         options.append(Text(f"{number}  {variant.flags}"))
         if planned.obstacle:
             obstacles.append(Text(f"\n{number} is not possible: {planned.obstacle}", style="yellow"))
-    return [table, Text(), *options, *obstacles]
+    return [table, Text("\nOptions of `run` that ask for each:"), *options, *obstacles]
 
 
 def _costs(planned: PlannedVariant) -> tuple[str, str, str]:
@@ -73,19 +74,38 @@ def _costs(planned: PlannedVariant) -> tuple[str, str, str]:
     )
 
 
+@dataclass(frozen=True)
+class _Row:
+    """The tensors of one name, in every layer or at one place. `weights`: the weights of which they are the parts."""
+
+    weights: int
+    specs: tuple[TensorSpec, ...]
+
+    def cells(self) -> tuple[str, ...]:
+        parts = len(self.specs) // self.weights
+        count = str(self.weights) if parts == 1 else f"{self.weights} x {parts}"
+        return self.specs[0].dtype, count, decimal(sum(spec.nbytes for spec in self.specs))
+
+
 def _tensors(plan: ModelPlan) -> RenderableType:
-    """A table with one line for the weights that have the same name in every layer."""
-    groups: dict[tuple[str, str], list[tuple[TensorSpec, ...]]] = {}
+    """A table with one line for the weights that have the same name in every layer, below the path of the layers."""
+    places: dict[str, dict[tuple[str, str], _Row]] = {"": {}}
     for step in plan.steps:
-        name = re.sub(r"\.\d+\.", ".*.", step.outputs[0].name)
-        groups.setdefault((name, _ORIGINS[type(step)]), []).append(step.outputs)
+        layer = _LAYER.match(step.outputs[0].name)
+        place, name = (f"{layer['path']}*", layer["name"]) if layer else ("", step.outputs[0].name)
+        rows, key = places.setdefault(place, {}), (name, _ORIGINS[type(step)])
+        known = rows.get(key, _Row(0, ()))
+        rows[key] = _Row(known.weights + 1, known.specs + step.outputs)
     table = Table(title="Weights of the first", title_justify="left", title_style="bold")
-    for heading in ("name", "how", "stored\nas", "weights", "tensors", "bytes"):
-        table.add_column(heading, no_wrap=heading != "name", overflow="fold")
-    for (name, how), outputs in groups.items():
-        specs = [spec for group in outputs for spec in group]
-        size = decimal(sum(spec.nbytes for spec in specs))
-        table.add_row(name, how, outputs[0][0].dtype, str(len(outputs)), str(len(specs)), size)
+    table.add_column("name", overflow="fold")
+    for heading in ("how", "stored as", "tensors", "bytes"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading in ("how", "stored as") else "right")
+    for place, rows in places.items():
+        if place and rows:
+            table.add_section()
+            table.add_row(f"{place}, in each layer:", style="bold")
+        for (name, how), row in rows.items():
+            table.add_row(f"  {name}" if place else name, how, *row.cells())
     return table
 
 

@@ -31,8 +31,8 @@ def print_screen(page: Page) -> None:
 
 
 def facts_table() -> Table:
-    """Two columns: a name and its value."""
+    """Two columns: a name and its value, of which nothing is cut off, however long a path is."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     return table
