@@ -4,9 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from convert.errors import BaseUnreadable
+from convert.safetensors_io.json_files import Settings, read_json, settings_of
 
 CONFIG = "config.json"
+
+_Size = Annotated[int, Field(gt=0, le=1 << 31)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+# Vocabularies have less than 2^31 tokens, and the tokenizers library takes no larger ids.
+_TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+StopIds = _TokenId | list[_TokenId] | None
+
+
+class ModelSettings(Settings):
+    """What is read of config.json, by Graft and by transformers' Llama and its relatives."""
+
+    model_type: Annotated[str, Field(min_length=1)]
+    num_hidden_layers: Annotated[int, Field(gt=0, le=10_000)]
+    hidden_size: _Size | None = None
+    intermediate_size: _Size | None = None
+    num_attention_heads: _Size | None = None
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+    vocab_size: _Size | None = None
+    max_position_embeddings: _Size | None = None
+    hidden_act: str | None = None
+    rms_norm_eps: _Number | None = None
+    rope_theta: _Number | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    tie_word_embeddings: bool | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    quantization_config: dict[str, Any] | None = None
+    eos_token_id: StopIds = None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a model directory. Raises BaseUnreadable, which names every setting of a wrong type."""
+    path = directory / CONFIG
+    config = read_json(path, BaseUnreadable)
+    settings_of(config, ModelSettings, path, BaseUnreadable)
+    return config
+
+
+def stop_ids(stated: StopIds) -> tuple[int, ...]:
+    """The token ids of an `eos_token_id`, each once."""
+    return () if stated is None else tuple(dict.fromkeys(stated if isinstance(stated, list) else [stated]))
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration with torch's name of the weights' type, under both of its names.
+
+    Readers older than transformers 4.56 know only torch_dtype.
+    """
+    return {**config, "dtype": dtype, "torch_dtype": dtype}
 
 
 def setting(config: Mapping[str, Any], name: str) -> Any:

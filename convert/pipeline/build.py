@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from convert.artifact import ADAPTER_DIR, CHECKPOINT_DIR, MODEL_DIR, Recovery
+from convert.artifact.durable_files import replace_file
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
+from convert.inputs.model_config import CONFIG, read_config, with_dtype
 from convert.pipeline.request import Candidate, PreparedRequest
 from convert.plan.conversion_plan import ModelPlan, OutputFormat, plan_model
+from convert.plan.side_files import json_content
 from convert.progress import Progress
 from convert.quality import Tokenizer, token_rows
 from convert.quantization.llmcompressor import quantize_calibrated
@@ -19,6 +22,7 @@ from convert.routes.distillation import TrainingSchedule
 from convert.routes.rebase import activations_as_trained, rebase
 from convert.routes.recover import recover
 from convert.routes.trained_adapter import TrainedAdapter
+from convert.safetensors_io.tensors import DTYPES
 from convert.write.adapter import write_adapter
 from convert.write.files import write_side_files
 from convert.write.journal import Journal
@@ -88,6 +92,8 @@ class Builder:
         rows = self._calibration_rows(Tokenizer.open(scratch))
         quantizer = quantize_calibrated(scratch, model, method, stored.name, rows, self.progress, dtype=base.dtype)
         shutil.rmtree(scratch)
+        config = read_config(model)  # as the quantizer's transformers writes it, with one name of the type
+        replace_file(model / CONFIG, json_content(with_dtype(config, DTYPES[base.dtype][1])))
         write_side_files(model, plan.stop_tokens.files)
         return BuildResult(quantizer=quantizer)
 

@@ -21,7 +21,7 @@ from convert.errors import BaseMismatch, OutputUnwritable
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.architecture import EMBEDDING, HEAD_WEIGHT
 from convert.inputs.base_model import BaseModel, Linear
-from convert.inputs.model_config import rope_note
+from convert.inputs.model_config import rope_note, with_dtype
 from convert.plan.side_files import SideFiles, side_files
 from convert.plan.stop_tokens import StopTokens
 from convert.plan.weight_updates import WeightUpdate, WeightUpdates
@@ -155,16 +155,12 @@ def _output_config(base: BaseModel, output_format: OutputFormat, updates: Weight
     config.update(_config_changes(base, updates))
     planner = _Planner(base, output_format)
     if planner.keeps_base:
-        return _with_dtype(config, config.get("dtype") or config.get("torch_dtype"))
+        stated = config.get("dtype") or config.get("torch_dtype")
+        return with_dtype(config, stated or DTYPES[base.tensors.specs[EMBEDDING].dtype][1])
     config.pop("quantization_config", None)
     if output_format.quantization_format:
         config["quantization_config"] = output_format.quantization_format.config()
-    return _with_dtype(config, DTYPES[planner.dtype][1])
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: object) -> dict[str, Any]:
-    """Under both names: readers older than transformers 4.56 know only torch_dtype."""
-    return {**config, "dtype": dtype, "torch_dtype": dtype} if dtype else dict(config)
+    return with_dtype(config, DTYPES[planner.dtype][1])
 
 
 def require_room(needed_bytes: int, destination: Path) -> None:
