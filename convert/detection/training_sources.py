@@ -6,6 +6,7 @@ Each function returns None where its file is missing or says nothing. `detect` w
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -83,7 +84,9 @@ def _from_torchtune(directory: Path) -> TrainingSource | None:
 
 def _from_base_config(checkpoint: Checkpoint) -> TrainingSource | None:
     """config.json of the base that the adapter names, where that is a directory of this machine."""
-    if not checkpoint.base_name or not (path := Path(checkpoint.base_name) / CONFIG).is_file():
+    path = Path(checkpoint.base_name or "") / CONFIG
+    # os.path: False for a name that is no path at all, where pathlib raises an error.
+    if not checkpoint.base_name or not os.path.isfile(path):  # noqa: PTH113
         return None
     quantization = trainer_files.read_json_object(path).get("quantization_config")
     if not isinstance(quantization, dict):

@@ -25,7 +25,8 @@ from convert.inputs.links import is_contained, require_contained
 from convert.inputs.lora_weights import LoraWeights
 from convert.inputs.peft_settings import HARMLESS_SETTINGS, PLAIN_INITS, UNSUPPORTED_SETTINGS
 from convert.safetensors_io.directories import checkpoints_below, gathering_problem, why_no_adapter, why_no_directory
-from convert.safetensors_io.tensors import Tensors, all_finite, read_json
+from convert.safetensors_io.json_files import read_json
+from convert.safetensors_io.tensors import Tensors, all_finite
 
 if TYPE_CHECKING:
     import torch

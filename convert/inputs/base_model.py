@@ -7,6 +7,7 @@ by compressed-tensors.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -25,12 +26,11 @@ from convert.quantization import compressed, nf4
 from convert.quantization.compressed import Compressed
 from convert.quantization.format import QuantizationFormat
 from convert.safetensors_io.directories import why_no_directory, why_no_model
-from convert.safetensors_io.tensors import DTYPES, FLOATS, Tensors, TensorSpec, read_json
+from convert.safetensors_io.tensors import DTYPES, FLOATS, Tensors, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-_MAX_LAYERS = 10_000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 
@@ -82,7 +82,7 @@ class BaseModel:
         if not (root / CONFIG).is_file():
             raise BaseUnreadable(why_no_model(root))
         require_contained(root, BaseUnreadable)
-        config = read_json(root / CONFIG, BaseUnreadable)
+        config = model_config.read_config(root)
         tensors = Tensors.open(root, MODEL_STEM, BaseUnreadable)
         linears = _linears(root, tensors, _compressed_format(root, config, tensors))
         _require_known(root, tensors, linears)
@@ -169,7 +169,8 @@ class BaseModel:
 
 def public_name(name: str) -> str:
     """A hub id unchanged; for a local path the hub id in the name of a hub cache directory, or its last part."""
-    if _HUB_ID.fullmatch(name) and not Path(name).is_dir():
+    # os.path: False for a name that is too long for a path, where pathlib raises an error.
+    if _HUB_ID.fullmatch(name) and not os.path.isdir(name):  # noqa: PTH112
         return name
     for part in Path(name).parts:
         if match := _HUB_CACHE.fullmatch(part):
@@ -198,7 +199,7 @@ def _compressed_format(root: Path, config: Mapping[str, Any], tensors: Tensors) 
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = quantization.get("quant_method")
     if method == compressed.METHOD:
         return compressed.format_of(root, quantization, tensors)
     if method != "bitsandbytes":
@@ -258,7 +259,7 @@ def _require_known(root: Path, tensors: Tensors, linears: Mapping[str, Linear]) 
 
 
 def _require_complete(root: Path, config: Mapping[str, Any], tensors: Tensors, linears: Mapping[str, Linear]) -> None:
-    layers = _layer_count(root, config)
+    layers = config["num_hidden_layers"]
     if missing := _missing_weights(layers, model_config.is_tied(config), tensors, linears):
         raise BaseUnreadable(
             f"{root} is an incomplete model: {len(missing)} tensors are missing ({', '.join(missing[:3])}…). "
@@ -272,15 +273,6 @@ def _require_complete(root: Path, config: Mapping[str, Any], tensors: Tensors, l
     in_layers = [match for module in linears if (match := LAYER_LINEAR.fullmatch(module))]
     if surplus := sorted(match[0] for match in in_layers if int(match["layer"]) >= layers):
         raise BaseUnreadable(f"{root} has weights of more layers than the {layers} of its config: {surplus[0]}…")
-
-
-def _layer_count(root: Path, config: Mapping[str, Any]) -> int:
-    if not isinstance(config.get("model_type"), str):
-        raise BaseUnreadable(f"{root / CONFIG} has no model_type. Copy the model's directory again, whole.")
-    layers = config.get("num_hidden_layers")
-    if type(layers) is not int or not 0 < layers <= _MAX_LAYERS:
-        raise BaseUnreadable(f"{root / CONFIG} has no valid num_hidden_layers: {layers!r}")
-    return layers
 
 
 def _missing_weights(layers: int, tied: bool, tensors: Tensors, linears: Mapping[str, Linear]) -> list[str]:

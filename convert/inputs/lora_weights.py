@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from convert.artifact.file_names import ADAPTER_CONFIG
 from convert.inputs import lora, model_config
 from convert.inputs.keys import Key, Part
+from convert.safetensors_io.json_files import shown
 from convert.safetensors_io.tensors import TensorSpec
 
 _LINEAR_PARTS = (Part.A, Part.B)
 _EMBEDDING_PARTS = (Part.EMBEDDING_A, Part.EMBEDDING_B)
 _PATTERN_SETTINGS = ("rank_pattern", "alpha_pattern")
+# Larger than any alpha of a training, and small enough that its product with A and B is finite in float32.
+_MAX_ALPHA = 1e12
 LORA_PARTS = _LINEAR_PARTS + _EMBEDDING_PARTS
 
 # Architectures whose q and k rows torchtune stores in another order than transformers: see `lora.unpermute_rotary`.
@@ -94,45 +97,58 @@ def unmatched_patterns(adapter_config: Mapping[str, Any], weights: Iterable[Lora
     """`rank_pattern: KEY` for every pattern that matches no adapted module: PEFT ignores it."""
     paths = [one.trained_path for one in weights]
     for name in _PATTERN_SETTINGS:
-        patterns = adapter_config.get(name)
-        for pattern in patterns if paths and isinstance(patterns, dict) else ():
+        patterns = adapter_config.get(name) or {}
+        for pattern in patterns if paths else ():
             if not any(_matches(pattern, path) for path in paths):
                 yield f"{name}: {pattern}"
 
 
 def _alpha_and_scaling(module: str, stored_rank: int, adapter_config: Mapping[str, Any]) -> tuple[float, float]:
     """lora_alpha of a module and the factor of its B·A. Raises LoraWeightsInvalid."""
-    for name in _PATTERN_SETTINGS:
-        if not isinstance(adapter_config.get(name), dict | None):
-            raise LoraWeightsInvalid(
-                f"{module}: {name} is {adapter_config[name]!r}, not an object of patterns: "
-                "write the one of the training run"
-            )
-    try:
-        rank = _by_pattern(adapter_config.get("rank_pattern"), module, adapter_config.get("r"))
-        alpha = _by_pattern(adapter_config.get("alpha_pattern"), module, adapter_config.get("lora_alpha"))
-    except re.error as cause:
-        raise LoraWeightsInvalid(f"{module}: rank_pattern or alpha_pattern holds no valid pattern ({cause})") from None
+    rank_pattern, alpha_pattern = (_patterns(name, module, adapter_config) for name in _PATTERN_SETTINGS)
+    rank = _by_pattern(rank_pattern, module, adapter_config.get("r"))
+    alpha = _by_pattern(alpha_pattern, module, adapter_config.get("lora_alpha"))
     if rank != stored_rank:
         raise LoraWeightsInvalid(
-            f"{module}: {ADAPTER_CONFIG} says rank {rank!r}, the weights have {stored_rank}, so the scale is unknown: "
-            f"put the {ADAPTER_CONFIG} of this training run beside them"
+            f"{module}: {ADAPTER_CONFIG} says rank {shown(rank)}, the weights have {stored_rank}, so the scale is "
+            f"unknown: put the {ADAPTER_CONFIG} of this training run beside them"
         )
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise LoraWeightsInvalid(f"{module}: lora_alpha is {alpha!r}, not a number: write the one of the training run")
+    # A comparison, since no float has the value of a very large integer.
+    if type(alpha) not in (int, float) or not -_MAX_ALPHA < alpha < _MAX_ALPHA:
+        raise LoraWeightsInvalid(
+            f"{module}: lora_alpha is {shown(alpha)}, not a number: write the one of the training run"
+        )
     return alpha, lora.scaling(alpha, stored_rank, rslora=bool(adapter_config.get("use_rslora")))
 
 
-def _by_pattern(patterns: object, module: str, default: object) -> Any:
+def _patterns(name: str, module: str, adapter_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The patterns of a setting, each of which is a valid one. Raises LoraWeightsInvalid."""
+    patterns = adapter_config.get(name)
+    if not isinstance(patterns, dict | None):
+        raise LoraWeightsInvalid(
+            f"{module}: {name} is {shown(patterns)}, not an object of patterns: write the one of the training run"
+        )
+    try:
+        for pattern in patterns or {}:
+            _compiled(pattern)
+    except (re.error, RecursionError, OverflowError) as cause:
+        raise LoraWeightsInvalid(f"{module}: {name} holds no valid pattern ({cause})") from None
+    return patterns or {}
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: object) -> Any:
     """The value of the first pattern that matches the path of a module in the model that was trained."""
-    if not isinstance(patterns, dict):
-        return default
     return next((value for pattern, value in patterns.items() if _matches(pattern, module)), default)
 
 
 def _matches(pattern: str, path: str) -> bool:
+    return _compiled(pattern).match(path) is not None
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
     """As `get_pattern_key` of peft 0.21: the pattern matches the whole path, or its end after a dot."""
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _with_head_dim(weights: LoraWeights, base_config: Mapping[str, Any]) -> LoraWeights:

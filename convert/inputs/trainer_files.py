@@ -15,7 +15,7 @@ import yaml
 
 from convert.errors import CheckpointUnreadable, ConvertError
 from convert.inputs.links import is_contained
-from convert.safetensors_io.tensors import read_json
+from convert.safetensors_io.json_files import read_json
 
 # A step of a run: transformers' checkpoint-500, torchtune's epoch_0 and step_100, ms-swift 1's default in a step.
 _STEP = re.compile(r"(?:checkpoint|epoch|step|global_step)[-_]?\d+|checkpoint-(?:best|last|final)|default")
@@ -56,7 +56,7 @@ def read_text(path: Path) -> str:
     """The text of a trainer's file; empty where the file is missing, unreadable, larger than 4 MiB, or a link to a
     file elsewhere."""
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES or not is_contained(path):
+        if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES or not is_contained(path):
             return ""
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -11,7 +11,8 @@ from convert.inputs.architecture import EMBEDDING, EMBEDDING_MODULE, HEAD, HEAD_
 from convert.inputs.base_model import BaseModel
 from convert.inputs.model_config import head_dim
 from convert.plan.weight_updates import WeightUpdate, WeightUpdates, is_weight_of_base
-from convert.safetensors_io.tensors import TensorSpec, read_json
+from convert.safetensors_io.json_files import read_json, shown
+from convert.safetensors_io.tensors import TensorSpec
 
 _FUSED = frozenset({"qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "W_pack", "wqkv", "dense_h_to_4h"})
 _MAX_LISTED = 20
@@ -197,8 +198,14 @@ def _token_ids(path: Path) -> dict[str, int]:
         if isinstance(vocabulary, list):  # Unigram lists [token, score] in the order of ids
             token_ids = {entry[0]: token_id for token_id, entry in enumerate(vocabulary)}
         else:
-            token_ids = {token: int(token_id) for token, token_id in vocabulary.items()}
-        token_ids |= {token["content"]: int(token["id"]) for token in document.get("added_tokens") or []}
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            token_ids = dict(vocabulary)
+        token_ids |= {token["content"]: token["id"] for token in document.get("added_tokens") or []}
+    except (KeyError, TypeError, ValueError, IndexError):
         raise CheckpointUnreadable(f"{path} is not a tokenizer of the tokenizers library. Copy it again.") from None
+    wrong = next((item for item in token_ids.items() if type(item[0]) is not str or type(item[1]) is not int), None)
+    if wrong:
+        raise CheckpointUnreadable(
+            f"{path}: the token {shown(wrong[0])} has the id {shown(wrong[1])}; expected a text and a whole number. "
+            "Copy it again."
+        )
     return token_ids

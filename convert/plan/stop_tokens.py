@@ -16,12 +16,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from convert.artifact.file_names import GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG
+from convert.errors import BaseUnreadable
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
 from convert.inputs.chat.answer_format import AnswerFormat
 from convert.inputs.chat.tokenizer import Tokenizer
-from convert.inputs.model_config import CONFIG
-from convert.plan.side_files import SideFiles, content_of, json_content, side_files
+from convert.inputs.model_config import CONFIG, stop_ids
+from convert.plan.side_files import SideFiles, json_content, side_files
+from convert.safetensors_io.json_files import read_json
 
 _EOS = "eos_token"
 _PLAIN_TEXT = "Which day is it?"
@@ -95,7 +97,7 @@ def _opened(files: SideFiles, config: Mapping[str, Any]) -> Iterator[Tokenizer]:
                 path.write_bytes(file)
             else:
                 path.symlink_to(file.resolve())
-        yield Tokenizer.open(directory)
+        yield Tokenizer.open(directory, {name: file for name, file in files.items() if isinstance(file, Path)})
 
 
 def _renderings(tokenizer: Tokenizer, answer_format: AnswerFormat) -> tuple[object, ...]:
@@ -108,12 +110,12 @@ def _with_eos_token(files: SideFiles, token: str) -> dict[str, bytes]:
     return {name: json_content({**document, _EOS: token}) for name, document in documents.items() if document}
 
 
-def _with_ids(document: Mapping[str, Any], stop_ids: list[int], bos_id: int | None) -> dict[str, Any]:
-    """The document with these ids, unchanged where it has the same ones in another order."""
+def _with_ids(document: Mapping[str, Any], wanted: list[int], bos_id: int | None) -> dict[str, Any]:
+    """The document with these stop tokens, unchanged where it has the same ones in another order."""
     result = dict(document)
     known = document.get("eos_token_id")
-    if stop_ids and set(known if isinstance(known, list) else [known]) != set(stop_ids):
-        result["eos_token_id"] = stop_ids if len(stop_ids) > 1 else stop_ids[0]
+    if wanted and set(stop_ids(known)) != set(wanted):
+        result["eos_token_id"] = wanted if len(wanted) > 1 else wanted[0]
     if bos_id is not None:
         result["bos_token_id"] = bos_id
     return result
@@ -121,5 +123,8 @@ def _with_ids(document: Mapping[str, Any], stop_ids: list[int], bos_id: int | No
 
 def _document(files: SideFiles, name: str) -> dict[str, Any]:
     """A side file's JSON object; empty where there is no such file."""
-    document = json.loads(content_of(files[name])) if name in files else {}
-    return document if isinstance(document, dict) else {}
+    file = files.get(name, b"{}")
+    if isinstance(file, Path):
+        return read_json(file, BaseUnreadable)
+    document: dict[str, Any] = json.loads(file)
+    return document

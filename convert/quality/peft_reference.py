@@ -35,7 +35,7 @@ def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
             state = _state(checkpoint)
             result = set_peft_model_state_dict(adapted, state)
             expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError, re.error) as cause:
+        except Exception as cause:  # PEFT does not check its settings: errors of every kind come from their use
             raise CheckpointUnsupported(
                 f"{checkpoint.root}: PEFT can't apply its adapter_config.json: {cause}. Save it with save_pretrained."
             ) from cause

@@ -21,7 +21,8 @@ from convert.errors import FormatRefused, QuantizerFailed, QuantizerMissing
 from convert.progress import Progress
 from convert.quantization import llmcompressor_worker
 from convert.quantization.compressed import Compressed
-from convert.safetensors_io.tensors import DTYPES, read_json
+from convert.safetensors_io.json_files import read_json
+from convert.safetensors_io.tensors import DTYPES
 
 Method = Literal["gptq", "awq"]
 CalibratedName = Literal["w4a16", "w8a8-int8"]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConvertError
 from convert.safetensors_io.foreign_files import foreign_format, missing_weights
+from convert.safetensors_io.json_files import read_json, require_text, shown
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,8 @@ FLOATS = ("F32", "F16", "BF16")
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _MAX_DIMENSIONS = 16
+# As in a manifest, which names every file of a model.
+_FILE_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _READ_BYTES = 8 << 20
 
 
@@ -170,27 +173,6 @@ def all_finite(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
     return bool(torch.tensor([lowest, highest], dtype=tensor.dtype).to(dtype or tensor.dtype).isfinite().all())
 
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-def read_json(path: Path, error: type[ConvertError]) -> dict[str, Any]:
-    """The JSON object in a file; raises `error` naming the file when there is none."""
-    try:
-        content = path.read_bytes()
-        document = json.loads(content)
-        if _SURROGATE.search(content):
-            # Half of a UTF-16 pair is no text, and can't be written again; a whole pair is one character.
-            json.dumps(document, ensure_ascii=False).encode()
-    except FileNotFoundError:
-        raise error(f"{path} is missing") from None
-    # RecursionError: thousands of nested brackets.
-    except (OSError, ValueError, RecursionError) as cause:
-        raise error(f"{path} {foreign_format(path) or f'is not readable JSON: {cause}'}.") from None
-    if not isinstance(document, dict):
-        raise error(f"{path} must hold a JSON object, not a {type(document).__name__}")
-    return document
-
-
 def _weight_map(directory: Path, stem: str, error: type[ConvertError]) -> tuple[dict[str, Path], tuple[Path, ...]]:
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.is_file():
@@ -205,8 +187,11 @@ def _weight_map(directory: Path, stem: str, error: type[ConvertError]) -> tuple[
 
 
 def _member(index: Path, file: object, error: type[ConvertError]) -> Path:
-    if not isinstance(file, str) or not file.endswith(".safetensors") or "/" in file or "\\" in file or "\0" in file:
-        raise error(f"{index} names the file {file!r}; only .safetensors files beside the index are read")
+    if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+        raise error(
+            f"{index}: weight_map names the file {shown(file)}; only .safetensors files beside the index are read, "
+            "with names of ASCII letters, digits, '_', '-' and '.'"
+        )
     return index.parent / file
 
 
@@ -222,6 +207,8 @@ def _header(path: Path, error: type[ConvertError]) -> list[tuple[TensorSpec, int
 
 
 def _parse(path: Path) -> list[tuple[TensorSpec, int]]:
+    if path.exists() and not path.is_file():
+        raise _Malformed("it is a directory or a device")
     size = path.stat().st_size
     with path.open("rb") as stream:
         prefix = stream.read(8)
@@ -238,6 +225,8 @@ def _parse(path: Path) -> list[tuple[TensorSpec, int]]:
 def _document(text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text, object_pairs_hook=_unique)
+        if b"\\u" in text:
+            require_text(header)
     except (ValueError, RecursionError) as cause:
         raise _Malformed(f"its header is not JSON ({cause})") from None
     if not isinstance(header, dict):

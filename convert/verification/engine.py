@@ -151,7 +151,7 @@ def context_tokens(served: ServedModel) -> int:
     try:
         config = json.loads((served.model / "config.json").read_text(encoding="utf-8"))
         own = int(config.get("text_config", config)["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return served.context_tokens  # vLLM reports better what is wrong with the file
     return min(own, served.context_tokens)
 

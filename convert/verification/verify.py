@@ -150,7 +150,7 @@ def stop_token_ids(model: Path) -> frozenset[int]:
         try:
             ids = json.loads((model / name).read_text(encoding="utf-8"))["eos_token_id"]
             return frozenset(map(int, ids if isinstance(ids, list) else [ids]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
     return frozenset()
 

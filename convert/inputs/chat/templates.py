@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert.artifact.file_names import CHAT_TEMPLATE, OTHER_CHAT_TEMPLATES, TOKENIZER_CONFIG
+from convert.artifact.file_names import CHAT_TEMPLATE, OTHER_CHAT_TEMPLATES, PROCESSOR_CHAT_TEMPLATE, TOKENIZER_CONFIG
 from convert.errors import ConvertError
 from convert.inputs.links import is_contained
-from convert.safetensors_io.tensors import read_json
+from convert.safetensors_io.json_files import read_json
 
 INLINE = "chat_template"
-_OF_PROCESSOR = "chat_template.json"
-_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 
 
 def chat_templates(directory: Path, error: type[ConvertError]) -> dict[str, bytes]:
@@ -31,8 +30,8 @@ def chat_templates(directory: Path, error: type[ConvertError]) -> dict[str, byte
     files = [directory / CHAT_TEMPLATE, *sorted(others.glob("*.jinja"))]
     if others.is_dir() and not (is_contained(others) and all(map(is_contained, files))):
         raise error(f"{others} leads out of its directory by a symbolic link, which is not read. Copy the files there.")
-    templates = {path.relative_to(directory).as_posix(): path.read_bytes() for path in files if path.is_file()}
-    for name in (TOKENIZER_CONFIG, _OF_PROCESSOR):
+    templates = {path.relative_to(directory).as_posix(): _content(path, error) for path in files if path.is_file()}
+    for name in (TOKENIZER_CONFIG, PROCESSOR_CHAT_TEMPLATE):
         path = directory / name
         if not templates and path.is_file():
             templates = inline_templates(read_json(path, error), path, error)
@@ -49,6 +48,20 @@ def inline_templates(document: Mapping[str, Any], path: Path, error: type[Conver
         return {_file_name(name): text.encode() for name, text in named.items()}
     except (TypeError, KeyError, AttributeError, ValueError):
         raise error(f"{path}: chat_template is neither a text nor a list of templates with their names.") from None
+
+
+def _content(path: Path, error: type[ConvertError]) -> bytes:
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as cause:
+        raise error(f"{path} is not UTF-8 text: {cause}. Copy the file again.") from None
+    if not _NAME.fullmatch(path.stem):
+        raise error(
+            f"{path} can't be kept under this name: name it with ASCII letters, digits, '_', '-' and '.', which is the "
+            "name of its chat template too."
+        )
+    return content
 
 
 def _file_name(name: str) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from convert.artifact.file_names import GENERATION_CONFIG
 from convert.errors import BaseUnreadable, TextUnreadable
-from convert.inputs.model_config import CONFIG
-from convert.safetensors_io.tensors import read_json
+from convert.inputs.chat.token_settings import stated_stop_ids, token_id
 
 Message = dict[str, str]
 Row = str | list[Message]
+
+NO_SOURCES: Mapping[str, Path] = {}
+_MAX_CAUSE = 400
 
 # Some templates, Llama 3.2's among them, write today's date into every chat. A measurement must not depend on the
 # day, so every chat is rendered on this one. It is the day that those templates use where they are given none.
@@ -33,17 +35,18 @@ class Tokenizer:
     _loaded: Any
 
     @classmethod
-    def open(cls, directory: Path) -> Tokenizer:
-        """Load the tokenizer of a model directory. Raises BaseUnreadable where there is none, or a broken one."""
+    def open(cls, directory: Path, sources: Mapping[str, Path] = NO_SOURCES) -> Tokenizer:
+        """Load the tokenizer of a model directory. Raises BaseUnreadable where there is none, or a broken one.
+
+        `sources`: the paths by which messages name the files; without an entry that in the directory.
+        """
         from transformers import AutoTokenizer
 
-        try:
+        stop_ids = stated_stop_ids(directory, sources)
+        with _reported(directory, sources):
             loaded = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-        except Exception as cause:  # the tokenizers library raises nothing narrower
-            raise BaseUnreadable(
-                f"The tokenizer can't be loaded ({cause}). Copy the base's tokenizer files again."
-            ) from cause
-        return cls(_stop_ids(directory) or _distinct(loaded.eos_token_id), loaded)
+            loaded("a text")["input_ids"]  # some settings are used only now
+        return cls(stop_ids or token_id(loaded.eos_token_id), loaded)
 
     @property
     def has_template(self) -> bool:
@@ -60,11 +63,11 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        return next(iter(_distinct(self._loaded.eos_token_id)), None)
+        return next(iter(token_id(self._loaded.eos_token_id)), None)
 
     @property
     def bos_id(self) -> int | None:
-        return next(iter(_distinct(self._loaded.bos_token_id)), None)
+        return next(iter(token_id(self._loaded.bos_token_id)), None)
 
     def token(self, token_id: int) -> str:
         return str(self._loaded.convert_ids_to_tokens(token_id))
@@ -107,17 +110,24 @@ class Tokenizer:
         return list(self._loaded(rendered, add_special_tokens=False)["input_ids"])
 
 
-def _stop_ids(directory: Path) -> tuple[int, ...]:
-    files = [path for name in (GENERATION_CONFIG, CONFIG) if (path := directory / name).is_file()]
-    stated = (_distinct(read_json(path, BaseUnreadable).get("eos_token_id")) for path in files)
-    return next(filter(None, stated), ())
+@contextmanager
+def _reported(directory: Path, sources: Mapping[str, Path]) -> Iterator[None]:
+    """Raises BaseUnreadable where the libraries can't work with the files: they raise errors of every kind."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as cause:  # a panic of the tokenizers library is no Exception
+        files = {path.parent for name, path in sources.items() if name.startswith("tokenizer")} or {directory}
+        raise BaseUnreadable(
+            f"The tokenizer of {' and '.join(sorted(map(str, files)))} can't be loaded: {_words(cause)}. Copy the "
+            "tokenizer files of the base again (tokenizer.json, tokenizer_config.json)."
+        ) from cause
 
 
-def _distinct(token_ids: object) -> tuple[int, ...]:
-    """The ids in a setting that is an id, a list of ids, or something else."""
-    listed = token_ids if isinstance(token_ids, list) else [token_ids]
-    ids = [token_id for token_id in listed if type(token_id) is int]
-    return tuple(dict.fromkeys(ids)) if len(ids) == len(listed) else ()
+def _words(cause: BaseException) -> str:
+    text = " ".join(str(cause).split())
+    return text if len(text) <= _MAX_CAUSE else f"{text[:_MAX_CAUSE]}…"
 
 
 def _plain(messages: Sequence[Message]) -> str:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from convert.errors import CheckpointUnreadable, ConvertError
-from convert.safetensors_io.tensors import Tensors, read_json
+from convert.safetensors_io.json_files import read_json
+from convert.safetensors_io.tensors import Tensors
 
 SAMPLE = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
