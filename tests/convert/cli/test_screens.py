@@ -121,7 +121,7 @@ def test_an_option_of_several_commands_has_one_form_and_one_help() -> None:
                 *option.opts,
                 *option.secondary_opts,
                 option.metavar,
-                repr(option.type),
+                getattr(getattr(option, "type", None), "name", None),
                 option.default,
                 option.help,
             )
