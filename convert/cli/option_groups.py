@@ -41,7 +41,7 @@ class Route:
     dtype: options.Dtype = "auto"
     force: options.Force = False
 
-    def options(self) -> RouteOptions:
+    def route_options(self) -> RouteOptions:
         from convert.routes.choose import RouteOptions
 
         return RouteOptions(self.route, self.quantize, self.merge_onto, self.dtype, self.force)
@@ -112,7 +112,7 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
-def _parameters_of(group: type) -> list[inspect.Parameter]:
+def _parameters_of(group: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     return [
         inspect.Parameter(

@@ -27,10 +27,10 @@ def plan(
     from convert.cli.report.screen import print_screen
     from convert.pipeline.dry_run import dry_run
 
-    with reported_errors(), shown_progress() as progress:
-        planned = dry_run(groups.request(inputs, output, text, route_options=route.options()), progress)
-        shown = plan_document(planned) if as_json else plan_screen(planned)
-    if isinstance(shown, dict):
-        print_json(shown)
-    else:
-        print_screen(shown)
+    with reported_errors():  # the screen shows notes for which the tokenizer is loaded
+        with shown_progress() as progress:
+            planned = dry_run(groups.request(inputs, output, text, route_options=route.route_options()), progress)
+        if as_json:
+            print_json(plan_document(planned))
+        else:
+            print_screen(plan_screen(planned))

@@ -40,7 +40,7 @@ def run(
     from convert.cli.report.screen import print_screen
     from convert.pipeline.convert import Destination, convert
 
-    settings = {"route_options": route.options(), "canaries": canaries, "gate": limits.gate(), "measure": measure}
+    settings = {"route_options": route.route_options(), "canaries": canaries, "gate": limits.gate(), "measure": measure}
     request = groups.request(inputs, output, text, **settings)
     destination = Destination(out, _served_name(name, out))
     signal.signal(signal.SIGTERM, exit_on_sigterm)

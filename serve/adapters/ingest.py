@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -187,7 +188,7 @@ def chat_templates(directory: Path) -> Mapping[str, str]:
 
 def _templates_in(path: Path) -> dict[str, str]:
     """The templates in a JSON file: one text, or a list of names and texts."""
-    value = (_read_json(path) or {}).get("chat_template")
+    value: Any = (_read_json(path) or {}).get("chat_template")
     if not value:
         return {}
     entries = [{"name": _DEFAULT, "template": value}] if isinstance(value, str) else value

@@ -98,12 +98,9 @@ def of_file(directory: Path, file: str) -> Iterator[Damage]:
         yield Damage(file, kind, None, _placing(file, place))
 
 
-def outcome(work: Callable[[], object]) -> str:
-    """`ok` or the code of the ConvertError; the name of any other error, and `hung` where it took too long."""
-    return outcome_and_message(work)[0]
-
-
 def outcome_and_message(work: Callable[[], object]) -> tuple[str, str]:
+    """`ok` or the code of the ConvertError; the name of any other error, and `hung` where it took too long."""
+
     def interrupt(*_: object) -> None:
         raise TimeoutError(f"no answer after {HUNG_AFTER_S} s")
 

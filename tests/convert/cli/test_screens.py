@@ -46,7 +46,8 @@ def _sparse_base(tokenizer: Path, directory: Path) -> Path:
             TensorSpec(f"{place}.{name}.weight", "BF16", (HIDDEN,))
             for name in ("input_layernorm", "post_attention_layernorm")
         ]
-    entries, end = {}, 0
+    entries: dict[str, object] = {}
+    end = 0
     for spec in specs:
         entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [end, end + spec.nbytes]}
         end += spec.nbytes
@@ -59,7 +60,7 @@ def _sparse_base(tokenizer: Path, directory: Path) -> Path:
 
 def _adapter(lora: Path, directory: Path) -> Path:
     copied = parts.copy(lora, directory)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for layer in range(LAYERS):
         for name, (rows, columns) in SHAPES.items():
             module = f"base_model.model.model.layers.{layer}.{name}"
