@@ -93,7 +93,7 @@ def request(inputs: Inputs, output: Output, text: Path | None, **others: Any) ->
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the options of its groups in place of the groups, for typer, which reads signatures."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         if name in groups:
