@@ -72,7 +72,7 @@ class Damage:
 
 def of_keys(directory: Path, file: str, added: Mapping[str, Any] | None = None) -> Iterator[Damage]:
     """Every key of a JSON file with every wrong value. `added`: keys that the file may have, besides its own."""
-    document = json.loads((directory / file).read_text()) | (added or {})
+    document = dict(added or {}) | json.loads((directory / file).read_text())
     for location in _locations(document):
         for kind, text in VALUES.items():
             yield Damage(file, kind, location, _writing(file, _with_value(document, location, text).encode()))
