@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -27,7 +29,27 @@ Document = dict[str, Any]
 
 @cache
 def rendered(overlay: str) -> tuple[Document, ...]:
-    command = ["kubectl", "kustomize", str(DEPLOY / "overlays" / overlay)]
+    return _kustomize(DEPLOY / "overlays" / overlay)
+
+
+@cache
+def rendered_with(overlay: str, *components: str) -> tuple[Document, ...]:
+    """An overlay of one's own above `overlay`, which adds components of Graft's, as the documentation says."""
+    with tempfile.TemporaryDirectory() as home:
+        above = Path(os.path.relpath(DEPLOY, Path(home).resolve()))
+        document = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "namespace": "graft",
+            "resources": [str(above / "overlays" / overlay)],
+            "components": [str(above / "components" / component) for component in components],
+        }
+        (Path(home) / "kustomization.yaml").write_text(yaml.safe_dump(document))
+        return _kustomize(Path(home))
+
+
+def _kustomize(directory: Path) -> tuple[Document, ...]:
+    command = ["kubectl", "kustomize", str(directory)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     return tuple(yaml.safe_load_all(result.stdout))

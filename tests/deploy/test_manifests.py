@@ -149,24 +149,6 @@ def wanted(template: Document) -> set[tuple[str, str]]:
     return references
 
 
-@pytest.mark.parametrize("overlay", [overlay for overlay in OVERLAYS if not overlay.startswith("convert")])
-def test_only_clients_reach_the_gateway_and_nobody_anything_else(overlay: str) -> None:
-    policies = [document["spec"] for document in rendered(overlay) if document["kind"] == "NetworkPolicy"]
-    everything = {"matchLabels": {"app.kubernetes.io/part-of": "graft"}}
-    open_to: dict[int, list[Document]] = {}
-    for policy in policies:
-        assert policy["podSelector"] == everything
-        for rule in policy.get("ingress", []):
-            if rule["from"] == [{"podSelector": everything}]:
-                continue  # Graft's own pods among themselves
-            for port in rule["ports"]:
-                open_to.setdefault(port["port"], []).extend(rule["from"])
-
-    assert {"namespaceSelector": {"matchLabels": {"graft-client": "true"}}} in open_to.pop(8000)
-    for sources in open_to.values():  # of the operator, and of Prometheus
-        assert all("app.kubernetes.io/name" in source["podSelector"]["matchLabels"] for source in sources)
-
-
 def test_every_pod_is_one_that_the_network_policies_cover() -> None:
     for overlay in OVERLAYS:
         for document in rendered(overlay):
