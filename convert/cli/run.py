@@ -33,6 +33,13 @@ def run(
     canaries: options.CanaryFile = None,
     measure: options.Measure = True,
     limits: groups.Limits,
+    keep_finished: Annotated[
+        bool,
+        typer.Option(
+            help="Succeed if DIR already is the artifact of this same conversion, run with this option: for a Job that "
+            "is tried again."
+        ),
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Convert a checkpoint to an artifact. DIR appears only when the artifact is complete."""
@@ -42,7 +49,7 @@ def run(
 
     settings = {"route_options": route.route_options(), "canaries": canaries, "gate": limits.gate(), "measure": measure}
     request = groups.request(inputs, output, text, **settings)
-    destination = Destination(out, _served_name(name, out))
+    destination = Destination(out, _served_name(name, out), keep_finished)
     signal.signal(signal.SIGTERM, exit_on_sigterm)
     with reported_errors(), shown_progress() as progress:
         artifact = convert(request, destination, progress)

@@ -18,15 +18,19 @@ from convert.progress import Progress, silent
 from convert.quality import choosing_gate, require_passed
 from convert.routes.variants import RouteVariant
 from convert.write.journal import conversion_id
-from convert.write.publisher import ArtifactWriter, partial_directory, require_absent
+from convert.write.publisher import ArtifactWriter, finished_before, partial_directory, require_absent
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where the artifact appears, and the name under which it is served."""
+    """Where the artifact appears, and the name under which it is served.
+
+    `keep_finished`: one that the same conversion has made there before, with this option, is kept and returned.
+    """
 
     path: Path
     name: str
+    keep_finished: bool = False
 
 
 def convert(request: Request, destination: Destination, progress: Progress = silent) -> Artifact:
@@ -35,17 +39,23 @@ def convert(request: Request, destination: Destination, progress: Progress = sil
     After kill -9, a crash or SIGTERM the same request goes on where the last run stopped (`ArtifactWriter`). Where the
     options leave the storage open, variants are built and measured, smallest first, until one keeps its limits.
     """
-    require_absent(destination.path)
+    if not destination.keep_finished:
+        require_absent(destination.path)
     prepared = prepare(request, progress)
     variants = prepared.open_variants()
     candidates = _candidates(prepared, variants)
+    if destination.keep_finished:
+        if artifact := _finished_before(destination, candidates, prepared):
+            return artifact
+        require_absent(destination.path)
     gate = choosing_gate(request.gate) if len(variants) > 1 else request.gate
     evaluator = Evaluator(prepared, gate, progress)
     trials: list[Trial] = []
     for number, candidate in enumerate(candidates, start=1):
         _require_measurable(request, candidate)
         _require_room(candidate, prepared, destination.path)
-        with ArtifactWriter(destination.path, _conversion_id(candidate, prepared)) as writer:
+        identity = _conversion_id(candidate, prepared)
+        with ArtifactWriter(destination.path, identity, record=destination.keep_finished) as writer:
             evaluation = evaluator.evaluate(candidate, writer.root, writer.journal)
             require_passed(evaluator.answers)
             if not evaluation.failures or (number == len(candidates) and gate.is_default):
@@ -89,6 +99,16 @@ def _require_room(candidate: Candidate, prepared: PreparedRequest, destination: 
     planned = candidate.plan.weight_bytes if candidate.plan else 0
     interrupted = size_bytes(partial_directory(destination))
     require_room(max(planned + 2 * prepared.checkpoint.weight_bytes - interrupted, 0), destination)
+
+
+def _finished_before(
+    destination: Destination, candidates: Sequence[Candidate], prepared: PreparedRequest
+) -> Artifact | None:
+    if not destination.path.is_dir():
+        return None
+    identities = {_conversion_id(candidate, prepared) for candidate in candidates}
+    artifact = finished_before(destination.path, identities)
+    return artifact if artifact and artifact.manifest.name == destination.name else None
 
 
 def _conversion_id(candidate: Candidate, prepared: PreparedRequest) -> str:

@@ -6,12 +6,13 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from convert.artifact import MANIFEST, Artifact, Manifest, file_sha256
-from convert.artifact.durable_files import sync
+from convert.artifact.durable_files import replace_file, sync
 from convert.errors import OutputBusy, OutputExists, OutputUnwritable
 from convert.write.files import write_json
 from convert.write.journal import Journal
@@ -21,6 +22,19 @@ def require_absent(destination: Path) -> None:
     """Raises OutputExists. Nothing is ever overwritten, since a server may read from it."""
     if destination.exists() or destination.is_symlink():
         raise OutputExists(f"{destination} is already there. Choose another --out, or remove it first.")
+
+
+def finished_before(destination: Path, conversion_ids: Collection[str]) -> Artifact | None:
+    """The artifact at the destination if one of these conversions wrote it, and recorded that (`record`).
+
+    Raises ArtifactInvalid if it can't be read.
+    """
+    try:
+        conversion, manifest_sha256 = _record(destination).read_text().split()
+        same = conversion in conversion_ids and file_sha256(destination / MANIFEST) == manifest_sha256
+    except (OSError, ValueError):
+        return None
+    return Artifact.open(destination) if same else None
 
 
 class ArtifactWriter:
@@ -35,8 +49,10 @@ class ArtifactWriter:
     a conversion with it starts the conversion again. kill -9 and a power cut leave the directory as it is.
     """
 
-    def __init__(self, destination: Path, conversion_id: str | None = None) -> None:
+    def __init__(self, destination: Path, conversion_id: str | None = None, *, record: bool = False) -> None:
+        """`record`: write down beside the destination which conversion the artifact is of, for `finished_before`."""
         require_absent(destination)
+        self._recorded = record
         self.destination = destination
         self.root = partial_directory(destination)
         self._conversion_id = conversion_id
@@ -80,6 +96,9 @@ class ArtifactWriter:
         for directory in [path for path in self.root.rglob("*") if path.is_dir()] + [self.root]:
             sync(directory)
         require_absent(self.destination)
+        if self._recorded:  # before the artifact appears: killed in between, a second try would not know it
+            line = f"{self._conversion_id} {file_sha256(self.root / MANIFEST)}\n"
+            replace_file(_record(self.destination), line.encode())
         self.journal.remove()
         self.root.rename(self.destination)
         sync(self.destination)
@@ -110,6 +129,11 @@ class ArtifactWriter:
 def partial_directory(destination: Path) -> Path:
     """Where an artifact is written until it is published."""
     return destination.parent / f".{destination.name}.partial"
+
+
+def _record(destination: Path) -> Path:
+    """The file that says which conversion made the artifact, and which manifest it wrote."""
+    return destination.parent / f".{destination.name}.conversion"
 
 
 def _not_ours(root: Path, what: str) -> OutputUnwritable:
