@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -65,6 +66,17 @@ class StateDir:
     @property
     def store(self) -> AdapterStore:
         return AdapterStore(self.root / "adapters", self.objects)
+
+    @contextmanager
+    def publishing_store(self) -> Iterator[AdapterStore]:
+        """The store for one who only publishes. If a bucket holds the state, the copy on this machine goes when the
+        block ends: nothing reads it again, and a follower would fill its disk. Raises StateInvalid."""
+        if self.url is None:
+            yield self.store
+            return
+        self.prepare()
+        with tempfile.TemporaryDirectory(dir=self.root, prefix=".publish-") as directory:
+            yield AdapterStore(Path(directory), self.objects)
 
     @property
     def keys_file(self) -> Path:

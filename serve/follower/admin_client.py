@@ -42,7 +42,8 @@ class AdminClient:
         or ArtifactRefused before anything is sent."""
         artifact = Artifact.open(path)
         artifact.verify()
-        candidate = ingest_artifact(artifact, name, self.state.store)
+        with self.state.publishing_store() as store:
+            candidate = ingest_artifact(artifact, name, store)
         body = {"candidate": asdict(candidate), "stage_only": stage_only, "reason": reason}
         return self.call("POST", "/admin/v1/adapters", body)
 

@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from convert.artifact.durable_files import replace_file
 from convert.errors import ConvertError
 from serve.errors import EngineUnavailable, ReplicaUnreachable, ServeError, ServerNotRunning, StoreUnavailable
 from serve.follower.admin_client import AdminClient
+from serve.follower.applied_mark import AppliedMark
 from serve.follower.desired_state import DesiredState, apply, diff, manifests_named_in
 
 POLL_S = 1.0
 _RETRY_S = 10.0
 _TRANSIENT = {error.code for error in (StoreUnavailable, ReplicaUnreachable, EngineUnavailable, ServerNotRunning)}
-_APPLIED = "adapters.applied"
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +28,15 @@ Print = Callable[[str], None]
 class FileWatcher:
     """Applies the file when it, or a manifest of an artifact that it names, has changed.
 
-    The state directory records what was applied last. A restart therefore does not undo a rollback that somebody made
-    by hand; the next change of the file does.
+    The state records what was applied last (`AppliedMark`). A restart therefore does not undo a rollback that somebody
+    made by hand; the next change of the file does.
     """
 
     def __init__(self, path: Path, client: AdminClient, print_line: Print) -> None:
         self._path = path
         self._client = client
         self._print = print_line
-        self._applied = client.state.root / _APPLIED
+        self._applied = AppliedMark(client.state)
         self._watched: list[Path] = [path]
         self._last_stamps: list[tuple[int, int] | None] | None = None
         self._retry_at: float | None = None
@@ -69,7 +68,7 @@ class FileWatcher:
 
     def _apply(self) -> None:
         desired = DesiredState.read(self._path)
-        if self._applied.is_file() and self._applied.read_text() == desired.digest:
+        if self._applied.read() == desired.digest:
             self._succeed("nothing to change")
             return
         steps = diff(desired, self._client.adapters())
@@ -77,7 +76,7 @@ class FileWatcher:
         for step, error in failed.items():
             self._report(str(step), error)
         if not failed:
-            replace_file(self._applied, desired.digest.encode())
+            self._applied.write(desired.digest)
             self._succeed(", ".join(map(str, steps)) or "nothing to change", is_news=True)
 
     def _succeed(self, result: str, is_news: bool = False) -> None:
