@@ -9,6 +9,7 @@ import sys
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import TextIO
 
 from serve.settings import LogSettings
 
@@ -66,10 +67,11 @@ def fields_of(record: logging.LogRecord) -> dict[str, object]:
 
 
 def set_up(settings: LogSettings, replica: str) -> None:
-    """Send the logs of this package where the settings say, and vLLM's to the error stream in the same format. Called
-    once in a process; VLLM_CONFIGURE_LOGGING=0 keeps vLLM from setting up its own."""
+    """Send the logs of this package where the settings say, and vLLM's to the stream in the same format. Called once in
+    a process; VLLM_CONFIGURE_LOGGING=0 keeps vLLM from setting up its own."""
     formatter = JsonLines(replica=replica) if settings.format == "json" else TextLines()
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    stream, problem = _stream(settings.stream)
+    handler: logging.Handler = logging.StreamHandler(stream)
     if settings.directory:
         settings.directory.mkdir(parents=True, exist_ok=True)
         _remove_old(settings.directory)
@@ -77,7 +79,20 @@ def set_up(settings: LogSettings, replica: str) -> None:
         handler = RotatingFileHandler(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")
     _send(logging.getLogger("serve"), handler, formatter, logging.INFO)
     level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING").upper()
-    _send(logging.getLogger("vllm"), logging.StreamHandler(sys.stderr), formatter, level)
+    _send(logging.getLogger("vllm"), logging.StreamHandler(stream), formatter, level)
+    if problem:
+        logging.getLogger(__name__).warning("logs go to the standard error stream: %s", problem)
+
+
+def _stream(path: Path | None) -> tuple[TextIO, OSError | None]:
+    """What to write lines to, and why it isn't `path`: a replica without its logs is better than none."""
+    if path is None:
+        return sys.stderr, None
+    try:
+        # Another process may write to it too: a line at a time, appended.
+        return path.open("a", buffering=1, encoding="utf-8"), None
+    except OSError as error:
+        return sys.stderr, error
 
 
 def _send(logger: logging.Logger, handler: logging.Handler, formatter: logging.Formatter, level: int | str) -> None:

@@ -36,6 +36,11 @@ class LogSettings(FrozenSettings):
     directory: Path | None = Field(
         None, description="Where each replica writes REPLICA.log, rotated at 32 MiB; none: the standard error stream."
     )
+    stream: Path | None = Field(
+        None,
+        description="What to write to in place of the standard error stream, which Ray takes into its own files: in a "
+        "container /proc/1/fd/2, which `kubectl logs` shows.",
+    )
     access_sample: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="Share of responses below 500 that get a line in the log; responses of 500 and more always do."
     )

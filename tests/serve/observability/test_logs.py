@@ -52,6 +52,34 @@ def test_text_is_for_people(tmp_path: Path) -> None:
     assert written(tmp_path)[0].endswith("INFO adapter loaded fetch_s=0.5")
 
 
+def test_lines_go_where_a_container_shows_them(tmp_path: Path) -> None:
+    """The first process of a container reads nothing: what it writes goes through a pipe to the container's log."""
+    reading, writing = os.pipe()
+    container = subprocess.Popen(["sleep", "60"], stderr=writing)
+    os.close(writing)
+    logs.set_up(LogSettings(stream=Path(f"/proc/{container.pid}/fd/2")), "one")
+
+    logging.getLogger("serve.x").warning("ours")
+    logging.getLogger("vllm.engine").warning("not ours")
+    container.kill()
+    container.wait()
+    for name in ("serve", "vllm"):
+        logging.getLogger(name).handlers[0].stream.close()
+
+    with os.fdopen(reading) as log:
+        assert [json.loads(line)["message"] for line in log] == ["ours", "not ours"]
+
+
+def test_a_stream_that_cannot_be_opened_stops_no_replica(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.set_up(LogSettings(stream=tmp_path / "no" / "such"), "one")
+
+    logging.getLogger("serve.x").warning("ours")
+
+    problem, line = map(json.loads, capsys.readouterr().err.splitlines())
+    assert "No such file" in problem["message"]
+    assert line["message"] == "ours"
+
+
 def test_what_vllm_says_goes_to_the_error_stream_in_the_same_format(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
