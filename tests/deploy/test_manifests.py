@@ -112,14 +112,28 @@ def test_no_pod_is_restarted_while_its_engine_is_being_replaced() -> None:
     assert alive["periodSeconds"] * alive["failureThreshold"] >= start_s, "a new engine loads for as long as the first"
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_what_a_pod_mounts_is_there(overlay: str) -> None:
+# An overlay, and what is served beside it: there the overlay's pods find what it doesn't bring itself.
+BESIDE = [
+    *((overlay, overlay) for overlay in OVERLAYS if not overlay.startswith(("convert", "second"))),
+    *(("second-base", served) for served in RAY),
+    *(("convert-base", served) for served in ("dev", "single-gpu", "dev-ray", "prod")),
+    *(("convert", served) for served in ("dev", "single-gpu", "dev-ray")),
+    ("convert-prod", "prod"),
+]
+
+
+def test_every_overlay_is_applied_beside_a_server() -> None:
+    assert {overlay for overlay, _ in BESIDE} == set(OVERLAYS)
+
+
+@pytest.mark.parametrize(("overlay", "served"), BESIDE)
+def test_what_a_pod_mounts_is_there(overlay: str, served: str) -> None:
     documents = rendered(overlay)
-    objects = {(document["kind"], document["metadata"]["name"]) for document in documents}
-    # Made by whoever installs (docs/how-to/deploy-on-kubernetes.md), or by the overlay that is served beside.
+    beside = (*documents, *rendered(served))
+    objects = {(document["kind"], document["metadata"]["name"]) for document in beside}
+    # Made by whoever installs (docs/how-to/deploy-on-kubernetes.md).
     objects |= {("Secret", name) for name in ("graft-admin", "graft-keys", "graft-redis", "graft-object-store")}
-    if overlay.startswith("convert"):
-        objects |= {("PersistentVolumeClaim", name) for name in ("graft-artifacts", "graft-state", "graft-checkpoints")}
+    objects.add(("PersistentVolumeClaim", "graft-checkpoints"))
     for document in documents:
         for name, template in pod_templates(document):
             volumes = {volume["name"] for volume in template["spec"]["volumes"]}
@@ -144,7 +158,7 @@ def wanted(template: Document) -> set[tuple[str, str]]:
             kind = "ConfigMap" if "configMapRef" in source else "Secret"
             references.add((kind, next(iter(source.values()))["name"]))
         for variable in container.get("env", []):
-            if secret := variable["valueFrom"].get("secretKeyRef"):
+            if secret := variable.get("valueFrom", {}).get("secretKeyRef"):
                 references.add(("Secret", secret["name"]))
     return references
 
