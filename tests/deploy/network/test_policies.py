@@ -93,7 +93,6 @@ NEEDED = [
     *(Row(way, CLIENT, server, 8000) for way, server in ((ONE_MACHINE, "server"), (RAY, "engines"), (PROD, "engines"))),
     Row(PROD, EDGE, "engines", 8000),
     Row((*ONE_MACHINE, "gateway-api"), EDGE, "server", 8000),
-    Row((*PROD, "incremental-upgrade"), EDGE_BY_KUBERAY, "engines", 8000),
     # the operator
     *(
         Row(RAY, operator, node, port)
@@ -134,6 +133,8 @@ FORBIDDEN = [
     *(Row(PROD, PROMETHEUS, "head", port) for port in (6379, 8265)),
     *(Row(PROD, EDGE, "head", port) for port in (6379, 8265)),
     Row(ONE_MACHINE, EDGE, "server", 8000),
+    # it passes on every path, the admin API too
+    Row((*PROD, "incremental-upgrade"), EDGE_BY_KUBERAY, "engines", 8000),
     Row(ONE_MACHINE, PROMETHEUS, "server", 9464),
     *(Row(way, pod, INTERNET, port) for way, pod in ((ONE_MACHINE, "server"), (RAY, "engines")) for port in (80, 443)),
     # a node's credentials, where nothing needs them

@@ -1,4 +1,4 @@
-"""A second base model beside the first takes nothing from it: no name, no pod, no caller."""
+"""Each base answers under a Service of its own; a second one takes nothing from the first: no name, pod or caller."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from tests.deploy.manifests import Document, needs_kubectl, only, pod_templates, rendered
+from tests.deploy.manifests import Document, needs_kubectl, only, pod_templates, rendered, rendered_with
 from tests.deploy.network.policies import matches
 
 pytestmark = needs_kubectl
@@ -57,6 +57,16 @@ def test_it_changes_no_object_of_the_first(first: str) -> None:
 @pytest.mark.parametrize("first", FIRST)
 def test_it_answers_under_a_service_of_its_own(first: str) -> None:
     assert service("second-base") != service(first)
+
+
+def test_the_service_that_everybody_calls_is_there_where_kuberay_makes_none() -> None:
+    """With an incremental upgrade KubeRay ignores `serveService`."""
+    documents = rendered_with("prod", "incremental-upgrade")
+    selector = {"matchLabels": only(documents, "Service", service("prod"))["spec"]["selector"]}
+    pods = dict(pod_templates(only(documents, "RayService")))
+
+    chosen = {name for name, template in pods.items() if matches(selector, template["metadata"]["labels"])}
+    assert chosen == {"RayService/graft engines"}
 
 
 @pytest.mark.parametrize("overlay", [*FIRST, "second-base"])
