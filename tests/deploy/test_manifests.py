@@ -115,7 +115,7 @@ def test_no_pod_is_restarted_while_its_engine_is_being_replaced() -> None:
 # An overlay, and what is served beside it: there the overlay's pods find what it doesn't bring itself.
 BESIDE = [
     *((overlay, overlay) for overlay in OVERLAYS if not overlay.startswith(("convert", "second"))),
-    *(("second-base", served) for served in RAY),
+    ("second-base", "dev-ray"),  # beside prod it needs the components of prod
     *(("convert-base", served) for served in ("dev", "single-gpu", "dev-ray", "prod")),
     *(("convert", served) for served in ("dev", "single-gpu", "dev-ray")),
     ("convert-prod", "prod"),

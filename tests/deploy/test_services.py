@@ -95,3 +95,13 @@ def test_nothing_of_one_selects_a_pod_of_the_other(first: str, turned: bool) -> 
     for selector in selectors(one):
         assert any(matches(selector, own) for own in labels(one)), selector
         assert not any(matches(selector, strange) for strange in labels(other)), selector
+
+
+def test_with_the_components_of_the_first_it_mounts_only_what_that_has() -> None:
+    there = {each["metadata"]["name"] for each in rendered("prod") if each["kind"] == "PersistentVolumeClaim"}
+    documents = rendered_with("second-base", "object-store")
+    templates = [template for document in documents for _, template in pod_templates(document)]
+
+    volumes = [volume for template in templates for volume in template["spec"]["volumes"]]
+    claims = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes if "persistentVolumeClaim" in volume}
+    assert claims == there
