@@ -27,6 +27,14 @@ ENGINE_CODES = frozenset({
 })  # fmt: skip
 _CODES = {404: "not_found", 501: "not_implemented", 503: "engine_unavailable"}
 
+# What Python itself says of a value of the wrong type, which vLLM passes on as if it were for the client.
+_OF_PYTHON = re.compile(
+    r"NoneType|'[\w.]+' object |\bobject is not\b|has no attribute|unexpected keyword|positional argument"
+    r"|indices must be|unsupported operand|not supported between|unhashable type|has no len\(\)|values? to unpack"
+    r"|can only concatenate|must be real number|invalid literal for|could not convert|update sequence element"
+    r"|__\w+__|\b\w+\(\) (takes|got|missing|argument)"
+)
+_UNREADABLE = "The engine can't read this request: a field is null, or has another type than described."
 _INTERNAL = "The engine had an error while processing the request."
 
 logger = logging.getLogger(__name__)
@@ -49,6 +57,9 @@ def engine_error(fault: EngineFault, fields: Collection[str]) -> EngineError:
     text = str(message or "The engine gave no reason.")
     if status < 500 and _TOO_LONG.search(text):
         return EngineError(status, text, _field("input_text", fields), "context_length_exceeded")
+    if status < 500 and _OF_PYTHON.search(text):
+        logger.warning("the engine answered %d: %s", status, text)
+        text = f"Invalid '{param}'. {_UNREADABLE}" if isinstance(param, str) and param else _UNREADABLE
     if text.startswith("Grammar error"):
         param = GRAMMAR_FIELD
     param = _field(param, fields) if isinstance(param, str) else None

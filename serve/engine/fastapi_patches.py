@@ -13,10 +13,11 @@ from itertools import takewhile
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from pydantic_core import PydanticCustomError, SchemaValidator, ValidationError, core_schema
+from pydantic_core import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from serve.engine.body_validator import BodyValidator
 from serve.errors import EngineStartFailed
 
 # In the notation of tests/contracts/contract.py.
@@ -41,16 +42,13 @@ CONTRACT: Mapping[str, tuple[str, ...]] = {
 
 ExceptionHandler = Callable[[Request, Any], Awaitable[Response]]
 
-MAX_KEYS = 1 << 18  # of one object in a body; no object of the API has more keys than a vocabulary has tokens
-
 _MAX_REASONS = 5
 _MAX_MESSAGE_CHARACTERS, _MAX_PARAM_CHARACTERS = 1000, 200
 
-_LISTS = ("list", "tuple", "set", "frozenset")
-
 
 def validate_fail_fast(api: Any) -> None:
-    """Makes the validation of request bodies stop at the first invalid item of a list, for every route of a FastAPI.
+    """Makes the validation of request bodies stop at the first invalid item of a list, for every route of a FastAPI,
+    and name the field that is wrong in a body which the models' own validators can't read.
 
     pydantic reports every invalid item of a body. One invalid item of `input` of `/v1/responses` gives some thirty
     errors, one for each kind of message that it might have been, and takes 190 kB of memory: a body of a megabyte would
@@ -62,9 +60,7 @@ def validate_fail_fast(api: Any) -> None:
         raise not_found("fastapi", "a route with a request body", "validation can't stop at the first invalid item")
     for field in fields:
         adapter = field._type_adapter
-        schema = with_fail_fast(adapter.core_schema)
-        # Without `_use_prebuilt=False` pydantic takes the unchanged validators of the models inside.
-        adapter.validator = SchemaValidator(schema, adapter._config, _use_prebuilt=False)
+        adapter.validator = BodyValidator(adapter.core_schema, adapter._config)
 
 
 def describe_invalid_bodies(api: Any) -> None:
@@ -87,6 +83,7 @@ def described_error(errors: Sequence[Any], body: Any = None) -> dict[str, Any]:
         message, param, code = "; ".join(map(str, errors)), "", "invalid_body"
     else:
         paths = [_path(error, body) for error in structured]
+        structured, paths = _of_what_is_there(structured, paths)
         param = _text_of(_common_path(paths))
         messages = [str(error["msg"]).removeprefix("Value error, ") for error in structured]
         reasons = dict.fromkeys(
@@ -105,6 +102,19 @@ def described_error(errors: Sequence[Any], body: Any = None) -> dict[str, Any]:
     }
 
 
+def _of_what_is_there(
+    errors: Sequence[Any], paths: Sequence[tuple[str | int, ...]]
+) -> tuple[Sequence[Any], Sequence[tuple[str | int, ...]]]:
+    """The errors without those of fields that are missing, where a field that is there is wrong. A body that may be of
+    several kinds, as a prompt or messages, would otherwise be one that lacks the field of the other kind."""
+    kept = [
+        (error, path) for error, path in zip(errors, paths, strict=True) if error["type"] != "missing" or len(path) != 1
+    ]
+    if not any(path for _, path in kept):
+        return errors, paths
+    return [error for error, _ in kept], [path for _, path in kept]
+
+
 def _common_path(paths: Sequence[tuple[str | int, ...]]) -> tuple[str | int, ...]:
     levels = zip(*paths, strict=False)  # as deep as the shortest path
     return tuple(parts[0] for parts in takewhile(lambda parts: len({*parts}) == 1, levels))
@@ -119,7 +129,7 @@ def _code(kind: str) -> str:
     """OpenAI's code for a kind of pydantic's errors."""
     if kind == "missing":
         return "missing_required_parameter"
-    return "invalid_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
+    return "invalid_type" if kind.endswith(("_type", "_parsing")) or kind == "is_instance_of" else "invalid_value"
 
 
 def _path(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
@@ -136,21 +146,6 @@ def _path(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
             path.append(part)
             body = body[part]
     return tuple(path)
-
-
-def with_fail_fast(schema: Any) -> Any:
-    """A copy of a pydantic core schema whose lists stop at the first invalid item, and whose objects have a limit of
-    keys."""
-    if isinstance(schema, list):
-        return [with_fail_fast(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    copy = {key: with_fail_fast(value) for key, value in schema.items()}
-    if copy.get("type") in _LISTS:
-        copy["fail_fast"] = True
-    if copy.get("type") == "dict" and "keys_schema" in copy:
-        return core_schema.no_info_before_validator_function(_check_keys, copy)
-    return copy
 
 
 def set_exception_handlers(api: Any, handlers: Mapping[type[Exception], ExceptionHandler]) -> None:
@@ -188,9 +183,3 @@ def not_found(library: str, target: str, consequence: str) -> EngineStartFailed:
         f"{library} {metadata.version(library)} doesn't have {target}, which Graft changes, so {consequence}. Install "
         "the version that Graft was tested with."
     )
-
-
-def _check_keys(value: Any) -> Any:
-    if isinstance(value, dict) and len(value) > MAX_KEYS:
-        raise PydanticCustomError("too_many_keys", "An object of this API has at most {most} keys", {"most": MAX_KEYS})
-    return value

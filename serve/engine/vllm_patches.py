@@ -234,7 +234,8 @@ async def _answer_client_error(_: Request, error: Exception) -> Response:
     if not _reads_bodies(_module_that_raised(error)):
         raise error
     logger.warning("vLLM could not read a request", exc_info=error)
-    reason = f" ({error})" if str(error) else ""
+    # What Python says of the others is of no use to a client.
+    reason = f" ({error})" if isinstance(error, AssertionError) and str(error) else ""
     return _bad_request(
         f"The engine can't read this request: a message without text, or with a part that is no object?{reason}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import httpx
@@ -73,6 +74,62 @@ def test_an_error_names_the_field_and_repeats_nothing(
     assert param is None or (error.param or "").startswith(param), error.body
     assert code is None or error.code == code, error.body
     assert "secret" not in error.response.text
+
+
+MESSAGES = CHAT["messages"]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 1},
+    "/v1/completions": {"prompt": "the rain", "max_tokens": 1},
+    "/v1/responses": {"input": "the rain", "max_output_tokens": 1},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 1},
+    "/v1/messages/count_tokens": {"messages": MESSAGES},
+    "/tokenize": {"prompt": "the rain"},
+    "/detokenize": {"tokens": [17]},
+}
+WRONG: tuple[Any, ...] = (None, 7, "secret", [None], [{"type": None}], {"type": None})
+OF_PYTHON = ("NoneType", "object is not", "has no attribute", "unexpected keyword", "KeyError", "indices must be")
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_null_or_a_wrong_type_in_any_field_is_no_fault_and_not_answered_with_the_words_of_python(
+    server: Server, path: str
+) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    wrongly_answered = []
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+        for field, wrong in itertools.product(fields_of(document, path), WRONG):
+            answer = http.post(path, json={"model": MODEL} | BODIES[path] | {field: wrong})
+            if answer.status_code >= 500 or (answer.is_error and any(text in answer.text for text in OF_PYTHON)):
+                wrongly_answered.append(({field: wrong}, answer.status_code, answer.text))
+
+    assert wrongly_answered == []
+
+
+def fields_of(document: dict[str, Any], path: str) -> list[str]:
+    """The fields of the bodies that a route takes, as the server describes them."""
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    names = [part["$ref"].rpartition("/")[2] for part in schema.get("anyOf", [schema])]
+    return sorted({field for name in names for field in document["components"]["schemas"][name]["properties"]})
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("/v1/chat/completions", {"messages": None}),
+        ("/v1/messages", {"messages": None}),
+        ("/v1/responses", {"input": None}),
+        ("/detokenize", {"tokens": None}),
+    ],
+)
+def test_null_in_place_of_what_is_required_names_the_field(server: Server, path: str, change: dict[str, None]) -> None:
+    answer = httpx.post(server.url + path, json={"model": MODEL} | BODIES[path] | change, timeout=60)
+
+    (field,) = change
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert field in error["message"]
+    assert "should be a valid" in error["message"]
+    assert "param" not in error or (error["param"], error["code"]) == (field, "invalid_type"), error
 
 
 TOO_LONG = "word " * 3000

@@ -11,7 +11,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve.engine import fastapi_patches
+from serve.engine import body_validator
 from serve.engine.fastapi_patches import (
     describe_invalid_bodies,
     described_error,
@@ -98,7 +98,7 @@ async def test_a_wrong_item_after_good_ones_is_reported(client: httpx.AsyncClien
 async def test_an_object_with_more_keys_than_any_has_is_reported_as_one_error(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fastapi_patches, "MAX_KEYS", 10)
+    monkeypatch.setattr(body_validator, "MAX_KEYS", 10)
 
     response = await client.post("/chat", json=GOOD | {"bias": {str(number): "x" for number in range(11)}})
 
