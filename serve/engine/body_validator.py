@@ -13,6 +13,7 @@ MAX_KEYS = 1 << 18  # of one object in a body; no object of the API has more key
 
 _LISTS = ("list", "tuple", "set", "frozenset")
 _AROUND = ("function-before", "function-after", "function-wrap")
+_OTHER = ("serialization", "metadata")  # what these hold has another kind of schema
 # What Python raises for a value of another type than a function expects.
 _WRONG_TYPE = (TypeError, AttributeError, KeyError, IndexError)
 
@@ -83,14 +84,12 @@ def without_functions(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     kind = schema.get("type")
-    if kind in _AROUND and "schema" in schema:
+    if kind in _AROUND:
         copy = without_functions(schema["schema"])
     elif kind == "function-plain":
         copy = core_schema.any_schema()
     else:
-        # A serializer is a function too, and has another kind of schema.
-        kept = {key: value for key, value in schema.items() if key in ("serialization", "metadata")}
-        copy = {key: without_functions(value) for key, value in schema.items()} | kept
+        copy = {key: value if key in _OTHER else without_functions(value) for key, value in schema.items()}
     if kind in ("model", "dataclass"):
         copy.pop("post_init", None)
     return copy | ({"ref": schema["ref"]} if "ref" in schema else {})
