@@ -7,6 +7,9 @@ RUN = $(VENV)/bin/python
 SECRETS_OPTIONS = --disable-plugin Base64HighEntropyString --disable-plugin HexHighEntropyString \
 	--disable-plugin KeywordDetector
 
+# On several cores, a file's tests on one of them: a file shares what it has made. Tiny models gain nothing from threads.
+UNIT_TESTS = OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not engine" --numprocesses auto --maxprocesses 4 --dist loadfile
+
 # Compiled modules are kept even where the surroundings forbid it: without them every start takes twice as long.
 export PYTHONDONTWRITEBYTECODE =
 
@@ -30,10 +33,11 @@ observe: environment ## A server under load with Prometheus and Grafana's dashbo
 	@$(RUN) -m examples.observe
 
 test: environment lint ## Lint, types, layering and all tests, with real engines
-	@$(RUN) -m pytest
+	@$(UNIT_TESTS)
+	@$(RUN) -m pytest -m engine
 
 unit: environment ## The tests that start no engine
-	@$(RUN) -m pytest -m "not engine"
+	@$(UNIT_TESTS)
 
 bench-convert: environment ## A merge beside cp: speed, memory; what the exact route loses (minutes, 22 GB of disk)
 	@$(RUN) -m benchmarks.convert

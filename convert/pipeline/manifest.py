@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from convert.artifact import (
@@ -157,6 +158,7 @@ def versions() -> dict[str, str]:
     return {library: _version(library) for library in _LIBRARIES}
 
 
+@cache
 def _version(library: str) -> str:
     try:
         return version(library)

@@ -79,7 +79,7 @@ def test_ray_has_what_the_deployment_uses() -> None:
     assert missing_texts(Library("ray")) == []
 
 
-@pytest.mark.parametrize(("entry", "module", "name"), list(names_of(CONTRACT)))
+@pytest.mark.parametrize(("entry", "module", "name"), sorted(names_of(CONTRACT)))
 def test_a_renamed_name_is_noticed(entry: str, module: str, name: str, tmp_path: Path) -> None:
     with_renamed(Library("ray"), tmp_path, module, name)
 

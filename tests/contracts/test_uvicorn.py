@@ -28,7 +28,7 @@ def test_uvicorn_has_what_is_changed_in_it() -> None:
     assert Library("uvicorn").broken(CONTRACT) == []
 
 
-@pytest.mark.parametrize(("entry", "module", "name"), list(names_of(CONTRACT)))
+@pytest.mark.parametrize(("entry", "module", "name"), sorted(names_of(CONTRACT)))
 def test_a_renamed_name_is_noticed(entry: str, module: str, name: str, tmp_path: Path) -> None:
     with_renamed(Library("uvicorn"), tmp_path, module, name)
 
