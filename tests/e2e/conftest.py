@@ -70,7 +70,15 @@ class Server:
 
     def actors(self, name: str) -> list[psutil.Process]:
         """Ray names an actor's process after its class."""
-        return [process for process in self.processes()[1:] if name in " ".join(process.cmdline())]
+        return [process for process in self.processes()[1:] if name in " ".join(arguments_of(process))]
+
+
+def arguments_of(process: psutil.Process) -> list[str]:
+    """Its command line; nothing of one that has ended meanwhile, as Ray's short-lived helpers do at any time."""
+    try:
+        return list(process.cmdline())
+    except psutil.NoSuchProcess:
+        return []
 
 
 @pytest.fixture(scope="session")

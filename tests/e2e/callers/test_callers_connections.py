@@ -19,7 +19,7 @@ import psutil
 
 from serve.catalogue.state_dir import StateDir
 from tests.e2e.callers.conftest import LEASE_S, PATH, Guarded, code, completion, for_long, stream, total, until
-from tests.e2e.conftest import REPLICAS
+from tests.e2e.conftest import REPLICAS, arguments_of
 
 CONNECTIONS = 10_000
 
@@ -57,7 +57,7 @@ async def test_ten_thousand_connections_opened_and_dropped_leave_nothing_behind(
 async def test_no_key_is_in_any_log(guarded: Guarded) -> None:
     """Of Ray, Serve, the replicas, vLLM and HAProxy; run after the other tests had their keys used."""
     server = psutil.Process(StateDir(guarded.server.state).running_server().pid)
-    arguments = [argument for process in server.children(recursive=True) for argument in process.cmdline()]
+    arguments = [argument for process in server.children(recursive=True) for argument in arguments_of(process)]
     homes = {home for argument in arguments for home in re.findall(r"(/[^=:\s]*/graft-[^/]+/ray)/", argument)}
     logs = [Path(home) / "session_latest" / "logs" for home in homes]
     assert any("EngineReplica" in path.name for log in logs for path in log.rglob("*")), "where replicas write"

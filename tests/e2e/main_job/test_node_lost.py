@@ -10,7 +10,7 @@ import psutil
 from examples.server import start, stop, wait_until_ready
 from serve.catalogue.state_dir import StateDir
 from serve.deployment.ports import free_port
-from tests.e2e.conftest import ENGINE_OPTIONS, Story
+from tests.e2e.conftest import ENGINE_OPTIONS, Story, arguments_of
 
 
 def test_a_server_whose_node_dies_ends_with_its_reason_and_leaves_nothing_behind(story: Story, tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_a_server_whose_node_dies_ends_with_its_reason_and_leaves_nothing_behind
     try:
         wait_until_ready(server, StateDir(tmp_path / "state"), log)
         processes = psutil.Process(server.pid).children(recursive=True)
-        next(process for process in processes if process.name() == "raylet").kill()
+        next(process for process in processes if "/raylet/raylet" in " ".join(arguments_of(process)[:1])).kill()
 
         assert server.wait(60) == 1
     finally:
