@@ -14,7 +14,7 @@ UNIT_TESTS = OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not engine" --numprocesses a
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo serve observe test lint unit rehearse docs sbom bench-convert bench-routes bench-swap bench-gateway bench-cpu-adapters \
+.PHONY: help environment demo serve observe test lint unit rehearse rehearse-kubectl docs sbom bench-convert bench-routes bench-swap bench-gateway bench-cpu-adapters \
 	chaos soak hostile report clean
 
 help: ## Show this list
@@ -70,6 +70,9 @@ report: environment ## One screen for each benchmark, from the committed results
 
 rehearse: environment ## What the manifests deploy, on three "nodes": an upgrade, a node that dies (root; ten minutes)
 	@GRAFT_REHEARSE=1 $(RUN) -m pytest tests/e2e/nodes
+
+rehearse-kubectl: environment ## The first deployment as its tutorial says, on what its manifests run (root; two minutes)
+	@$(RUN) -m pytest -s tests/deploy/rehearsal
 
 lint: environment ## Style, types, static analysis, secrets
 	@$(RUN) -m ruff check

@@ -1,0 +1,109 @@
+"""The tutorial of a first deployment, typed word by word, on what its manifests say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.convert import parts
+from tests.deploy.manifests import ROOT, needs_kubectl
+from tests.deploy.rehearsal.controllers import Cluster
+from tests.deploy.rehearsal.documentation import shell_blocks
+from tests.deploy.rehearsal.laptop import Laptop
+from tests.deploy.rehearsal.network import impossible
+from tests.e2e.conftest import fine_tune
+
+pytestmark = [
+    pytest.mark.engine,
+    needs_kubectl,
+    pytest.mark.skipif(bool(impossible()), reason=f"THE DEPLOYMENT IS NOT REHEARSED HERE: {impossible()}"),
+    pytest.mark.skipif(None in map(shutil.which, ("curl", "openssl")), reason="the reader needs curl and openssl"),
+]
+
+PAGE = ROOT / "docs" / "tutorials" / "first-kubernetes-deployment.md"
+NOT_ENFORCED = "not enforced: limits of memory and CPU, seccomp, sizes of claims, network policies; no image was built"
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the commands of the page printed, by their heading, and what ran at the end of each."""
+
+    printed: dict[str, list[str]]
+    restarts: dict[str, dict[str, int]]
+
+    def last_json(self, heading: str) -> Any:
+        """What the last curl under a heading got."""
+        return documents_in(self.printed[heading][-1])[-1]
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
+    home = tmp_path_factory.mktemp("rehearsal")
+    with (
+        contextlib.closing(Cluster(home / "cluster")) as cluster,
+        contextlib.closing(Laptop(cluster, home / "laptop")) as laptop,
+    ):
+        fine_tuned(laptop.directory / "build" / "tutorial")
+        printed: dict[str, list[str]] = {}
+        restarts = {}
+        key = ""
+        for block in shell_blocks(PAGE):
+            output = laptop.type(block.code.replace("PASTE_THE_KEY_HERE", key))
+            key = key_in(output) or key
+            printed.setdefault(block.heading, []).append(output)
+            restarts[block.heading] = {pod.name: pod.restarts for pod in cluster.pods()}
+        print(NOT_ENFORCED)
+        yield Rehearsal(printed, restarts)
+
+
+def documents_in(output: str) -> list[Any]:
+    """Every JSON document in what curl printed, with its progress around them."""
+    documents, start = [], output.find("{")
+    while start >= 0:
+        document, end = json.JSONDecoder().raw_decode(output, start)
+        documents.append(document)
+        start = output.find("{", end)
+    return documents
+
+
+def key_in(output: str) -> str:
+    match = re.search(r"^\S{30,}$", output, flags=re.MULTILINE)
+    return match[0] if match else ""
+
+
+def fine_tuned(directory: Path) -> None:
+    """What the reader of the tutorial before has: a base, and two checkpoints."""
+    base = parts.save_base(directory / "base", tied=True, hidden=128)
+    fine_tune(base, directory / "checkpoints" / "pirate", 0)
+    fine_tune(base, directory / "checkpoints" / "zephyr" / "v0-20260101" / "checkpoint-20", 1)
+
+
+def test_the_first_answer_comes_through_the_service(rehearsal: Rehearsal) -> None:
+    answer = rehearsal.last_json("7. Send a request")
+
+    assert answer["model"] == "pirate"
+    assert answer["choices"][0]["message"]["content"]
+
+
+def test_a_job_adds_an_adapter_and_nothing_restarts(rehearsal: Rehearsal) -> None:
+    answer = rehearsal.last_json("8. Add an adapter")
+
+    assert answer["model"] == "zephyr"
+    assert answer["choices"][0]["message"]["content"]
+    assert rehearsal.restarts["6. Wait for the server"].items() <= rehearsal.restarts["8. Add an adapter"].items()
+
+
+def test_a_conversion_says_what_it_did_in_its_log(rehearsal: Rehearsal) -> None:
+    assert "route" in rehearsal.printed["5. Convert the checkpoint"][-1]
+
+
+def test_nothing_is_left_after_the_last_step(rehearsal: Rehearsal) -> None:
+    assert rehearsal.restarts["9. Clean up"] == {}
