@@ -1,4 +1,4 @@
-"""What the manifests say, run on this machine as a cluster would: for `make rehearse-kubectl` and `make test`.
+"""What the manifests say, run on this machine as a cluster would: for `make rehearse-kubectl`.
 
 `documentation` takes the commands out of a page, `laptop` types them, `kubectl` answers them, `objects` admits and
 keeps what they apply, `controllers` makes pods of it, `pod` runs them with `volumes`, `variables`, `container` and

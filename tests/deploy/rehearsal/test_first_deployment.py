@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from tests.e2e.conftest import fine_tune
 
 pytestmark = [
     pytest.mark.engine,
+    pytest.mark.skipif(
+        os.environ.get("GRAFT_REHEARSE") != "1", reason="a few minutes; `make rehearse-kubectl` runs them"
+    ),
     needs_kubectl,
     pytest.mark.skipif(bool(impossible()), reason=f"THE DEPLOYMENT IS NOT REHEARSED HERE: {impossible()}"),
     pytest.mark.skipif(None in map(shutil.which, ("curl", "openssl")), reason="the reader needs curl and openssl"),
