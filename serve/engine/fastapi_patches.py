@@ -82,8 +82,7 @@ def described_error(errors: Sequence[Any], body: Any = None) -> dict[str, Any]:
     if not structured:  # FastAPI's list may have plain texts
         message, param, code = "; ".join(map(str, errors)), "", "invalid_body"
     else:
-        paths = [_path(error, body) for error in structured]
-        structured, paths = _of_what_is_there(structured, paths)
+        structured, paths = _of_what_is_there(structured, [_path(error, body) for error in structured])
         param = _text_of(_common_path(paths))
         messages = [str(error["msg"]).removeprefix("Value error, ") for error in structured]
         reasons = dict.fromkeys(
@@ -103,8 +102,8 @@ def described_error(errors: Sequence[Any], body: Any = None) -> dict[str, Any]:
 
 
 def _of_what_is_there(
-    errors: Sequence[Any], paths: Sequence[tuple[str | int, ...]]
-) -> tuple[Sequence[Any], Sequence[tuple[str | int, ...]]]:
+    errors: list[Mapping[Any, Any]], paths: list[tuple[str | int, ...]]
+) -> tuple[list[Mapping[Any, Any]], list[tuple[str | int, ...]]]:
     """The errors without those of fields that are missing, where a field that is there is wrong. A body that may be of
     several kinds, as a prompt or messages, would otherwise be one that lacks the field of the other kind."""
     kept = [
