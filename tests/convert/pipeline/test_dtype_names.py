@@ -17,7 +17,7 @@ from convert.routes.choose import RouteOptions
 from convert.routes.variants import QuantizeOption, RouteOption
 from tests.convert import parts
 
-ROWS = "".join(f'{{"text": "the rain in spain stays mainly in the plain, {number} times"}}\n' for number in range(8))
+ROWS = "".join(f'{{"text": "the rain in spain stays mainly in the plain, {number} times"}}\n' for number in range(12))
 
 
 def config_of(
