@@ -18,7 +18,7 @@ from tests.convert.damage import damaged, outcome_and_message
 from tests.convert.damaged_inputs import DamagedInputs
 
 # Of the damages to each directory every Nth is tried, with the cheapest command that reads the file.
-_EVERY = {"inspect": 17, "verify": 23, "plan": 61}
+_EVERY = {"inspect": 41, "verify": 43, "plan": 127}
 
 
 @pytest.fixture(scope="module")
