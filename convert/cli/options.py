@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,14 @@ _OUTPUT = "Output"
 _INPUT = "Input"
 _MEASURE = "Measurement"
 _GATE = "Limits: where one is missed, nothing is published"
+
+
+def _limit(value: float | None) -> float | None:
+    """Raises BadParameter for NaN: no figure is above or below it, so that it would be no limit."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is no number that a figure can be compared with.")
+    return value
+
 
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="Directory of the adapter, as the trainer left it.")
@@ -148,20 +157,22 @@ Measure = Annotated[
 ]
 MaxKl = Annotated[
     float | None,
-    typer.Option(min=0.0, metavar="X", help="Maximum mean KL, in nats per token.", rich_help_panel=_GATE),
+    typer.Option(
+        min=0.0, metavar="X", help="Maximum mean KL, in nats per token.", rich_help_panel=_GATE, callback=_limit
+    ),
 ]
 MinRetention = Annotated[
     float | None,
     typer.Option(
         max=1.0, metavar="X", help="Minimum share of the delta that each merged weight keeps.",
-        rich_help_panel=_GATE,
+        rich_help_panel=_GATE, callback=_limit,
     ),
 ]  # fmt: skip
 MinGain = Annotated[
     float | None,
     typer.Option(
         max=1.0, metavar="X", help="Minimum share of the fine-tune's gain on the text that the result keeps.",
-        rich_help_panel=_GATE,
+        rich_help_panel=_GATE, callback=_limit,
     ),
 ]  # fmt: skip
 ArtifactDirectory = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Directory with a manifest.json.")]

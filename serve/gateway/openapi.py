@@ -21,6 +21,7 @@ _REFERENCE = re.compile(r'"#/components/schemas/([^"]+)"')
 _GATEWAY_RESPONSES = {
     "400": "The request is not what the API takes",
     "404": "No such model",
+    "408": "The body did not arrive in time",
     "413": "The body is too large",
     "429": "Too many requests of this caller",
     "500": "A defect of the server",

@@ -237,3 +237,14 @@ def test_verify_of_something_else(base: Path) -> None:
 def test_help_explains_every_command() -> None:
     assert {"inspect", "plan", "run", "compare", "verify"} <= set(invoke("--help").stdout.split())
     assert "must not exist yet" in " ".join(re.findall(r"\w+", invoke("run", "--help").stdout))
+
+
+@pytest.mark.parametrize("limit", ["--max-kl", "--min-retention", "--min-gain"])
+def test_a_limit_that_nothing_can_be_compared_with_is_refused(
+    limit: str, lora: Path, base: Path, tmp_path: Path
+) -> None:
+    result = invoke("run", lora, "--base", base, "--out", tmp_path / "out", limit, "nan")
+
+    assert result.exit_code == 2
+    assert limit in result.stderr
+    assert not (tmp_path / "out").exists()

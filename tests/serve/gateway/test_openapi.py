@@ -64,7 +64,7 @@ def test_schemas_come_along_with_what_they_refer_to_and_no_others(document: dict
 def test_what_is_never_answered_is_not_declared_and_what_the_gateway_answers_is(document: dict[str, Any]) -> None:
     answers = document["paths"]["/v1/completions"]["post"]["responses"]
 
-    assert set(answers) == {"200", "400", "404", "413", "429", "500", "501", "503", "504"}
+    assert set(answers) == {"200", "400", "404", "408", "413", "429", "500", "501", "503", "504"}
     assert answers["200"] == ENGINE["paths"]["/v1/completions"]["post"]["responses"]["200"]
     assert answers["501"]["content"]["application/json"]["schema"]["$ref"].endswith("/GraftError")
 
