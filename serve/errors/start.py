@@ -59,6 +59,10 @@ class NodeLost(StartError):
     code = "node_lost"
 
 
+class ProxyScriptUnusable(StartError):
+    code = "proxy_script_unusable"
+
+
 class AdminRefused(StartError):
     """An error that the admin API of a running server answered with, under the code of that answer."""
 

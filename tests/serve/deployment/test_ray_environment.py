@@ -2,7 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from serve.deployment import ray_environment
 from serve.deployment.ray_environment import environment
+from serve.errors import ProxyScriptUnusable
 from serve.settings import EngineSettings, GatewaySettings, ServeSettings
 
 
@@ -44,3 +48,15 @@ def test_memory_of_another_program_ends_no_part_of_a_server(tmp_path: Path) -> N
 
     assert variables["RAY_memory_monitor_refresh_ms"] == "0", "the monitor would kill all workers at once"
     assert variables["RAY_worker_oom_score_adjustment"] == "0", "the kernel would prefer workers to any other process"
+
+
+def test_no_server_starts_without_the_script_that_closes_the_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "haproxy.sh"
+    script.write_bytes(ray_environment.HAPROXY_SCRIPT.read_bytes())
+    script.chmod(0o644)
+    monkeypatch.setattr(ray_environment, "HAPROXY_SCRIPT", script)
+
+    with pytest.raises(ProxyScriptUnusable, match=r"haproxy\.sh"):
+        environment(tmp_path, settings_in(tmp_path))
