@@ -71,7 +71,7 @@ report: environment ## One screen for each benchmark, from the committed results
 rehearse: environment ## What the manifests deploy, on three "nodes": an upgrade, a node that dies (root; ten minutes)
 	@GRAFT_REHEARSE=1 $(RUN) -m pytest tests/e2e/nodes
 
-rehearse-kubectl: environment ## The first deployment as its tutorial says, on what its manifests run (root; minutes)
+rehearse-kubectl: environment ## The pages on Kubernetes typed word by word, on what their manifests run (root; minutes)
 	@GRAFT_REHEARSE=1 $(RUN) -m pytest -s tests/deploy/rehearsal
 
 lint: environment ## Style, types, static analysis, secrets

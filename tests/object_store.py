@@ -12,11 +12,11 @@ _OPERATIONS = {"GET": "read", "PUT": "write", "DELETE": "delete"}
 
 
 @contextmanager
-def s3_server(operations: list[str] | None = None) -> Iterator[str]:
+def s3_server(operations: list[str] | None = None, host: str = "127.0.0.1") -> Iterator[str]:
     """Its address. `operations` gets a word for each request as it arrives: list, read, write or delete."""
     from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = ThreadedMotoServer(ip_address=host, port=0, verbose=False)
     server.start()
     assert server._server
     answer = server._server.app
@@ -29,7 +29,7 @@ def s3_server(operations: list[str] | None = None) -> Iterator[str]:
 
     server._server.app = record
     try:
-        host, port = server.get_host_and_port()
+        _, port = server.get_host_and_port()
         yield f"http://{host}:{port}"
     finally:
         server.stop()
@@ -39,7 +39,16 @@ def bucket_url(endpoint: str, name: str, monkeypatch: pytest.MonkeyPatch) -> str
     """A new bucket for a test of that name, and the environment to reach it in."""
     import boto3
 
-    variables = {
+    for variable, value in credentials(endpoint).items():
+        monkeypatch.setenv(variable, value)
+    bucket = f"graft-{abs(hash(name))}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/prod"
+
+
+def credentials(endpoint: str) -> dict[str, str]:
+    """The environment to reach the server's buckets in."""
+    return {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_REGION": "us-east-1",
@@ -47,8 +56,3 @@ def bucket_url(endpoint: str, name: str, monkeypatch: pytest.MonkeyPatch) -> str
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ALLOW_HTTP": "true",
     }
-    for variable, value in variables.items():
-        monkeypatch.setenv(variable, value)
-    bucket = f"graft-{abs(hash(name))}"
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    return f"s3://{bucket}/prod"

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
@@ -20,6 +21,7 @@ from jsonschema import Draft202012Validator
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 OVERLAYS = sorted(path.name for path in (DEPLOY / "overlays").iterdir())
+SERVING = [overlay for overlay in OVERLAYS if not overlay.startswith(("convert", "checkpoints"))]
 KUBERNETES = "1.34"
 
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which renders, is not there")
@@ -70,6 +72,8 @@ def only(documents: tuple[Document, ...], kind: str, name: str | None = None) ->
 def pod_templates(document: Document) -> Iterator[tuple[str, Document]]:
     """Every pod that an object makes, by a name for messages."""
     kind, name = document["kind"], document["metadata"]["name"]
+    if kind == "Pod":
+        yield f"{kind}/{name}", document
     if kind in ("Deployment", "StatefulSet", "Job"):
         yield f"{kind}/{name}", document["spec"]["template"]
     if kind == "RayService":
@@ -82,6 +86,17 @@ def pod_templates(document: Document) -> Iterator[tuple[str, Document]]:
 def containers(template: Document) -> list[Document]:
     spec = template["spec"]
     return [*spec.get("initContainers", []), *spec["containers"]]
+
+
+def validate(document: Document) -> list[str]:
+    """What is wrong with an object, by Kubernetes' own schema or that of its CRD."""
+    if validator := crd_validator(document["apiVersion"], document["kind"]):
+        return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
+    try:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
+        return [repr(error)]
+    return []
 
 
 @cache

@@ -11,7 +11,7 @@ import typer.main
 
 import convert.cli.app
 import serve.cli.app
-from tests.deploy.manifests import OVERLAYS, Document, containers, needs_kubectl, pod_templates, rendered
+from tests.deploy.manifests import OVERLAYS, SERVING, Document, containers, needs_kubectl, pod_templates, rendered
 
 pytestmark = needs_kubectl
 
@@ -43,9 +43,6 @@ def test_the_programs_accept_what_the_pods_run_them_with(overlay: str) -> None:
         mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
         for path in re.findall(r"/srv/graft/[^\s,$]*", " ".join(container["args"])):
             assert any(path.startswith(mount) for mount in mounts), f"{name}: {path} is not mounted"
-
-
-SERVING = [overlay for overlay in OVERLAYS if not overlay.startswith("convert")]
 
 
 @pytest.mark.parametrize("overlay", SERVING)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import kubernetes_validate
 import pytest
 import yaml
 
@@ -14,30 +13,19 @@ from serve.deployment.ray_replicas import DEPLOYMENT
 from serve.settings import ServeSettings
 from tests.deploy.manifests import (
     DEPLOY,
-    KUBERNETES,
     OVERLAYS,
+    SERVING,
     Document,
     containers,
-    crd_validator,
     needs_kubectl,
     only,
     pod_templates,
     rendered,
+    validate,
 )
 
 pytestmark = needs_kubectl
 RAY = ("dev-ray", "prod")
-
-
-def validate(document: Document) -> list[str]:
-    """What is wrong with an object, by Kubernetes' own schema or that of its CRD."""
-    if validator := crd_validator(document["apiVersion"], document["kind"]):
-        return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
-    try:
-        kubernetes_validate.validate(document, KUBERNETES, strict=True)
-    except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
-        return [repr(error)]
-    return []
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -114,7 +102,8 @@ def test_no_pod_is_restarted_while_its_engine_is_being_replaced() -> None:
 
 # An overlay, and what is served beside it: there the overlay's pods find what it doesn't bring itself.
 BESIDE = [
-    *((overlay, overlay) for overlay in OVERLAYS if not overlay.startswith(("convert", "second"))),
+    *((overlay, overlay) for overlay in SERVING if overlay != "second-base"),
+    *(("checkpoints", served) for served in ("dev", "single-gpu", "dev-ray", "prod")),
     ("second-base", "dev-ray"),  # beside prod it needs the components of prod
     *(("convert-base", served) for served in ("dev", "single-gpu", "dev-ray", "prod")),
     *(("convert", served) for served in ("dev", "single-gpu", "dev-ray")),
@@ -129,11 +118,10 @@ def test_every_overlay_is_applied_beside_a_server() -> None:
 @pytest.mark.parametrize(("overlay", "served"), BESIDE)
 def test_what_a_pod_mounts_is_there(overlay: str, served: str) -> None:
     documents = rendered(overlay)
-    beside = (*documents, *rendered(served))
+    beside = (*documents, *rendered(served), *rendered("checkpoints"))
     objects = {(document["kind"], document["metadata"]["name"]) for document in beside}
     # Made by whoever installs (docs/how-to/deploy-on-kubernetes.md).
     objects |= {("Secret", name) for name in ("graft-admin", "graft-keys", "graft-redis", "graft-object-store")}
-    objects.add(("PersistentVolumeClaim", "graft-checkpoints"))
     for document in documents:
         for name, template in pod_templates(document):
             volumes = {volume["name"] for volume in template["spec"]["volumes"]}
@@ -145,7 +133,7 @@ def test_what_a_pod_mounts_is_there(overlay: str, served: str) -> None:
 
 def wanted(template: Document) -> set[tuple[str, str]]:
     """Objects that a pod refers to."""
-    references = set()
+    references = {("ServiceAccount", template["spec"]["serviceAccountName"])}
     for volume in template["spec"]["volumes"]:
         if "configMap" in volume:
             references.add(("ConfigMap", volume["configMap"]["name"]))

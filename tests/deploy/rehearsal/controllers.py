@@ -8,28 +8,36 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.deploy.manifests import Document
-from tests.deploy.rehearsal.container import machine_files
-from tests.deploy.rehearsal.network import Endpoint, Network
+from tests.deploy.rehearsal import ray_service
+from tests.deploy.rehearsal.node.container import machine_files
+from tests.deploy.rehearsal.node.network import Endpoint, Network
+from tests.deploy.rehearsal.node.pod import Node, Pod
+from tests.deploy.rehearsal.node.resources import LAPTOP, Resources, requests
 from tests.deploy.rehearsal.objects import Objects
-from tests.deploy.rehearsal.pod import Node, Pod
 
 _TICK_S = 0.2
 NAMESPACE = "graft"
 # Nothing acts on these here. A kind that is in neither list is refused: it would be ignored silently.
-_KEPT = ("ConfigMap", "Namespace", "NetworkPolicy", "PersistentVolumeClaim", "Secret", "ServiceAccount")
-_RUN = ("Deployment", "Job", "Pod", "Service")
+_KEPT = (
+    *("ConfigMap", "Gateway", "HTTPRoute", "Namespace", "NetworkPolicy", "PersistentVolumeClaim", "PodMonitor"),
+    *("PodDisruptionBudget", "PrometheusRule", "Role", "RoleBinding", "Secret", "ServiceAccount", "StatefulSet"),
+)
+_RUN = ("Deployment", "Job", "Pod", "RayService", "Service")
 KINDS = (*_KEPT, *_RUN)
 
 
 class Cluster:
     """One node, one namespace. `close` ends everything."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, room: Resources = LAPTOP) -> None:
+        """`room` is what the node has left for pods; a pod that asks for more than is free is not made."""
         files = home / "machine"
         machine_files(files)
         self.objects = Objects()
         self.network = Network(files / "hosts", NAMESPACE)
         self.node = Node(self.objects, self.network, home, files)
+        self.not_scheduled: dict[tuple[str, str], str] = {}  # why, by kind and name of what the pod belongs to
+        self._room = room
         self._pods: dict[tuple[str, str], list[Pod]] = {}  # by kind and name of what they belong to
         self._numbers = itertools.count(1)
         self._lock = threading.RLock()
@@ -54,6 +62,8 @@ class Cluster:
             case "Deployment", "available":
                 current = self.objects.find(kind, name)
                 return any(pod.ready and current and pod.template == current["spec"]["template"] for pod in pods)
+            case "RayService", "ready":
+                return any(pod.ready for pod in self.pods_of(kind, f"{name}-worker"))
             case "Job", "complete":
                 return any(pod.phase == "Succeeded" for pod in pods)
             case "Job", "failed":
@@ -100,6 +110,8 @@ class Cluster:
                 self._keep_one(document, document, replaced=lambda pods: not pods)
             for document in self.objects.all("Deployment"):
                 self._keep_deployment(document)
+            for document in self.objects.all("RayService"):
+                self._keep_ray_service(document)
             for document in self.objects.all("Job"):
                 self._keep_one(document, document["spec"]["template"], replaced=self._job_needs_another(document))
 
@@ -110,26 +122,54 @@ class Cluster:
 
         return endpoint
 
-    def _keep_one(self, owner: Document, template: Document, replaced: Callable[[list[Pod]], bool]) -> None:
-        key = (owner["kind"], owner["metadata"]["name"])
+    def _keep_one(
+        self, owner: Document, template: Document, replaced: Callable[[list[Pod]], bool], suffix: str = ""
+    ) -> None:
+        kind, owner_name = owner["kind"], owner["metadata"]["name"]
+        key = (kind, owner_name + suffix)
         with self._lock:
             pods = self._pods.setdefault(key, [])
-            if replaced(pods) and self.objects.find(*key) is not None:
+            owned = self.objects.find(kind, owner_name) is not None
+            if replaced(pods) and owned and self._can_start(key, template["spec"]):
                 name = key[1] if key[0] == "Pod" else f"{key[1]}-{next(self._numbers)}"
                 pods.append(Pod(self.node, name, template))
+
+    def _can_start(self, key: tuple[str, str], spec: Document) -> bool:
+        account = spec.get("serviceAccountName")
+        free = self._room - sum((requests(pod.template["spec"]) for pod in self.pods() if not pod.ended), Resources())
+        if account and self.objects.find("ServiceAccount", account) is None:
+            self.not_scheduled[key] = f"{key[1]}: there is no service account {account}"
+        elif not requests(spec).fit_in(free):
+            self.not_scheduled[key] = f"{key[1]} asks for {requests(spec)}, the node has {free} left"
+        else:
+            self.not_scheduled.pop(key, None)
+            return True
+        return False
 
     def _keep_deployment(self, document: Document) -> None:
         """Only of one replica that is replaced by stopping it first: others aren't known here."""
         spec = document["spec"]
         if spec["replicas"] != 1 or spec["strategy"] != {"type": "Recreate"}:
             raise NotImplementedError("a Deployment other than of one replica with the strategy Recreate")
-        key = ("Deployment", document["metadata"]["name"])
+        self._keep_current(document, spec["template"])
+
+    def _keep_ray_service(self, document: Document) -> None:
+        """A head and one worker, in place of what runs: the operator would bring a second cluster up beside it."""
+        service = ray_service.service_of(document)
+        if self.objects.find("Service", service["metadata"]["name"]) != service:
+            self.objects.apply(service)
+        self._keep_current(document, ray_service.head_of(document), "-head")
+        self._keep_current(document, ray_service.worker_of(document), "-worker")
+
+    def _keep_current(self, owner: Document, template: Document, suffix: str = "") -> None:
+        """One pod, of this template."""
+        key = (owner["kind"], owner["metadata"]["name"] + suffix)
         for pod in self.pods_of(*key):
-            if pod.template != spec["template"]:
+            if pod.template != template:
                 pod.stop()
                 with self._lock:
                     self._pods[key].remove(pod)
-        self._keep_one(document, spec["template"], replaced=lambda pods: not pods)
+        self._keep_one(owner, template, lambda pods: not pods, suffix)
 
     def _job_needs_another(self, document: Document) -> Callable[[list[Pod]], bool]:
         def needs(pods: list[Pod]) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,19 @@ def code_blocks(page: Path) -> Iterator[CodeBlock]:
             fence = line
         elif line.startswith("#"):
             heading = line.lstrip("# ")
+
+
+def documents_in(output: str) -> list[Any]:
+    """Every JSON document in what was printed, with anything around them."""
+    documents, start = [], output.find("{")
+    while start >= 0:
+        try:
+            document, end = json.JSONDecoder().raw_decode(output, start)
+            documents.append(document)
+        except json.JSONDecodeError:  # a brace of something else
+            end = start + 1
+        start = output.find("{", end)
+    return documents
 
 
 def shell_blocks(page: Path, language: str = "bash") -> list[CodeBlock]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from tests.deploy.manifests import ROOT
@@ -32,6 +32,21 @@ def images() -> dict[str, Image]:
             current = stages.get(parent, Image())
         stages[name] = current = _after(current, instruction, rest)
     return stages
+
+
+def without_engine() -> dict[str, Image]:
+    """The same, but a server that runs has no engine (`engineless.py`)."""
+    command = ("tini", "--", "python", "/usr/local/bin/engineless.py")
+    # Threads that wait for each other would take more of the processor than the work on a tiny model.
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    return {
+        name: replace(
+            image,
+            entrypoint=command if name.startswith("serve-") else image.entrypoint,
+            environment=image.environment | one_thread,
+        )
+        for name, image in images().items()
+    }
 
 
 def _instructions() -> list[str]:

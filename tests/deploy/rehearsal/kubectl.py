@@ -15,8 +15,8 @@ import yaml
 
 from tests.deploy.manifests import Document
 from tests.deploy.rehearsal.controllers import KINDS, NAMESPACE, Cluster
+from tests.deploy.rehearsal.node.pod import Pod
 from tests.deploy.rehearsal.objects import Refused
-from tests.deploy.rehearsal.pod import Pod
 
 _TICK_S = 0.2
 _DEFAULT_WAIT_S = 30.0  # of kubectl wait
@@ -28,6 +28,8 @@ _LONG_NAMES = {
     "pvc": "PersistentVolumeClaim",
 }
 _UNITS = {"s": 1, "m": 60, "h": 3600}
+# As kind, minikube and k3s name them: all are the one cluster.
+CONTEXTS = ("kind-kind", "minikube", "default")
 
 
 @dataclass
@@ -48,8 +50,12 @@ def answer(cluster: Cluster, arguments: list[str], directory: Path, data: str) -
         "cp": _copy,
         "create": _create,
         "delete": _delete,
+        "exec": _exec,
         "get": _get,
+        "kustomize": _kustomize,
+        "label": _label,
         "logs": _logs,
+        "rollout": _rollout,
         "wait": _wait,
     }
     if call.words[0] not in verbs:
@@ -61,15 +67,22 @@ def _parsed(arguments: list[str], directory: Path, data: str) -> Call:
     words, options, position = [], {}, 0
     while position < len(arguments):
         argument = arguments[position]
+        if argument == "--":
+            words += arguments[position:]
+            break
         if argument in ("-n", "-k", "-f", "-c", "-o"):
             options[argument] = arguments[position + 1]
             position += 1
+        elif argument.startswith("--namespace="):
+            options["-n"] = argument.partition("=")[2]
         elif argument.startswith("--"):
             name, _, value = argument.partition("=")
             options[name] = value
         else:
             words.append(argument)
         position += 1
+    if options.pop("--context", CONTEXTS[0]) not in CONTEXTS:
+        raise Refused(f"no context exists with that name; there are {', '.join(CONTEXTS)}")
     if options.get("-n", NAMESPACE) != NAMESPACE:
         raise Refused(f"this rehearsal has one namespace, {NAMESPACE}")
     return Call(words, options, directory, data)
@@ -123,6 +136,8 @@ def _real(call: Call, *arguments: str) -> str:
 
 def _delete(cluster: Cluster, call: Call) -> str:
     kind, name = target("/".join(call.words[1:]))
+    if "--ignore-not-found" in call.options and cluster.objects.find(kind, name) is None:
+        return ""
     if kind == "Namespace":
         cluster.delete_all()
     else:
@@ -130,18 +145,50 @@ def _delete(cluster: Cluster, call: Call) -> str:
     return f'{kind.lower()} "{name}" deleted\n'
 
 
+def _exec(cluster: Cluster, call: Call) -> str:
+    separator = call.words.index("--")
+    result = next(iter(_pod(cluster, call.words[1]).containers.values())).run(call.words[separator + 1 :])
+    if result.returncode:
+        raise Refused(result.stderr.decode())
+    return result.stdout.decode()
+
+
 def _get(cluster: Cluster, call: Call) -> str:
+    if call.words[1:] == ["pods"]:
+        return described(cluster)
     kind, name = target("/".join(call.words[1:]))
     document = cluster.objects.find(kind, name)
-    if document is None:
+    if document is None and (kind, name) != ("Namespace", "default"):
         raise Refused(f'{kind} "{name}" not found')
+    if call.options.get("-o") == "name":
+        return f"{kind.lower()}/{name}\n"
     value: object = document
     path = re.fullmatch(r"jsonpath=\{\.(.*)\}", call.options["-o"])
     if path is None:
         raise Refused("this rehearsal has kubectl get with -o jsonpath only")
-    for part in re.split(r"(?<!\\)\.", path[1]):
-        value = value[part.replace("\\.", ".")]  # type: ignore[index]
+    for part in re.split(r"(?<!\\)\.|(?=\[)", path[1]):
+        key = int(part[1:-1]) if part.startswith("[") else part.replace("\\.", ".")
+        value = value[key]  # type: ignore[index]
     return str(value)
+
+
+def _kustomize(_: Cluster, call: Call) -> str:
+    return _real(call, *call.words)
+
+
+def _label(cluster: Cluster, call: Call) -> str:
+    kind, name, (label, _, value) = call.words[1], call.words[2], call.words[3].partition("=")
+    document = cluster.objects.find(*target(f"{kind}/{name}"))
+    if document is None:
+        raise Refused(f'{kind} "{name}" not found')
+    labels = document["metadata"].get("labels", {}) | {label: value}
+    return cluster.objects.apply({**document, "metadata": document["metadata"] | {"labels": labels}}) + "\n"
+
+
+def _rollout(cluster: Cluster, call: Call) -> str:
+    if call.words[1] != "status":
+        raise Refused(f"this rehearsal has no kubectl rollout {call.words[1]}")
+    return _until(cluster, call, call.words[2], "available")
 
 
 def _logs(cluster: Cluster, call: Call) -> str:
@@ -150,14 +197,19 @@ def _logs(cluster: Cluster, call: Call) -> str:
     if not pods:
         raise Refused(f"no pods of {call.words[1]}")
     container = call.options.get("-c") or pods[-1].template["spec"]["containers"][0]["name"]
+    if not pods[-1].log(container).exists():
+        raise Refused(f'container "{container}" in pod "{pods[-1].name}" is waiting to start')
     return pods[-1].log(container).read_text(errors="replace")
 
 
 def _wait(cluster: Cluster, call: Call) -> str:
-    kind, name = target(call.words[1])
+    return _until(cluster, call, call.words[1], call.options["--for"].removeprefix("condition="))
+
+
+def _until(cluster: Cluster, call: Call, written: str, condition: str) -> str:
+    kind, name = target(written)
     if cluster.objects.find(kind, name) is None:
         raise Refused(f'{kind} "{name}" not found')
-    condition = call.options["--for"].removeprefix("condition=")
     text = call.options.get("--timeout")
     seconds = float(text[:-1]) * _UNITS[text[-1]] if text else _DEFAULT_WAIT_S
     deadline = time.monotonic() + seconds
@@ -165,9 +217,9 @@ def _wait(cluster: Cluster, call: Call) -> str:
         if time.monotonic() > deadline or (
             (kind, condition) == ("Job", "complete") and cluster.condition(kind, name, "failed")
         ):
-            raise Refused(f"timed out waiting for the condition on {call.words[1]}\n{described(cluster)}")
+            raise Refused(f"timed out waiting for the condition on {written}\n{described(cluster)}")
         time.sleep(_TICK_S)
-    return f"{call.words[1]} condition met\n"
+    return f"{written} condition met\n"
 
 
 def _copy(cluster: Cluster, call: Call) -> str:
@@ -193,7 +245,7 @@ def _pod(cluster: Cluster, name: str) -> Pod:
 
 def described(cluster: Cluster) -> str:
     """Every pod with the end of its logs, for whoever has to find out why something didn't come."""
-    lines = []
+    lines = [f"not scheduled: {reason}" for reason in cluster.not_scheduled.values()]
     for pod in cluster.pods():
         lines.append(f"pod {pod.name}: {pod.phase}, ready {pod.ready}, restarts {pod.restarts} {pod.waits_for}")
         lines += [f"--- {name}\n{pod.log(name).read_text(errors='replace')[-3000:]}" for name in pod.containers]

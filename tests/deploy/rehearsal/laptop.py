@@ -13,14 +13,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from tests.deploy.manifests import ROOT
 from tests.deploy.rehearsal import kubectl
 from tests.deploy.rehearsal.controllers import Cluster
-from tests.deploy.rehearsal.images import images
-from tests.deploy.rehearsal.network import join
+from tests.deploy.rehearsal.images import images, without_engine
+from tests.deploy.rehearsal.node.network import join
 from tests.deploy.rehearsal.objects import Refused
+from tests.deploy.rehearsal.programs import PROGRAMS, Programs
 
 _FAILED, _DONE = "@@failed:", "@@done"
 _TICK_S = 0.05
@@ -29,10 +29,11 @@ _TICK_S = 0.05
 class Laptop:
     """`directory` is where its shell is, and where the reader's own files go. `close` ends the shell."""
 
-    def __init__(self, cluster: Cluster, home: Path) -> None:
+    def __init__(self, cluster: Cluster, home: Path, *, engine: bool = True) -> None:
+        """Without an engine, what runs as the server only says that it was reached."""
         self.directory = home / "graft"
         self._cluster = cluster
-        self._built: dict[str, str] = {}  # targets of the Dockerfile by the name of the image
+        self._programs = Programs(cluster, home / "docker", images() if engine else without_engine())
         self._prepare(home)
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(home / "api"))
@@ -64,8 +65,8 @@ class Laptop:
         self._seen = 0
         self.type(f"trap 'echo \"{_FAILED} $BASH_COMMAND\"' ERR\n")
 
-    def type(self, code: str, timeout_s: float = 600) -> str:
-        """What the commands print. Raises AssertionError with all of it if one fails."""
+    def type(self, code: str, timeout_s: float = 600, *, fails: bool = False) -> str:
+        """What the commands print. Raises AssertionError with all of it if one fails, or with `fails` if none does."""
         assert self._shell.stdin is not None
         self._shell.stdin.write(f"{code}\necho {_DONE}\n")
         self._shell.stdin.flush()
@@ -79,7 +80,7 @@ class Laptop:
                 assert time.monotonic() < deadline, output
                 time.sleep(_TICK_S)
         self._seen += len(output)
-        assert _FAILED not in output, f"{code}\n{output}\n{self._state()}"
+        assert (_FAILED in output) == fails, f"{code}\n{output}\n{self._state()}"
         return output.replace(_DONE, "").strip()
 
     def close(self) -> None:
@@ -103,7 +104,9 @@ class Laptop:
         for name in ("convert", "serve"):
             (self.directory / name).symlink_to(ROOT / name)
         (home / "bin").mkdir()
-        for program in ("docker", "kind", "kubectl"):
+        (home / "bin" / "sudo").write_text('#!/bin/sh\nexec "$@"\n')
+        (home / "bin" / "sudo").chmod(0o755)
+        for program in PROGRAMS:
             path = home / "bin" / program
             command = shlex.join([sys.executable, "-I", str(Path(__file__).with_name("program.py")), str(home / "api")])
             path.write_text(f'#!/bin/sh\nexec {command} {program} "$@"\n')
@@ -126,7 +129,9 @@ class Laptop:
             return self._forward(connection, request["forward"])
         reply = {"output": "", "error": ""}
         try:
-            reply["output"] = self._run(request)
+            reply["output"] = self._programs.answer(
+                request["program"], request["arguments"], Path(request["directory"]), request["data"]
+            )
         except Refused as error:
             reply["error"] = f"Error from server: {error}\n"
         except Exception as error:  # whatever it is, the reader's shell must not wait for ever
@@ -134,19 +139,6 @@ class Laptop:
         with connection:
             connection.sendall(json.dumps(reply).encode())
         return None
-
-    def _run(self, request: dict[str, Any]) -> str:
-        arguments = request["arguments"]
-        match request["program"], arguments:
-            case "docker", ["build", "--target", stage, "-t", name, "."] if stage in images():
-                self._built[name] = stage
-                return ""
-            case "kind", ["load", "docker-image", *names] if set(names) <= self._built.keys():
-                self._cluster.node.images.update({name: images()[self._built[name]] for name in names})
-                return ""
-            case "kubectl", _:
-                return kubectl.answer(self._cluster, arguments, Path(request["directory"]), request["data"])
-        raise Refused(f"this rehearsal has no {request['program']} {' '.join(arguments)}")
 
     def _forward(self, connection: socket.socket, name: str) -> None:
         with contextlib.suppress(OSError):

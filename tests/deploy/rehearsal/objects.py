@@ -5,9 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import kubernetes_validate
-
-from tests.deploy.manifests import KUBERNETES, Document, containers, pod_templates
+from tests.deploy.manifests import Document, containers, pod_templates, validate
 
 # What can't change in an object that is there.
 _IMMUTABLE = {
@@ -67,16 +65,17 @@ class Objects:
         namespace = document["metadata"].get("namespace")
         if kind != "Namespace" and ("Namespace", namespace) not in self._objects:
             raise Refused(f'namespaces "{namespace}" not found')
-        try:
-            kubernetes_validate.validate(document, KUBERNETES, strict=True)
-        except kubernetes_validate.ValidationError as error:
-            raise Refused(f"{kind} {name}: {error}") from error
+        if problems := validate(document):
+            raise Refused(f"{kind} {name}: {'; '.join(problems)}")
         for part in _IMMUTABLE.get(kind, ()):
             if old is not None and old["spec"].get(part) != document["spec"].get(part):
                 raise Refused(f'The {kind} "{name}" is invalid: spec.{part}: field is immutable')
+        account = document["spec"].get("serviceAccountName") if kind == "Pod" else None
+        if account and ("ServiceAccount", account) not in self._objects:
+            raise Refused(f'pods "{name}" is forbidden: error looking up service account {namespace}/{account}')
         labels = {} if kind == "Namespace" else self._objects["Namespace", str(namespace)]["metadata"].get("labels", {})
         if labels.get(_RESTRICTED) == "restricted":
-            templates = [document] if kind == "Pod" else [template for _, template in pod_templates(document)]
+            templates = [template for _, template in pod_templates(document)]
             if problems := [problem for template in templates for problem in not_restricted(template["spec"])]:
                 raise Refused(f'{kind} "{name}" is forbidden: violates PodSecurity "restricted": {", ".join(problems)}')
 

@@ -5,6 +5,7 @@ Stands alone: it is run as a program, with the socket of the rehearsal as its fi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -22,12 +23,11 @@ def connected(path: str, request: dict[str, object]) -> socket.socket:
 
 
 def pump(source: socket.socket, sink: socket.socket) -> None:
-    try:
+    with contextlib.suppress(OSError):
         while data := source.recv(65536):
             sink.sendall(data)
+    with contextlib.suppress(OSError):
         sink.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass
 
 
 def end_with(parent: int) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +12,14 @@ from typing import Any
 import pytest
 
 from tests.convert import parts
-from tests.deploy.manifests import ROOT, needs_kubectl
+from tests.deploy.manifests import ROOT
 from tests.deploy.rehearsal.controllers import Cluster
-from tests.deploy.rehearsal.documentation import shell_blocks
+from tests.deploy.rehearsal.documentation import documents_in, shell_blocks
 from tests.deploy.rehearsal.laptop import Laptop
-from tests.deploy.rehearsal.network import impossible
+from tests.deploy.rehearsal.requirements import ON_REQUEST
 from tests.e2e.conftest import fine_tune
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(
-        os.environ.get("GRAFT_REHEARSE") != "1", reason="a few minutes; `make rehearse-kubectl` runs them"
-    ),
-    needs_kubectl,
-    pytest.mark.skipif(bool(impossible()), reason=f"THE DEPLOYMENT IS NOT REHEARSED HERE: {impossible()}"),
-    pytest.mark.skipif(None in map(shutil.which, ("curl", "openssl")), reason="the reader needs curl and openssl"),
-]
+pytestmark = [*ON_REQUEST, pytest.mark.engine]
 
 PAGE = ROOT / "docs" / "tutorials" / "first-kubernetes-deployment.md"
 NOT_ENFORCED = "not enforced: limits of memory and CPU, seccomp, sizes of claims, network policies; no image was built"
@@ -66,16 +55,6 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
             restarts[block.heading] = {pod.name: pod.restarts for pod in cluster.pods()}
         print(NOT_ENFORCED)
         yield Rehearsal(printed, restarts)
-
-
-def documents_in(output: str) -> list[Any]:
-    """Every JSON document in what curl printed, with its progress around them."""
-    documents, start = [], output.find("{")
-    while start >= 0:
-        document, end = json.JSONDecoder().raw_decode(output, start)
-        documents.append(document)
-        start = output.find("{", end)
-    return documents
 
 
 def key_in(output: str) -> str:

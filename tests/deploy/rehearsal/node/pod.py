@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.deploy.manifests import Document
-from tests.deploy.rehearsal import probes
-from tests.deploy.rehearsal.container import Container, Surroundings
 from tests.deploy.rehearsal.images import Image
-from tests.deploy.rehearsal.network import Network
+from tests.deploy.rehearsal.node import probes
+from tests.deploy.rehearsal.node.container import Container, Surroundings
+from tests.deploy.rehearsal.node.network import Network
+from tests.deploy.rehearsal.node.variables import environment
+from tests.deploy.rehearsal.node.volumes import Volumes
 from tests.deploy.rehearsal.objects import Missing, Objects
-from tests.deploy.rehearsal.variables import environment
-from tests.deploy.rehearsal.volumes import Volumes
 
 _TICK_S = 0.2
 _SYNC_S = 1.0  # the kubelet looks once a minute

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from typing import Any
 
 from tests.deploy.manifests import ROOT, Document
 from tests.deploy.rehearsal.images import Image
-from tests.deploy.rehearsal.variables import expanded_all
-from tests.deploy.rehearsal.volumes import Volumes
+from tests.deploy.rehearsal.node.variables import expanded_all
+from tests.deploy.rehearsal.node.volumes import Volumes
 
 _HERE = Path(__file__).parent
 
@@ -39,6 +40,7 @@ def machine_files(directory: Path) -> None:
     (directory / "bin").mkdir(parents=True)
     (directory / "bin" / "tini").write_text((_HERE / "tini.sh").read_text())
     (directory / "bin" / "tini").chmod(0o755)
+    shutil.copy(_HERE.parent / "engineless.py", directory / "bin")
     (directory / "passwd").write_text("root:x:0:0::/root:/bin/sh\ngraft:x:10001:10001::/tmp:/usr/sbin/nologin\n")
     (directory / "group").write_text("root:x:0:\ngraft:x:10001:\n")
     (directory / "resolv.conf").write_text("")

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from tests.deploy.manifests import Document
+from tests.deploy.rehearsal.node.variables import decoded, quantity
 from tests.deploy.rehearsal.objects import Missing, Objects
-from tests.deploy.rehearsal.variables import decoded, quantity
 
 
 class Volumes:

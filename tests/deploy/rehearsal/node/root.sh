@@ -25,7 +25,7 @@ bind /etc /etc ro
 for name in passwd group hosts resolv.conf; do mount --bind "$RH_FILES/$name" "$root/etc/$name"; done
 bind "$RH_ENVIRONMENT" /opt/graft ro
 bind "$RH_PYTHON" "$RH_PYTHON" ro
-for name in convert serve; do bind "$RH_SOURCE/$name" "/opt/graft-source/$name" ro; done
+for name in convert serve tests; do bind "$RH_SOURCE/$name" "/opt/graft-source/$name" ro; done
 mkdir -p "$root"/{proc,dev,sys,tmp,run,var/tmp,root,old} "$root$RH_DIRECTORY"
 chmod 1777 "$root/tmp" "$root/var/tmp"
 mount -t proc proc "$root/proc"
@@ -36,6 +36,7 @@ for pair in fd:fd stdin:fd/0 stdout:fd/1 stderr:fd/2; do ln -s "/proc/self/${pai
 mkdir "$root/dev/shm"
 mount -t tmpfs -o mode=1777,size=64m tmpfs "$root/dev/shm"
 while IFS='|' read -r source target options; do
+    [ -n "$source" ] || continue # none
     if [ "$source" = memory ]; then
         mkdir -p "$root$target"
         mount -t tmpfs -o "mode=777,size=$options" tmpfs "$root$target"

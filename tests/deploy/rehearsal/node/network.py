@@ -50,6 +50,11 @@ class Network:
         _ip("link", "set", self._name, "up")
         self._write_hosts()
 
+    @property
+    def machine(self) -> str:
+        """The address under which pods reach what runs beside the cluster."""
+        return str(_NETWORK[1])
+
     def add_pod(self, name: str) -> tuple[str, str]:
         """The name of a new network namespace, and the address in it, which other pods find under the pod's name."""
         with self._lock:
