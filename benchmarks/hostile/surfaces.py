@@ -15,13 +15,13 @@ from convert.pipeline.inspect import inspect
 from serve.adapters.admission import Admission
 from serve.callers.keys import KeyFile
 from serve.capacity.traffic import read_log
-from serve.catalogue.admin_tokens import MIN_CHARACTERS, token_digests
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.log import CatalogueLog
 from serve.catalogue.object_store import DirectoryStore
 from serve.deployment.settings_file import read_settings
 from serve.follower.desired_state import DesiredState
 from serve.settings import AdmissionSettings, EngineSettings
+from serve.settings.admin_tokens import MIN_CHARACTERS, token_digests
 
 
 def surfaces(artifacts: Mapping[str, Path], work: Path) -> Iterable[Surface]:

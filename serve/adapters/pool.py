@@ -1,8 +1,8 @@
 """The adapters resident in one engine: loaded once, never evicted while in use, least recently used evicted first.
 
 There are three tiers. The store holds every registered adapter. The engine's host memory holds at most `capacity` of
-them: the pool decides which, so that the engine never evicts one by itself. The engine's slots hold the adapters that
-`serve.adapters.slot_scheduler.SlotScheduler` lets run.
+them, and the store their files: the pool decides which, so that the engine never evicts one by itself. The engine's
+slots hold the adapters that `serve.adapters.slot_scheduler.SlotScheduler` lets run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from itertools import islice
-from pathlib import Path
 
 from serve.adapters.slot_scheduler import SlotScheduler, WaitLimits
 from serve.catalogue.adapter_store import AdapterStore
@@ -192,18 +191,22 @@ class AdapterPool:
         fetch_began = now()
         self._fetching.add(adapter)
         try:
-            path = await to_file_thread(purpose, self._store.path, adapter)
+            path = await to_file_thread(purpose, self._store.hold, adapter)
         finally:
             self._fetching.discard(adapter)
         fetched = now()
-        async with self._engine_lock:
-            await self._make_room()
-            began = now()
-            await self._engine.load_adapter(adapter, path)
-            load_s = now() - began
-            self._resident[adapter] = None
-            self.slots.record_load_time(adapter, load_s)
-            self._events.loaded(adapter, fetched - fetch_began, load_s)
+        try:
+            async with self._engine_lock:
+                await self._make_room()
+                began = now()
+                await self._engine.load_adapter(adapter, path)
+                load_s = now() - began
+                self._resident[adapter] = None
+                self.slots.record_load_time(adapter, load_s)
+                self._events.loaded(adapter, fetched - fetch_began, load_s)
+        except BaseException:
+            self._store.release(adapter)
+            raise
 
     async def _reload_lost(self) -> list[str]:
         lost = sorted(self.resident - await self._engine.resident_adapters())
@@ -220,6 +223,7 @@ class AdapterPool:
             # No longer resident: the next request for the adapter tries again and gets the reason if that fails.
             logger.exception("could not load %s again", adapter)
             self._remove(adapter, "lost")
+            self._store.release(adapter)
 
     async def _unload_unknown(self) -> list[str]:
         unloaded = await self._engine.unload_unknown()
@@ -246,7 +250,10 @@ class AdapterPool:
     async def _unload(self, adapter: AdapterRevision, reason: UnloadReason) -> None:
         # Removed before the await: a request that arrives meanwhile must not use an adapter that is being unloaded.
         self._remove(adapter, reason)
-        await self._engine.unload_adapter(adapter)
+        try:
+            await self._engine.unload_adapter(adapter)
+        finally:
+            self._store.release(adapter)
 
     def _remove(self, adapter: AdapterRevision, reason: UnloadReason) -> None:
         self._events.unloaded(adapter, reason)
@@ -265,7 +272,7 @@ class AdapterPool:
         try:
             # If the adapter can't be loaded, its first request gets the reason.
             with contextlib.suppress(OSError, ServeError):
-                await to_file_thread("prefetch", lambda: _read_ahead(self._store.path(adapter)))
+                await to_file_thread("prefetch", _read_ahead, self._store, adapter)
                 if not self._loads and self._has_spare_room():
                     async with self._held(adapter):
                         pass
@@ -281,12 +288,13 @@ class AdapterPool:
         return [adapter for adapter in self._resident if not self._uses[adapter] and adapter not in self._kept]
 
 
-def _read_ahead(directory: Path) -> None:
-    """Asks the kernel to read the files of a directory into its page cache; returns without waiting for that."""
-    for path in directory.iterdir():
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
+def _read_ahead(store: AdapterStore, adapter: AdapterRevision) -> None:
+    """Asks the kernel to read the files of an adapter into its page cache; returns without waiting for that."""
+    with store.held(adapter) as directory:
+        for path in directory.iterdir():
+            if path.is_file():
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)

@@ -63,7 +63,7 @@ def plan_residency(
     return ResidencyPlan(
         stage=tuple(staged),
         load=(*pinned, *islice(optional, max(0, free - len(staged) - len(pinned)))),
-        retire=frozenset(adapter for adapter in resident if not _is_wanted(catalogue, adapter, keep_previous)),
+        retire=frozenset(resident - catalogue.needed(keep_previous)),
     )
 
 
@@ -76,14 +76,6 @@ def _loaded_ahead(catalogue: Catalogue, keep_previous: int) -> Iterator[AdapterR
     for name in names:
         for revision in catalogue.adapters[name].previous(keep_previous):
             yield revision.candidate.adapter
-
-
-def _is_wanted(catalogue: Catalogue, adapter: AdapterRevision, keep_previous: int) -> bool:
-    revision = catalogue.revision(adapter)
-    if revision is None:
-        return False
-    state = catalogue.adapters[adapter.name]
-    return revision.staged or revision.pinned or revision in (state.current, *state.previous(keep_previous))
 
 
 class ReplicaReport(BaseModel):
@@ -122,6 +114,7 @@ class Reconciler:
     forwarded: Callable[[], int] = int
     splits: Callable[[], dict[str, dict[str, Any]]] = dict
     events: Events = NO_EVENTS
+    need_files: Callable[[frozenset[AdapterRevision]], None] = lambda _: None  # those that a removal shall spare
     _latest: Catalogue = field(default_factory=Catalogue)  # the one that is being followed right now
     _verified: set[AdapterRevision] = field(default_factory=set)  # on this engine
     _failures: dict[AdapterRevision, ServeError] = field(default_factory=dict)
@@ -230,6 +223,7 @@ class Reconciler:
         resident = self.pool.resident
         plan = plan_residency(latest, resident, self.pool.free, self.keep_previous, resident - self._verified)
         self.pool.keep(latest.pinned | latest.staged)
+        self.need_files(latest.needed(self.keep_previous))
         for adapter in plan.stage:
             if adapter not in self._staging:
                 self._start_staging(latest.candidate(adapter))

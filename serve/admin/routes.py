@@ -24,7 +24,6 @@ from serve.adapters.rollout import begin_split, end_split
 from serve.admin.views import adapter_view, adapters_view, history_view
 from serve.callers.identity import key_of
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.admin_tokens import sha256
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.entry import CALLER_HEADER, Audit
 from serve.catalogue.file_threads import to_file_thread
@@ -32,6 +31,7 @@ from serve.catalogue.split import KINDS, Kind, SplitPolicy
 from serve.errors import AdapterRejected, ArtifactRefused, InvalidBody, Unauthorized, UnknownModel
 from serve.names import AdapterRevision
 from serve.settings import AdmissionSettings, EngineSettings
+from serve.settings.admin_tokens import sha256
 
 _NOT_ALLOWED_IN_CALLER = re.compile(r"[^\w.@+-]")
 _MAX_CALLER_CHARACTERS = 64
@@ -117,9 +117,12 @@ class Admin:
             candidate = await self._ingest(body.path, body.name)
         else:
             raise InvalidBody("The body must hold either `candidate` or `path`.")
-        files = await to_file_thread("admin", self.store.path, candidate.adapter)
-        await to_file_thread("admin", self.admission.check, candidate, files)
+        await to_file_thread("admin", self._check_files, candidate)
         return candidate
+
+    def _check_files(self, candidate: Candidate) -> None:
+        with self.store.held(candidate.adapter) as files:
+            self.admission.check(candidate, files)
 
     async def _ingest(self, path: Path, name: str | None) -> Candidate:
         try:

@@ -11,6 +11,9 @@ If a bucket holds the state, the directory is this machine's copy of these objec
     adapters/<revision>/…          the files
     adapters/<revision>.json       the listing: their digests. It is written last, so a revision exists if it does.
 
+Copies that nobody on this machine uses are removed when all take more than `max_bytes` (`local_copies`); the bucket has
+them still. Without a bucket nothing is removed: these files are the only ones.
+
 The object golden/<sha256>.json beside them holds golden answers, which a server of a revision is compared with.
 """
 
@@ -21,8 +24,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,10 +34,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from convert.artifact import FileDigests, digest, file_digests
 from convert.artifact.durable_files import sync
+from serve.catalogue.atomic_files import Source, write_hashed
 from serve.catalogue.bucket_store import BucketStore
+from serve.catalogue.local_copies import LocalCopies
 from serve.catalogue.object_store import ObjectStore
 from serve.errors import AdapterUnavailable, ArtifactRefused, StoreUnavailable
 from serve.names import AdapterRevision
+from serve.settings import LOCAL_ADAPTER_BYTES
 
 _COPY_BYTES = 8 << 20
 _LISTING = TypeAdapter(FileDigests)
@@ -43,35 +49,69 @@ logger = logging.getLogger(__name__)
 
 # Of every file: name, inode, size in bytes, time of the last change in nanoseconds.
 _FileStats = tuple[tuple[str, int, int, int], ...]
-# Writes the content of the file with this name to the stream.
-Source = Callable[[str, BinaryIO], None]
 
 
 class AdapterStore:
     """Adapter files in a directory, which may be a cache of a bucket. Methods block on disk and network."""
 
-    def __init__(self, directory: Path, objects: ObjectStore) -> None:
+    def __init__(self, directory: Path, objects: ObjectStore, max_bytes: int = LOCAL_ADAPTER_BYTES) -> None:
         """`objects`: the store of the catalogue, which holds the golden answers too; a BucketStore also holds the
-        adapter files."""
+        adapter files, and the directory at most `max_bytes` of them beside those in use."""
         self._directory = directory
+        self._max_bytes = max_bytes
         self._objects = objects
         self._bucket = objects if isinstance(objects, BucketStore) else None
+        self._copies = LocalCopies(directory) if self._bucket else None
+        self._wanted: frozenset[str] = frozenset()
         self._intact: dict[str, _FileStats] = {}  # by revision, as of the last check that succeeded
 
     def path(self, adapter: AdapterRevision) -> Path:
         """The directory of a revision's files on this machine, which are byte for byte as published. The first call
         downloads them from the bucket. Raises AdapterUnavailable if the files are missing or damaged, StoreUnavailable
         if the disk fails or the bucket can't be reached."""
+        with self._used(adapter.revision):
+            return self._path(adapter)
+
+    def hold(self, adapter: AdapterRevision) -> Path:
+        """Like `path`, and the files stay until a `release` for each `hold`."""
+        if self._copies:
+            with _disk_errors(self._directory):
+                self._copies.begin_use(adapter.revision)
+        try:
+            return self.path(adapter)
+        except BaseException:
+            self.release(adapter)
+            raise
+
+    def release(self, adapter: AdapterRevision) -> None:
+        """End one `hold`. Never blocks."""
+        if self._copies:
+            self._copies.end_use(adapter.revision)
+
+    @contextmanager
+    def held(self, adapter: AdapterRevision) -> Iterator[Path]:
+        """`hold` until the block ends."""
+        path = self.hold(adapter)
+        try:
+            yield path
+        finally:
+            self.release(adapter)
+
+    def want(self, adapters: Set[AdapterRevision]) -> None:
+        """From now on copies of other revisions are removed before those of these."""
+        self._wanted = frozenset(adapter.revision for adapter in adapters)
+
+    def _path(self, adapter: AdapterRevision) -> Path:
         path = self._directory / adapter.revision
-        with _disk_errors(self._directory):
-            if self._bucket and not self._is_intact(path):
-                with self._revision_lock(adapter.revision):
-                    if not self._is_intact(path):  # no other process downloaded it while this one waited
-                        self._download(self._bucket, adapter)
-            if not path.is_dir():
-                raise AdapterUnavailable(f"The files of {adapter} are not in the adapter store; publish it again.")
-            if not self._is_intact(path):
-                raise AdapterUnavailable(f"The files of {adapter} in {path} are damaged; publish it again.")
+        if self._bucket and not self._is_intact(path):
+            with self._revision_lock(adapter.revision):
+                if not self._is_intact(path):  # no other process downloaded it while this one waited
+                    self._download(self._bucket, adapter)
+            self._remove_surplus()
+        if not path.is_dir():
+            raise AdapterUnavailable(f"The files of {adapter} are not in the adapter store; publish it again.")
+        if not self._is_intact(path):
+            raise AdapterUnavailable(f"The files of {adapter} in {path} are damaged; publish it again.")
         return path
 
     def put(self, revision: str, files: Mapping[str, str], source: Source) -> None:
@@ -79,13 +119,14 @@ class AdapterStore:
         rename, and in the bucket the listing is written last. Raises ArtifactRefused if the bytes have other digests,
         StoreUnavailable."""
         path = self._directory / revision
-        with _disk_errors(self._directory):
+        with self._used(revision):
             if not self._is_intact(path):
                 self._write(revision, files, source)
-        if self._bucket and self._bucket.read(_listing_key(revision)) is None:
-            for name in files:
-                self._bucket.upload(f"adapters/{revision}/{name}", path / name)
-            self._bucket.create(_listing_key(revision), _LISTING.dump_json(dict(files)))
+            if self._bucket and self._bucket.read(_listing_key(revision)) is None:
+                for name in files:
+                    self._bucket.upload(f"adapters/{revision}/{name}", path / name)
+                self._bucket.create(_listing_key(revision), _LISTING.dump_json(dict(files)))
+        self._remove_surplus()
 
     def put_golden(self, sha256: str, content: bytes) -> None:
         """Store golden answers. Raises ArtifactRefused if the content has another digest, StoreUnavailable."""
@@ -123,10 +164,10 @@ class AdapterStore:
         if digest(files) != revision:
             raise ArtifactRefused(f"The revision {revision[:12]} is not the digest of its files; convert it again.")
         self._directory.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=self._directory, prefix=".incoming-"))
+        temporary = Path(tempfile.mkdtemp(dir=self._directory, prefix=f".incoming-{revision}-"))
         try:
             for name, expected_sha256 in files.items():
-                if _write_durably(temporary / name, name, source) != expected_sha256:
+                if write_hashed(temporary / name, name, source) != expected_sha256:
                     raise ArtifactRefused(
                         f"{name} of {revision[:12]} is not the file that its manifest names: its bytes changed. "
                         "Convert or copy it again."
@@ -143,7 +184,7 @@ class AdapterStore:
             temporary.rename(path)
         elif not self._is_intact(path):
             logger.warning("replacing damaged files", extra={"event": "adapter damaged", "path": str(path)})
-            damaged = Path(tempfile.mkdtemp(dir=self._directory, prefix=".damaged-"))
+            damaged = Path(tempfile.mkdtemp(dir=self._directory, prefix=f".damaged-{path.name}-"))
             path.rename(damaged / path.name)
             temporary.rename(path)
             shutil.rmtree(damaged)
@@ -160,6 +201,16 @@ class AdapterStore:
             self._intact[path.name] = stats
         return True
 
+    def _remove_surplus(self) -> None:
+        if self._copies:
+            self._copies.remove_surplus(self._max_bytes, self._wanted)
+
+    @contextmanager
+    def _used(self, revision: str) -> Iterator[None]:
+        """The files stay until the block ends. Raises OSError as StoreUnavailable."""
+        with _disk_errors(self._directory), self._copies.use(revision) if self._copies else nullcontext():
+            yield
+
     def _revision_lock(self, revision: str) -> FileLock:
         """Held by one thread of one process of this machine at a time. The system releases it if the process dies."""
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -169,29 +220,6 @@ class AdapterStore:
 def _file_stats(path: Path) -> _FileStats:
     stats = ((file.name, file.stat()) for file in sorted(path.iterdir()))
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-
-
-class _HashingStream:
-    """A stream that computes the SHA-256 of what is written to it."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self._stream.write(data)
-
-
-def _write_durably(path: Path, name: str, source: Source) -> str:
-    """Write the file `name` of `source` to `path`; returns the SHA-256 of its bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as stream:
-        hashing = _HashingStream(stream)
-        source(name, hashing)  # type: ignore[arg-type]  # a source calls nothing but write
-        stream.flush()
-        os.fsync(stream.fileno())
-    return hashing.sha256.hexdigest()
 
 
 def copy_from(directory: Path) -> Source:

@@ -7,13 +7,18 @@ begins with a dot. New files are readable by their owner only. Every function ra
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from convert.artifact.durable_files import sync
+
+# Writes the content of the file with this name to the stream.
+Source = Callable[[str, BinaryIO], None]
 
 
 def create_file(path: Path, content: bytes) -> bool:
@@ -47,3 +52,26 @@ def _temporary_file(path: Path, content: bytes) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_hashed(path: Path, name: str, source: Source) -> str:
+    """Write the file `name` of `source` to `path`; returns the SHA-256 of its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        hashing = _HashingStream(stream)
+        source(name, hashing)  # type: ignore[arg-type]  # a source calls nothing but write
+        stream.flush()
+        os.fsync(stream.fileno())
+    return hashing.sha256.hexdigest()
+
+
+class _HashingStream:
+    """A stream that computes the SHA-256 of what is written to it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._stream.write(data)

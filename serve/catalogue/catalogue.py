@@ -40,6 +40,13 @@ class Catalogue:
         """The candidates that a server of this catalogue must be able to hold."""
         return tuple(self.candidate(adapter) for adapter in sorted(self.current | self.staged | self.pinned))
 
+    def needed(self, keep_previous: int) -> frozenset[AdapterRevision]:
+        """The revisions that are staged or pinned, that an alias points to, or that it pointed to before: the last
+        `keep_previous` of each name."""
+        states = self.adapters.values()
+        previous = (revision for state in states for revision in state.previous(keep_previous))
+        return self.current | self.staged | self.pinned | {revision.candidate.adapter for revision in previous}
+
     def state_of(self, name: str) -> AdapterState:
         """The state of a name; an empty one if the name is unknown."""
         return self.adapters.get(name, AdapterState())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +25,14 @@ class Audit:
 
     by: str = ""
     reason: str = ""
+
+
+def user_name() -> str:
+    """Whose process this is: the name, or the number where the system knows no name for it, as in OpenShift's pods."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 class Entry(BaseModel):

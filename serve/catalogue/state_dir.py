@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from convert.artifact.durable_files import replace_file
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.admin_tokens import read_token, token_digests
 from serve.catalogue.atomic_files import create_file
 from serve.catalogue.bucket_store import BucketStore
 from serve.catalogue.log import CatalogueLog
 from serve.catalogue.object_store import DirectoryStore, ObjectStore
 from serve.errors import ServerNotRunning, StateInvalid
+from serve.settings import LOCAL_ADAPTER_BYTES
+from serve.settings.admin_tokens import read_token, token_digests
 
 _TOKEN = "admin.token"  # noqa: S105  (a file name)
 _SERVER = "server.json"
@@ -43,11 +43,14 @@ class RunningServer(BaseModel):
 
 class StateDir:
     """`place`: a directory with all of the state, or the URL of an object store. With a URL, `local` is the directory
-    of this machine's own files."""
+    of this machine's own files, and `local_adapter_bytes` what its copies of adapters may take."""
 
-    def __init__(self, place: str | Path, local: Path | None = None) -> None:
+    def __init__(
+        self, place: str | Path, local: Path | None = None, local_adapter_bytes: int = LOCAL_ADAPTER_BYTES
+    ) -> None:
         self.url = str(place) if "://" in str(place) else None
         self.root = (local or _DEFAULT_LOCAL if self.url else Path(place)).absolute()
+        self._local_adapter_bytes = local_adapter_bytes
 
     @property
     def place(self) -> str:
@@ -65,18 +68,15 @@ class StateDir:
 
     @property
     def store(self) -> AdapterStore:
-        return AdapterStore(self.root / "adapters", self.objects)
+        return AdapterStore(self.root / "adapters", self.objects, self._local_adapter_bytes)
 
-    @contextmanager
-    def publishing_store(self) -> Iterator[AdapterStore]:
-        """The store for one who only publishes. If a bucket holds the state, the copy on this machine goes when the
-        block ends: nothing reads it again, and a follower would fill its disk. Raises StateInvalid."""
+    def publishing_store(self) -> AdapterStore:
+        """The store for one who only publishes. If a bucket holds the state it keeps no copy on this machine: nothing
+        reads it again, and a follower would fill its disk. Raises StateInvalid."""
         if self.url is None:
-            yield self.store
-            return
+            return self.store
         self.prepare()
-        with tempfile.TemporaryDirectory(dir=self.root, prefix=".publish-") as directory:
-            yield AdapterStore(Path(directory), self.objects)
+        return AdapterStore(self.root / "publishing", self.objects, max_bytes=0)
 
     @property
     def keys_file(self) -> Path:

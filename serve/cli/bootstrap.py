@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Iterable
 
 from serve.adapters.admission import Admission, incompatibilities
 from serve.adapters.bundle import Bundle
 from serve.adapters.ingest import ingest_artifact
 from serve.catalogue.candidate import Candidate
-from serve.catalogue.entry import Audit
+from serve.catalogue.entry import Audit, user_name
 from serve.catalogue.state_dir import StateDir
 from serve.errors import AdapterRejected, ArtifactRefused, StateInvalid
 from serve.settings import ServeSettings, supported_rank
@@ -26,13 +25,14 @@ def register(bundle: Bundle, settings: ServeSettings, state: StateDir) -> None:
             raise StateInvalid(
                 f"{state.place} holds {candidate.adapter}: {'; '.join(problems)}; or use another --state."
             )
-    audit = Audit(getpass.getuser(), "given to `run`")
+    audit = Audit(user_name(), "given to `run`")
     for candidate, artifact in bundle.adapters:
         if problems := incompatibilities(candidate, settings.engine):
             raise ArtifactRefused(f"{artifact.root}: {'; '.join(problems)}.")
         ingest_artifact(artifact, candidate.name, store)
         try:
-            admission.check(candidate, store.path(candidate.adapter))
+            with store.held(candidate.adapter) as files:
+                admission.check(candidate, files)
         except AdapterRejected as error:
             raise ArtifactRefused(f"{artifact.root}: {error}") from error
         # A revision that served before is not promoted again: its alias may point to another revision by now.

@@ -73,6 +73,7 @@ class RunOptions(StateOptions):
     cors_origin: list[str] | None = setting(GatewaySettings, "cors_origins", "Repeatable.", default=None)
     max_wait: float = setting(GatewaySettings, "max_wait_s")
     keep_previous: int = setting(ServeSettings, "keep_previous")
+    local_adapter_bytes: int = setting(ServeSettings, "local_adapter_bytes")
     sync_timeout: float = setting(ServeSettings, "sync_timeout_s", ge=1)
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="Port for Prometheus; default: 9464, or any if it is taken; 0: none."
@@ -84,6 +85,9 @@ class RunOptions(StateOptions):
     vllm_arg: list[str] | None = Field(
         None, description="An argument for vLLM, as --vllm-arg=--max-model-len=4096. Repeatable."
     )
+
+    def state_dir(self) -> StateDir:
+        return StateDir(self.state, self.local, self.local_adapter_bytes)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -167,6 +171,7 @@ def _settings_of(options: RunOptions, bundle: Bundle, state: StateDir) -> ServeS
         replicas=options.replicas,
         gpus_per_replica=options.gpus_per_replica,
         keep_previous=options.keep_previous,
+        local_adapter_bytes=options.local_adapter_bytes,
         sync_timeout_s=options.sync_timeout,
     )
 

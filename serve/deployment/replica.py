@@ -121,7 +121,7 @@ class EngineReplica:
     async def _open_state(self) -> None:
         """Open the catalogue, the adapters of the state directory, and the usage of callers."""
         settings = self._settings
-        state = StateDir(settings.state_url or settings.state_dir, settings.state_dir)
+        state = StateDir(settings.state_url or settings.state_dir, settings.state_dir, settings.local_adapter_bytes)
         self._log, self._store = state.log, state.store
         self._rate_limits = await rate_limit_backend_of(settings)
         self._meter = Meter(state.objects, settings.gateway.usage_flush_s)
@@ -157,6 +157,7 @@ class EngineReplica:
             forwarded=lambda: self._peers.forwarded,
             splits=self._rollouts.summaries,
             events=self._recorder,
+            need_files=self._store.want,
         )
 
     def _collect_all_metrics(self) -> None:

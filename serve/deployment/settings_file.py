@@ -5,11 +5,13 @@
     gateway:
       admin_tokens_dir: /srv/graft/admin      # instead of admin_tokens: a file LABEL.token for each
 
-Everything else is ServeSettings.
+Everything else is ServeSettings. `state_url` may be left to the variable GRAFT_STATE_URL, which pods have from the same
+ConfigMap as those who publish.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ from typing import Any
 import yaml
 
 from serve.adapters.bundle import Bundle
-from serve.catalogue.admin_tokens import token_digests
 from serve.errors import StateInvalid
 from serve.settings import ServeSettings
+from serve.settings.admin_tokens import token_digests
 
+STATE_URL_VARIABLE = "GRAFT_STATE_URL"
 _FILE = "settings_file"
 
 
@@ -43,13 +46,25 @@ def read_settings(path: Path) -> ServeSettings:
         }
     if directory := gateway.pop("admin_tokens_dir", None):
         gateway["admin_tokens"] = _tokens(_path(directory, "gateway.admin_tokens_dir", path))
-    return ServeSettings.model_validate(document | {"engine": engine, "gateway": gateway})
+    state = _place_of_state(document, path)
+    return ServeSettings.model_validate(document | state | {"engine": engine, "gateway": gateway})
 
 
 def artifact_of(path: Path) -> Path | None:
     """The directory that `engine.artifact` names; None if the file names none. Raises StateInvalid."""
     artifact = _mapping(_read(path), "engine", path).get("artifact")
     return _path(artifact, "engine.artifact", path) if artifact else None
+
+
+def _place_of_state(document: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Raises StateInvalid if the file and the variable name two places: servers and publishers would not meet."""
+    url, named = os.environ.get(STATE_URL_VARIABLE), document.get("state_url")
+    if url and named not in (None, url):
+        raise StateInvalid(
+            f"{path} says state_url: {named}, and the variable {STATE_URL_VARIABLE} (the ConfigMap graft-state-place) "
+            f"{url}. Name one place: leave state_url out of the file."
+        )
+    return {"state_url": url} if url else {}
 
 
 def _mapping(document: Mapping[str, Any], part: str, path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from urllib.parse import quote
 
 from convert.artifact import Artifact
 from serve.adapters.ingest import ingest_artifact
-from serve.catalogue.entry import CALLER_HEADER
+from serve.catalogue.entry import CALLER_HEADER, user_name
 from serve.catalogue.split import Kind
 from serve.catalogue.state_dir import StateDir
 from serve.errors import AdminRefused, ServerNotRunning
@@ -42,8 +41,7 @@ class AdminClient:
         or ArtifactRefused before anything is sent."""
         artifact = Artifact.open(path)
         artifact.verify()
-        with self.state.publishing_store() as store:
-            candidate = ingest_artifact(artifact, name, store)
+        candidate = ingest_artifact(artifact, name, self.state.publishing_store())
         body = {"candidate": asdict(candidate), "stage_only": stage_only, "reason": reason}
         return self.call("POST", "/admin/v1/adapters", body)
 
@@ -89,7 +87,7 @@ class AdminClient:
 
         from serve.follower.http_client import direct_client
 
-        headers = {"authorization": f"Bearer {self.token}", CALLER_HEADER: _user()}
+        headers = {"authorization": f"Bearer {self.token}", CALLER_HEADER: user_name()}
         try:
             with direct_client(headers=headers, timeout=_TIMEOUT_S) as client:
                 response = client.request(method, self.url + path, json=body)
@@ -103,10 +101,3 @@ class AdminClient:
 
 def _path_of(name: str) -> str:
     return f"/admin/v1/adapters/{quote(name, safe='')}"
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return str(os.getuid())

@@ -6,9 +6,10 @@ from serve.settings.callers import Allowance, Grant, OidcSettings, SecretDigest
 from serve.settings.engine import REFUSED_VLLM_ARGS, RESERVED_SLOTS, EngineSettings, supported_rank
 from serve.settings.gateway import GatewaySettings
 from serve.settings.observability import LogSettings, MetricsSettings, TracingSettings
-from serve.settings.server import AdmissionSettings, ServeSettings
+from serve.settings.server import LOCAL_ADAPTER_BYTES, AdmissionSettings, ServeSettings
 
 __all__ = [
+    "LOCAL_ADAPTER_BYTES",
     "REFUSED_VLLM_ARGS",
     "RESERVED_SLOTS",
     "AdmissionSettings",

@@ -12,6 +12,8 @@ from serve.settings.frozen import FrozenSettings
 from serve.settings.gateway import GatewaySettings
 from serve.settings.observability import LogSettings, MetricsSettings, TracingSettings
 
+LOCAL_ADAPTER_BYTES = 8 << 30
+
 
 class AdmissionSettings(FrozenSettings):
     """The conditions for an adapter to be served."""
@@ -48,6 +50,10 @@ class ServeSettings(FrozenSettings):
     state_url: str | None = Field(
         None,
         description="An object store that holds them for many machines; state_dir then has this machine's own files.",
+    )
+    local_adapter_bytes: PositiveInt = Field(
+        LOCAL_ADAPTER_BYTES,
+        description="With state_url: bytes of adapters that this machine keeps copies of; what its engines hold stays.",
     )
     replicas: PositiveInt = Field(1, description="Engines, each a process of its own with the whole model.")
     cpus_per_replica: NonNegativeFloat = Field(1, description="Ray's reservation per replica.")

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from serve.catalogue.admin_tokens import sha256
 from serve.catalogue.state_dir import RunningServer, StateDir
 from serve.deployment.app import build
 from serve.deployment.settings_file import settings_of
 from serve.errors import ArtifactRefused, ServerNotRunning, StateInvalid
 from serve.settings import ServeSettings
+from serve.settings.admin_tokens import sha256
 from tests.deploy.manifests import DEPLOY, needs_kubectl, only, rendered
 from tests.serve.conftest import MakeArtifact
 

@@ -22,13 +22,13 @@ from serve.callers.keys import Key, KeyFile
 from serve.callers.ledger import RateLimitBackend
 from serve.callers.usage import Meter
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.admin_tokens import sha256
 from serve.catalogue.log import CatalogueLog
 from serve.catalogue.object_store import DirectoryStore
 from serve.engine.token_counter import current_counter
 from serve.gateway.app import Gateway
 from serve.gateway.request_policy import RequestPolicy
 from serve.settings import EngineSettings, GatewaySettings, ServeSettings
+from serve.settings.admin_tokens import sha256
 from tests.serve.conftest import BASE, candidate, verify_nothing
 from tests.serve.fakes import FakeEngine, respond
 from tests.serve.one_replica import OneReplica

@@ -23,7 +23,6 @@ from serve.adapters.reconcile import Reconciler
 from serve.adapters.slot_scheduler import WaitLimits
 from serve.admin.routes import Admin
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.admin_tokens import sha256
 from serve.catalogue.log import CatalogueLog
 from serve.deployment.metrics_collector import MetricsCollector
 from serve.gateway.app import Gateway
@@ -31,6 +30,7 @@ from serve.gateway.request_policy import RequestPolicy
 from serve.observability.logs import JsonLines
 from serve.observability.recorder import MetricsRecorder
 from serve.settings import EngineSettings, GatewaySettings, LogSettings, MetricsSettings, ServeSettings
+from serve.settings.admin_tokens import sha256
 from tests.serve.conftest import BASE, candidate, verify_nothing
 from tests.serve.fakes import FakeEngine
 from tests.serve.one_replica import OneReplica

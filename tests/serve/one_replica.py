@@ -13,13 +13,13 @@ from serve.adapters.publish import Control
 from serve.adapters.reconcile import Reconciler, ReplicaReport
 from serve.admin.routes import Admin
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.admin_tokens import sha256
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.log import CatalogueLog
 from serve.catalogue.object_store import DirectoryStore
 from serve.errors import AdapterRejected
 from serve.gateway.app import Gateway
 from serve.settings import EngineSettings, GatewaySettings, ServeSettings
+from serve.settings.admin_tokens import sha256
 from tests.serve.conftest import BASE, candidate, verify_nothing
 from tests.serve.fakes import FakeEngine
 

@@ -19,12 +19,12 @@ from serve.adapters.rollout import Rollouts
 from serve.adapters.slot_scheduler import WaitLimits
 from serve.admin.routes import Admin
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.admin_tokens import sha256
 from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.entry import Audit, Entry
 from serve.catalogue.log import CatalogueLog
 from serve.gateway.app import Gateway
 from serve.settings import EngineSettings, GatewaySettings, ServeSettings
+from serve.settings.admin_tokens import sha256
 from tests.serve.conftest import candidate, verify_nothing
 from tests.serve.fakes import FakeEngine, respond
 from tests.serve.one_replica import OneReplica, Unchecked

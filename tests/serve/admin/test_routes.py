@@ -18,11 +18,11 @@ from serve.adapters.reconcile import Reconciler
 from serve.adapters.verification import RevisionVerifier
 from serve.admin.routes import Admin
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.admin_tokens import sha256
 from serve.catalogue.log import CatalogueLog
 from serve.catalogue.object_store import DirectoryStore
 from serve.gateway.app import Gateway
 from serve.settings import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
+from serve.settings.admin_tokens import sha256
 from tests.serve.conftest import BASE, write_adapter, write_base, write_weights
 from tests.serve.fakes import FakeEngine
 from tests.serve.one_replica import OneReplica

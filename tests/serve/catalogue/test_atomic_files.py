@@ -69,7 +69,6 @@ def test_no_module_writes_a_file_in_place() -> None:
 
     # The store writes into a temporary directory, which is renamed as a whole. A log is only ever added to.
     assert writers == [
-        "serve/catalogue/adapter_store.py",
         "serve/catalogue/atomic_files.py",
         "serve/observability/logs.py",
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from serve.adapters.pool import AdapterPool
 from serve.adapters.slot_scheduler import WaitLimits
 from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.object_store import DirectoryStore
 from serve.names import AdapterRevision
 from tests.serve.conftest import revision
 from tests.serve.fakes import FakeEngine
@@ -22,6 +23,7 @@ class SlowStore(AdapterStore):
     """Sends the files of the cold adapters only when it is told to."""
 
     def __init__(self) -> None:
+        super().__init__(Path("/nowhere"), DirectoryStore(Path("/nowhere")))
         self.sends = threading.Event()
 
     def path(self, adapter: AdapterRevision) -> Path:

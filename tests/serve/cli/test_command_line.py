@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from convert.artifact import digest, file_digests
 from serve.adapters.bundle import Bundle
-from serve.catalogue.admin_tokens import sha256
 from serve.catalogue.state_dir import StateDir
 from serve.cli.app import app
 from serve.cli.run import RunOptions, _settings_of
+from serve.settings.admin_tokens import sha256
 from tests.serve.conftest import MakeArtifact, write_weights
 
 COMMANDS = (

@@ -11,10 +11,10 @@ from starlette.requests import Request
 
 from serve.admin.routes import Admin
 from serve.callers.keys import Secret
-from serve.catalogue.admin_tokens import MIN_CHARACTERS, sha256, token_digests
 from serve.catalogue.state_dir import StateDir
 from serve.errors import StateInvalid, Unauthorized
 from serve.settings import GatewaySettings
+from serve.settings.admin_tokens import MIN_CHARACTERS, sha256, token_digests
 
 SHORT = "x" * (MIN_CHARACTERS - 1)
 
