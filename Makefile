@@ -9,6 +9,8 @@ SECRETS_OPTIONS = --disable-plugin Base64HighEntropyString --disable-plugin HexH
 
 # On several cores, a file's tests on one of them: a file shares what it has made. Tiny models gain nothing from threads.
 UNIT_TESTS = OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not engine" --numprocesses auto --maxprocesses 4 --dist loadfile
+# Engines leave most of a core idle while they start. Three at a time need some 12 GB (tests/engine_scheduling.py).
+ENGINE_TESTS = $(RUN) -m pytest -m engine --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 # Compiled modules are kept even where the surroundings forbid it: without them every start takes twice as long.
 export PYTHONDONTWRITEBYTECODE =
@@ -34,7 +36,7 @@ observe: environment ## A server under load with Prometheus and Grafana's dashbo
 
 test: environment lint ## Lint, types, layering and all tests, with real engines
 	@$(UNIT_TESTS)
-	@$(RUN) -m pytest -m engine
+	@$(ENGINE_TESTS)
 
 unit: environment ## The tests that start no engine
 	@$(UNIT_TESTS)

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -21,6 +22,7 @@ import torch
 from examples.server import running_server
 from serve.catalogue.state_dir import StateDir
 from tests.convert import parts
+from tests.engine_scheduling import SHARED_SERVER, SHARED_SERVER_WITH_KEYS
 from tests.recording_proxy import RecordingProxy, recording_proxy
 
 REPLICAS = 2
@@ -38,9 +40,12 @@ SLOT_OPTIONS = ("--max-active-adapters", str(SLOTS), "--max-resident-adapters", 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/e2e/" in item.nodeid:
-            item.add_marker("engine")
+    shared = {"server": SHARED_SERVER, "guarded": SHARED_SERVER_WITH_KEYS}
+    for item in (item for item in items if "tests/e2e/" in item.nodeid):
+        item.add_marker("engine")
+        for fixture in shared.keys() & getattr(item, "fixturenames", ()):
+            if not item.nodeid.startswith(shared[fixture]):
+                raise pytest.UsageError(f"{item.nodeid} asks for `{fixture}`: move it to one of {shared[fixture]}")
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,30 @@ def arguments_of(process: psutil.Process) -> list[str]:
 
 @pytest.fixture(scope="session")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
-    home = tmp_path_factory.mktemp("story")
-    base = parts.save_base(home / "tiny-llama", tied=True, hidden=128)
-    checkpoints = {
-        name: fine_tune(base, home / name, seed) for seed, name in enumerate(("french", "french-2", "german"))
-    }
-    artifacts = {name: home / "artifacts" / name for name in checkpoints}
+    """Made once, also where several processes share the tests: the first one that asks makes it."""
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    home = tmp_path_factory.getbasetemp().parent / "story" if parallel else tmp_path_factory.mktemp("story")
+    names = ("french", "french-2", "german")
+    story = Story(
+        home / "tiny-llama",
+        {name: home / name for name in names},
+        {name: home / "artifacts" / name for name in names},
+    )
+    with FileLock(home.with_name("story.lock")):
+        if not (home / "complete").exists():
+            make_story(story)
+            (home / "complete").touch()
+    return story
+
+
+def make_story(story: Story) -> None:
+    base, checkpoints, artifacts = story.base, story.checkpoints, story.artifacts
+    parts.save_base(base, tied=True, hidden=128)
+    for seed, checkpoint in enumerate(checkpoints.values()):
+        fine_tune(base, checkpoint, seed)
     convert(checkpoints["french"], base, artifacts["french"])
     convert(checkpoints["french-2"], artifacts["french"], artifacts["french-2"], "--name", "french")
     convert(checkpoints["german"], artifacts["french"], artifacts["german"])
-    return Story(base, checkpoints, artifacts)
 
 
 @pytest.fixture(scope="session")
