@@ -1,7 +1,6 @@
 """A model in float32, loaded weight by weight from any storage format, and run over token ids.
 
-The output head runs separately from the decoder. In Llama, Mistral and Qwen2 the logits of a position are the head's
-output for one hidden state. A model that scales or caps its logits afterwards would need more here.
+The output layers run separately from the decoder, in blocks: the logits of a long row would take a gigabyte.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from convert.errors import BaseUnreadable
 from convert.inputs.architecture import HEAD
 from convert.inputs.base_model import BaseModel
 from convert.progress import Progress
+from convert.quality.output_layers import logits_of
 from convert.quantization.format import QuantizationFormat
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def hidden_states(
     model: Any, rows: Sequence[torch.Tensor], model_name: str, progress: Progress
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each row of token ids (1, tokens) with the hidden states (tokens - 1, width) that predict its next tokens."""
-    decoder = _causal_lm(model).get_decoder()
+    decoder = causal_lm(model).get_decoder()
     for done, row in enumerate(rows):
         progress(f"measuring {model_name}", done, len(rows))
         yield row, decoder(input_ids=row, use_cache=False).last_hidden_state[0, :-1]
@@ -73,9 +73,8 @@ def hidden_states(
 
 def log_probs(model: Any, states: torch.Tensor) -> Iterator[torch.Tensor]:
     """Log-probabilities of the next token after each state, in blocks of (at most BLOCK, vocabulary)."""
-    head = _head(model)
     for block in states.split(BLOCK):
-        yield head(block).log_softmax(-1)
+        yield logits_of(causal_lm(model), block).log_softmax(-1)
 
 
 def token_log_probs(blocks: Iterable[torch.Tensor], row: torch.Tensor) -> torch.Tensor:
@@ -89,7 +88,7 @@ def token_log_probs(blocks: Iterable[torch.Tensor], row: torch.Tensor) -> torch.
 @contextmanager
 def merged_head(model: Any) -> Iterator[torch.Tensor]:
     """The head's weight, with its adapter merged into it while the context lasts, where there is one."""
-    head = _head(model)
+    head = causal_lm(model).get_output_embeddings()
     if not hasattr(head, "merge"):
         yield head.weight
         return
@@ -123,10 +122,6 @@ def _copy(expected: Mapping[str, torch.Tensor], name: str, weight: torch.Tensor)
     return True
 
 
-def _head(model: Any) -> Any:
-    return _causal_lm(model).get_output_embeddings()
-
-
-def _causal_lm(model: Any) -> Any:
+def causal_lm(model: Any) -> Any:
     """The transformers model inside PEFT's wrapper, with the adapter's layers in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -17,7 +17,7 @@ from convert.inputs.base_model import BaseModel
 from convert.inputs.chat.tokenizer import Tokenizer
 from convert.progress import Progress
 from convert.quality.canaries import Answer, Canary, ask
-from convert.quality.float32_model import hidden_states, load, log_probs, merged_head, token_log_probs
+from convert.quality.float32_model import hidden_states, load, log_probs, token_log_probs
 from convert.quality.peft_reference import base_alone, with_adapter
 from convert.quality.reference_logits import ReferenceLogits
 from convert.quality.text import Text
@@ -72,8 +72,7 @@ def compute_reference(
     with torch.inference_mode():
         trained_log_probs = _trained_log_probs(model, tokens, logits, progress)
         answers = ask(model, opened_tokenizer, canaries, "reference", progress)
-        with merged_head(model) as head:
-            logits.set_head(head)
+        logits.set_output_layers(model)
         with base_alone(model, checkpoint, base, quantizer):
             of_base = logits.compare(model, tokens, "base", progress)
     del model

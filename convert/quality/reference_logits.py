@@ -2,7 +2,7 @@
 
 A distribution has as many numbers as the vocabulary. The hidden state that the output head turns into a distribution
 has only as many as the model is wide: 42 times fewer in Llama 3.2 3B. So the states and the head's weight are stored,
-and log_softmax(state · headᵀ) is computed again for each comparison. Nothing is rounded or left out. Both are
+and the output layers are computed again for each comparison. Nothing is rounded or left out. Both are
 in float32 in unlinked temporary files (TMPDIR): memory-mapped pages count as cache, and the files disappear with the
 process, even with a killed one.
 """
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import OutputUnwritable
 from convert.progress import Progress
-from convert.quality.float32_model import BLOCK, hidden_states, log_probs, token_log_probs
+from convert.quality.float32_model import causal_lm, hidden_states, log_probs, merged_head, token_log_probs
+from convert.quality.output_layers import output_layers
 from convert.quality.tokenized_text import TokenizedText
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class ReferenceLogits:
     def __init__(self) -> None:
         self._states = _Matrix()
         self._head = _Matrix()
+        self._output_layers: Any = None
         self._ends = [0]
 
     def append(self, states: torch.Tensor) -> None:
@@ -51,18 +53,16 @@ class ReferenceLogits:
         self._states.write(states)
         self._ends.append(self._ends[-1] + states.shape[0])
 
-    def set_head(self, weight: torch.Tensor) -> None:
-        """Store the head's weight (vocabulary, width). Raises OutputUnwritable where the disk is full."""
-        self._head.write(weight)
+    def set_output_layers(self, model: Any) -> None:
+        """Store those of the model, with its adapter in the head. Raises OutputUnwritable where the disk is full."""
+        with merged_head(model) as weight:
+            self._head.write(weight)
+        self._output_layers = output_layers(causal_lm(model), self._head.mapped())
 
     def log_probs(self, row: int) -> Iterator[torch.Tensor]:
         """What `float32_model.log_probs` gave for the row, bit for bit, as blocks (at most BLOCK, vocabulary)."""
-        from torch.nn.functional import linear
-
-        head = self._head.mapped()
         states = self._states.mapped()[self._ends[row] : self._ends[row + 1]]
-        for block in states.split(BLOCK):
-            yield linear(block, head).log_softmax(-1)
+        return log_probs(self._output_layers, states)
 
     def compare(self, model: Any, tokens: TokenizedText, phase: str, progress: Progress) -> ModelComparison:
         """Run a model over the text of which the measured rows are stored. `phase` names it in the progress."""

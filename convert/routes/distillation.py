@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from convert.progress import Progress
+from convert.quality.output_layers import logits_of
 
 if TYPE_CHECKING:
     import torch
@@ -209,15 +210,15 @@ def _divergences(student: Student, examples: Sequence[DistillationExample], padd
     import torch
 
     causal_lm = student.model.get_base_model()
-    device = causal_lm.lm_head.weight.device
+    device = causal_lm.get_output_embeddings().weight.device
     token_ids = torch.full((len(examples), padded_length), _PADDING_ID)
     is_taught = torch.zeros((len(examples), padded_length), dtype=torch.bool)
     for index, example in enumerate(examples):
         token_ids[index, : len(example.token_ids)] = example.token_ids
         is_taught[index, : len(example.top_ids)] = True
-    hidden = causal_lm.model(input_ids=token_ids.to(device), use_cache=False).last_hidden_state
+    hidden = causal_lm.get_decoder()(input_ids=token_ids.to(device), use_cache=False).last_hidden_state
     # The output head is a large part of a small model, so it runs only at positions that have a teacher's distribution.
-    logits = causal_lm.lm_head(hidden[is_taught.to(device)]).float()
+    logits = logits_of(causal_lm, hidden[is_taught.to(device)]).float()
     top_ids = torch.cat([example.top_ids for example in examples]).long().to(device)
     teacher = torch.cat([example.log_probs for example in examples]).to(device)
     normalizer = logits.logsumexp(dim=-1, keepdim=True)

@@ -13,7 +13,6 @@ from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
 from convert.progress import silent
 from convert.quality import Text, compute_reference, examine, measure
-from convert.quality.float32_model import hidden_states, log_probs
 from convert.quality.text import DEFAULT_TEXT
 from convert.quantization.nf4 import Nf4
 from tests.convert import parts
@@ -237,22 +236,6 @@ def test_the_distance_of_the_base_is_the_divergence_computed_by_hand(
     expected = parts.logits(parts.with_adapter(parts.load_float32(base), adapter), ids)[:-1]
     assert quality.kl_base == pytest.approx(parts.divergence(expected, alone), rel=1e-3)
     assert quality.distance_kept == pytest.approx(1 - quality.kl_mean / quality.kl_base)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
-def test_the_head_is_all_that_lies_between_states_and_logits(architecture: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes, **heads)).eval()
-    row = torch.randint(0, 50, (1, 70))
-
-    with torch.inference_mode():
-        ((_, states),) = hidden_states(model, [row], "x", silent)
-        from_head = torch.cat(list(log_probs(model, states)))
-
-    assert torch.allclose(from_head, parts.logits(model, row)[:-1].log_softmax(-1), atol=1e-5)
 
 
 def test_an_adapter_on_the_head_is_in_the_reference(untied_base: Path, tmp_path: Path) -> None:

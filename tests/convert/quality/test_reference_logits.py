@@ -23,7 +23,7 @@ def test_stored_logits_give_the_distributions_of_the_model_back(base: Path, unti
         states = [states for _, states in hidden_states(model, rows, "x", silent)]
         for row_states in states:
             stored.append(row_states)
-        stored.set_head(model.lm_head.weight)
+        stored.set_output_layers(model)
         for number, row in enumerate(rows):
             restored = torch.cat(list(stored.log_probs(number)))
             assert torch.equal(restored, torch.cat(list(log_probs(model, states[number]))))
