@@ -31,7 +31,7 @@ Document = dict[str, Any]
 
 @cache
 def rendered(overlay: str) -> tuple[Document, ...]:
-    return _kustomize(DEPLOY / "overlays" / overlay)
+    return kustomize(DEPLOY / "overlays" / overlay)
 
 
 @cache
@@ -47,13 +47,36 @@ def rendered_with(overlay: str, *components: str) -> tuple[Document, ...]:
             "components": [str(above / "components" / component) for component in components],
         }
         (Path(home) / "kustomization.yaml").write_text(yaml.safe_dump(document))
-        return _kustomize(Path(home))
+        return kustomize(Path(home))
 
 
-def _kustomize(directory: Path) -> tuple[Document, ...]:
+@cache
+def rendered_copy(overlay: str, *components: str) -> tuple[Document, ...]:
+    """A copy of `overlay` that names these components too. `graft-state-place` comes with object-store, as its comment
+    says. Raises RenderingFailed."""
+    with tempfile.TemporaryDirectory() as home:
+        deploy = Path(home) / "deploy"
+        shutil.copytree(DEPLOY, deploy, ignore=shutil.ignore_patterns("__pycache__"))
+        path = deploy / "overlays" / overlay / "kustomization.yaml"
+        document = yaml.safe_load(path.read_text())
+        added = [f"../../components/{component}" for component in components]
+        document["components"] = [*document.get("components", []), *added]
+        generators = document.setdefault("configMapGenerator", [])
+        if "object-store" in components and all(each["name"] != "graft-state-place" for each in generators):
+            generators.append({"name": "graft-state-place", "literals": ["STATE_URL=s3://bucket/state"]})
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+        return kustomize(path.parent)
+
+
+class RenderingFailed(AssertionError):
+    """What kubectl said."""
+
+
+def kustomize(directory: Path) -> tuple[Document, ...]:
     command = ["kubectl", "kustomize", str(directory)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
+    if result.returncode:
+        raise RenderingFailed(result.stderr)
     return tuple(yaml.safe_load_all(result.stdout))
 
 
@@ -128,3 +151,39 @@ def _strict(schema: Any) -> Any:
         if isinstance(schema.get(part), dict):
             schema[part] = _strict(schema[part])
     return schema
+
+
+def missing(documents: tuple[Document, ...], beside: tuple[Document, ...] = ()) -> dict[str, set[Any]]:
+    """What pods mount or refer to and nobody makes, by the pod. `beside`: what is applied in the same namespace."""
+    objects = {(document["kind"], document["metadata"]["name"]) for document in (*documents, *beside)}
+    # Made by whoever installs (docs/how-to/deploy-on-kubernetes.md).
+    objects |= {("Secret", name) for name in ("graft-admin", "graft-keys", "graft-redis", "graft-object-store")}
+    lacking = {}
+    for document in documents:
+        for name, template in pod_templates(document):
+            volumes = {volume["name"] for volume in template["spec"]["volumes"]}
+            volumes |= {claim["metadata"]["name"] for claim in document["spec"].get("volumeClaimTemplates", [])}
+            mounted = {mount["name"] for container in containers(template) for mount in container["volumeMounts"]}
+            if unmet := (mounted - volumes) | (wanted(template) - objects):
+                lacking[name] = unmet
+    return lacking
+
+
+def wanted(template: Document) -> set[tuple[str, str]]:
+    """Objects that a pod refers to."""
+    references = {("ServiceAccount", template["spec"]["serviceAccountName"])}
+    for volume in template["spec"]["volumes"]:
+        if "configMap" in volume:
+            references.add(("ConfigMap", volume["configMap"]["name"]))
+        if "secret" in volume:
+            references.add(("Secret", volume["secret"]["secretName"]))
+        if "persistentVolumeClaim" in volume:
+            references.add(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
+    for container in containers(template):
+        for source in container.get("envFrom", []):
+            kind, key = ("ConfigMap", "configMapRef") if "configMapRef" in source else ("Secret", "secretRef")
+            references.add((kind, source[key]["name"]))
+        for variable in container.get("env", []):
+            if secret := variable.get("valueFrom", {}).get("secretKeyRef"):
+                references.add(("Secret", secret["name"]))
+    return references

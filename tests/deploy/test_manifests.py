@@ -17,6 +17,7 @@ from tests.deploy.manifests import (
     SERVING,
     Document,
     containers,
+    missing,
     needs_kubectl,
     only,
     pod_templates,
@@ -117,38 +118,7 @@ def test_every_overlay_is_applied_beside_a_server() -> None:
 
 @pytest.mark.parametrize(("overlay", "served"), BESIDE)
 def test_what_a_pod_mounts_is_there(overlay: str, served: str) -> None:
-    documents = rendered(overlay)
-    beside = (*documents, *rendered(served), *rendered("checkpoints"))
-    objects = {(document["kind"], document["metadata"]["name"]) for document in beside}
-    # Made by whoever installs (docs/how-to/deploy-on-kubernetes.md).
-    objects |= {("Secret", name) for name in ("graft-admin", "graft-keys", "graft-redis", "graft-object-store")}
-    for document in documents:
-        for name, template in pod_templates(document):
-            volumes = {volume["name"] for volume in template["spec"]["volumes"]}
-            volumes |= {claim["metadata"]["name"] for claim in document["spec"].get("volumeClaimTemplates", [])}
-            for container in containers(template):
-                assert {mount["name"] for mount in container["volumeMounts"]} <= volumes, name
-            assert wanted(template) <= objects, name
-
-
-def wanted(template: Document) -> set[tuple[str, str]]:
-    """Objects that a pod refers to."""
-    references = {("ServiceAccount", template["spec"]["serviceAccountName"])}
-    for volume in template["spec"]["volumes"]:
-        if "configMap" in volume:
-            references.add(("ConfigMap", volume["configMap"]["name"]))
-        if "secret" in volume:
-            references.add(("Secret", volume["secret"]["secretName"]))
-        if "persistentVolumeClaim" in volume:
-            references.add(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
-    for container in containers(template):
-        for source in container.get("envFrom", []):
-            kind = "ConfigMap" if "configMapRef" in source else "Secret"
-            references.add((kind, next(iter(source.values()))["name"]))
-        for variable in container.get("env", []):
-            if secret := variable.get("valueFrom", {}).get("secretKeyRef"):
-                references.add(("Secret", secret["name"]))
-    return references
+    assert missing(rendered(overlay), (*rendered(served), *rendered("checkpoints"))) == {}
 
 
 def test_every_pod_is_one_that_the_network_policies_cover() -> None:
@@ -239,11 +209,19 @@ def test_ray_accepts_the_serve_config(tmp_path: Path) -> None:
     ServeDeploySchema.model_validate(deploy_config(ServeSettings.model_validate(plain_settings(tmp_path))))
 
 
-def test_the_bucket_is_named_once_for_servers_and_once_for_publishers() -> None:
+def test_the_bucket_is_named_once_for_servers_and_publishers() -> None:
     documents = rendered("prod")
     settings = yaml.safe_load(only(documents, "ConfigMap", "graft-settings")["data"]["settings.yaml"])
 
-    assert only(documents, "ConfigMap", "graft-state-place")["data"]["STATE_URL"] == settings["state_url"]
+    place = only(documents, "ConfigMap", "graft-state-place")
+
+    assert "state_url" not in settings
+    for name, template in pod_templates(only(documents, "RayService")):
+        source = {"prefix": "GRAFT_", "configMapRef": {"name": place["metadata"]["name"]}}
+        assert source in template["spec"]["containers"][0]["envFrom"], name
+    (follower,) = only(documents, "Deployment", "graft-follower")["spec"]["template"]["spec"]["containers"]
+    assert {"configMapRef": {"name": place["metadata"]["name"]}} in follower["envFrom"]
+    assert "--state=$(STATE_URL)" in follower["args"]
 
 
 def test_the_autoscaler_may_ask_kubernetes_and_nobody_else() -> None:

@@ -196,3 +196,22 @@ def test_following_a_file_ends_on_sigterm_and_tells_what_it_could_not_do(tmp_pat
 
     assert "was not applied: error[server_not_running]" in line
     assert process.wait(timeout=60) == 0
+
+
+def test_the_bucket_may_be_named_by_a_variable_of_the_pod(
+    make_artifact: MakeArtifact, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the ConfigMap graft-state-place of the component object-store gives it to servers and publishers alike."""
+    named: dict[str, object] = {
+        "engine": {"artifact": str(make_artifact("a").root)},
+        "gateway": {"admin_tokens_dir": str(tokens)},
+        "state_dir": str(tmp_path / "state"),
+    }
+    assert settings_of(write(tmp_path / "s.yaml", **named)).state_url is None
+
+    monkeypatch.setenv("GRAFT_STATE_URL", "s3://bucket/state")
+    assert settings_of(write(tmp_path / "s.yaml", **named)).state_url == "s3://bucket/state"
+    assert settings_of(write(tmp_path / "s.yaml", **named, state_url="s3://bucket/state")).state_url
+
+    with pytest.raises(StateInvalid, match=r"GRAFT_STATE_URL .*Name one place"):
+        settings_of(write(tmp_path / "s.yaml", **named, state_url="s3://other/state"))

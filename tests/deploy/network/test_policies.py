@@ -115,6 +115,7 @@ NEEDED = [
     # object stores: S3 and its like, MinIO in the cluster and outside, and roles instead of keys
     *(Row(PROD, pod, INTERNET, port) for pod in ("engines", "follower") for port in (443, 9000)),
     Row(PROD, "engines", MINIO, 9000),
+    *(Row((*ONE_MACHINE, "object-store"), "server", peer, port) for peer, port in ((INTERNET, 443), (MINIO, 9000))),
     *(Row(PROD, "engines", Address(ip), port) for ip, port in (
         ("169.254.169.254", 80), ("169.254.169.252", 988), ("169.254.170.23", 80),
     )),
