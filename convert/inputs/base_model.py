@@ -254,7 +254,7 @@ def _require_known(root: Path, tensors: Tensors, linears: Mapping[str, Linear]) 
         raise BaseUnreadable(
             f"{root} is not built like Llama: {len(unknown)} tensors have no place there "
             f"({', '.join(map(repr, unknown[:3]))}…). Supported are dense models with the weights of Llama's layers, "
-            "such as Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo 2 and the text models of Gemma."
+            "such as Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo 2, Granite 3, Cohere and the text models of Gemma."
         )
 
 
