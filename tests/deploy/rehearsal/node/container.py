@@ -89,6 +89,8 @@ class Container:
         ]
         reading, writing = os.pipe()
         with log.open("ab") as output, _in_memory(self._environment) as handed:
+            # As runtimes do: the process may open its own output again.
+            os.fchown(output.fileno(), int(settings["RH_USER"]), -1)
             numbers = {"RH_VARIABLES": str(handed.fileno()), "RH_STARTED": str(writing)}
             self._process = subprocess.Popen(
                 [*enter, "--ipc", "--uts", "bash", str(_HERE / "root.sh"), *command],
