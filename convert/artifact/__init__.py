@@ -1,4 +1,5 @@
 """The artifact: the directory that `convert` publishes and `serve` reads, with its manifest, digests and signature.
+And what both read in directories that others made: JSON, links, chat templates.
 
 Entry points: `Artifact.open` and `signature.sign`. The package imports only pydantic and cryptography, for `serve`.
 """

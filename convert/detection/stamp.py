@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from convert.artifact.json_files import read_json
 from convert.detection.training import Training, TrainingQuantizer, TrainingSource
 from convert.errors import CheckpointUnreadable
 from convert.inputs.adapter_checkpoint import Checkpoint
-from convert.safetensors_io.json_files import read_json
 
 STAMP = "graft_training.json"
 

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from convert.artifact import VLLM_LORA_RANKS, digest, file_sha256
 from convert.artifact.file_names import ADAPTER_CONFIG, ADAPTER_STEM, TOKENIZER_FILES
+from convert.artifact.json_files import read_json
+from convert.artifact.links import is_contained, require_contained
 from convert.errors import CheckpointUnreadable, CheckpointUnsupported, one_for_each_cause
 from convert.inputs import lora, trainer_files
 from convert.inputs.adapter_state import AdapterState, SavedWeight, TrainedRows
 from convert.inputs.architecture import LAYER_LINEAR
 from convert.inputs.keys import TORCHTUNE_TARGETS
-from convert.inputs.links import is_contained, require_contained
 from convert.inputs.lora_weights import LoraWeights
 from convert.inputs.peft_settings import HARMLESS_SETTINGS, PLAIN_INITS, UNSUPPORTED_SETTINGS
 from convert.safetensors_io.directories import checkpoints_below, gathering_problem, why_no_adapter, why_no_directory
-from convert.safetensors_io.json_files import read_json
 from convert.safetensors_io.tensors import Tensors, all_finite
 
 if TYPE_CHECKING:

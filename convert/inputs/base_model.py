@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from convert.artifact import MANIFEST, Artifact
 from convert.artifact.file_names import GENERATION_CONFIG, MODEL_STEM, TOKENIZER_FILES
+from convert.artifact.links import require_contained
 from convert.errors import BaseMismatch, BaseUnreadable
 from convert.inputs import model_config
 from convert.inputs.architecture import EMBEDDING, HEAD, LAYER_LINEAR, LAYER_LINEARS, OTHER_WEIGHTS
-from convert.inputs.links import require_contained
 from convert.inputs.model_config import CONFIG
 from convert.quantization import compressed, nf4
 from convert.quantization.compressed import Compressed

@@ -9,9 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 from convert.artifact.file_names import ADAPTER_CONFIG
+from convert.artifact.json_files import shown
 from convert.inputs import lora, model_config
 from convert.inputs.keys import Key, Part
-from convert.safetensors_io.json_files import shown
 from convert.safetensors_io.tensors import TensorSpec
 
 _LINEAR_PARTS = (Part.A, Part.B)

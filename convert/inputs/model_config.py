@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from convert.artifact.json_files import Settings, read_json, settings_of
 from convert.errors import BaseUnreadable
-from convert.safetensors_io.json_files import Settings, read_json, settings_of
 
 CONFIG = "config.json"
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
+from convert.artifact.json_files import read_json
+from convert.artifact.links import is_contained
 from convert.errors import CheckpointUnreadable, ConvertError
-from convert.inputs.links import is_contained
-from convert.safetensors_io.json_files import read_json
 
 # A step of a run: transformers' checkpoint-500, torchtune's epoch_0 and step_100, ms-swift 1's default in a step.
 _STEP = re.compile(r"(?:checkpoint|epoch|step|global_step)[-_]?\d+|checkpoint-(?:best|last|final)|default")

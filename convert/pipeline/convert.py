@@ -44,10 +44,8 @@ def convert(request: Request, destination: Destination, progress: Progress = sil
     prepared = prepare(request, progress)
     variants = prepared.open_variants()
     candidates = _candidates(prepared, variants)
-    if destination.keep_finished:
-        if artifact := _finished_before(destination, candidates, prepared):
-            return artifact
-        require_absent(destination.path)
+    if destination.keep_finished and (artifact := _finished_before(destination, candidates, prepared)):
+        return artifact
     gate = choosing_gate(request.gate) if len(variants) > 1 else request.gate
     evaluator = Evaluator(prepared, gate, progress)
     trials: list[Trial] = []

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from convert.artifact.json_files import read_json, shown
 from convert.errors import BaseMismatch, CheckpointUnreadable, one_for_each_cause
 from convert.inputs.adapter_checkpoint import Checkpoint, LoraWeights, TrainedRows
 from convert.inputs.architecture import EMBEDDING, EMBEDDING_MODULE, HEAD, HEAD_WEIGHT, LAYER_LINEAR
 from convert.inputs.base_model import BaseModel
 from convert.inputs.model_config import head_dim
 from convert.plan.weight_updates import WeightUpdate, WeightUpdates, is_weight_of_base
-from convert.safetensors_io.json_files import read_json, shown
 from convert.safetensors_io.tensors import TensorSpec
 
 _FUSED = frozenset({"qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "W_pack", "wqkv", "dense_h_to_4h"})

@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from convert.artifact.chat_templates import INLINE, chat_templates, inline_templates
 from convert.artifact.file_names import TOKENIZER_CONFIG, TOKENIZERS
+from convert.artifact.json_files import read_json
 from convert.errors import BaseUnreadable, CheckpointUnreadable, ConvertError
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
-from convert.inputs.chat.templates import INLINE, chat_templates, inline_templates
-from convert.safetensors_io.json_files import read_json
 
 SideFiles = Mapping[str, Path | bytes]
 """By name in the directory: the file to copy, or the content to write."""

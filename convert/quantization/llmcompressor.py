@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from convert.artifact.json_files import read_json
 from convert.errors import FormatRefused, QuantizerFailed, QuantizerMissing
 from convert.progress import Progress
 from convert.quantization import llmcompressor_worker
 from convert.quantization.compressed import Compressed
-from convert.safetensors_io.json_files import read_json
 from convert.safetensors_io.tensors import DTYPES
 
 Method = Literal["gptq", "awq"]

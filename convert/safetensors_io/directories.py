@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from convert.artifact.file_names import ADAPTER_CONFIG
-from convert.safetensors_io.foreign_files import foreign_format
+from convert.artifact.foreign_files import foreign_format
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MODEL_CONFIG = "config.json"

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.artifact.foreign_files import foreign_format, missing_weights
+from convert.artifact.json_files import read_json, require_text, shown
 from convert.errors import ConvertError
-from convert.safetensors_io.foreign_files import foreign_format, missing_weights
-from convert.safetensors_io.json_files import read_json, require_text, shown
 
 if TYPE_CHECKING:
     import torch

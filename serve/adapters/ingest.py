@@ -3,22 +3,16 @@ plain PEFT adapter as other servers take it."""
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from convert.artifact import GOLDEN, MANIFEST, Artifact, digest, file_sha256, problems_of
-from convert.artifact.file_names import (
-    CHAT_TEMPLATE,
-    OTHER_CHAT_TEMPLATES,
-    PROCESSOR_CHAT_TEMPLATE,
-    TOKENIZER_CONFIG,
-)
+from convert.artifact.chat_templates import chat_templates
+from convert.artifact.json_files import read_json
 from convert.artifact.signature import signature_of
 from convert.errors import ArtifactInvalid
 from serve.adapters.file_validation import ADAPTER_FILES, CONFIG, WEIGHTS, largest_rank, read_config
@@ -29,7 +23,6 @@ from serve.settings import AdmissionSettings, EngineSettings
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _MAX_GOLDEN_BYTES = 16 << 20
-_DEFAULT = "default"
 
 
 def ingest_artifact(artifact: Artifact, name: str | None, store: AdapterStore) -> Candidate:
@@ -154,7 +147,7 @@ def _check_tokenizer(root: Path, model: Path) -> None:
     here it would get other prompts than it was trained on."""
     differences = [
         part
-        for part, read in (("tokenizer", _read_vocabulary), ("chat template", chat_templates))
+        for part, read in (("tokenizer", _read_vocabulary), ("chat template", _read_templates))
         if (own := read(root)) and own != read(model)
     ]
     if differences:
@@ -171,50 +164,22 @@ def _read_vocabulary(directory: Path) -> Mapping[str, object] | None:
     return None if tokenizer is None else {key: tokenizer.get(key) for key in ("model", "added_tokens", "normalizer")}
 
 
-def chat_templates(directory: Path) -> Mapping[str, str]:
-    """The texts by their names, that for plain chats as `default`; empty where there are none.
-
-    As convert/inputs/chat/templates.py, and transformers: in files, else in tokenizer_config.json, else in the
-    chat_template.json of a processor. White space around a text does not count, since trainers add it. Raises
-    AdapterRejected for a damaged file.
-    """
-    files = {_DEFAULT: directory / CHAT_TEMPLATE}
-    files |= {path.stem: path for path in sorted((directory / OTHER_CHAT_TEMPLATES).glob("*.jinja"))}
-    templates = {name: _read_text(path) for name, path in files.items() if path.is_file()}
-    for file in (TOKENIZER_CONFIG, PROCESSOR_CHAT_TEMPLATE):
-        templates = templates or _templates_in(directory / file)
-    return {name: text.strip() for name, text in templates.items()}
-
-
-def _templates_in(path: Path) -> dict[str, str]:
-    """The templates in a JSON file: one text, or a list of names and texts."""
-    value: Any = (_read_json(path) or {}).get("chat_template")
-    if not value:
-        return {}
-    entries = [{"name": _DEFAULT, "template": value}] if isinstance(value, str) else value
+def _read_templates(directory: Path) -> Mapping[str, bytes]:
+    """The chat templates by the names of their files. White space around a text does not count, since trainers add
+    it. Raises AdapterRejected for a damaged file."""
     try:
-        return TypeAdapter(dict[str, str]).validate_python({entry["name"]: entry["template"] for entry in entries})
-    except (TypeError, KeyError, ValidationError):
-        raise AdapterRejected(
-            f"{path.name} is damaged: chat_template is neither a text nor a list of templates with their names."
-        ) from None
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise AdapterRejected(f"{path.name} is damaged: {error}.") from error
+        return {name: text.strip() for name, text in chat_templates(directory, ArtifactInvalid).items()}
+    except ArtifactInvalid as error:
+        raise AdapterRejected(str(error)) from error
 
 
 def _read_json(path: Path) -> dict[str, object] | None:
     if not path.is_file():
         return None
     try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise AdapterRejected(f"{path.name} is damaged: {error}.") from error
-    return document if isinstance(document, dict) else None
+        return read_json(path, ArtifactInvalid)
+    except ArtifactInvalid as error:
+        raise AdapterRejected(str(error)) from error
 
 
 def _read_golden(path: Path) -> bytes:

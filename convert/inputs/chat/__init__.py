@@ -1,1 +1,1 @@
-"""What a chat becomes: the tokenizer, its chat templates, and how they begin and end an answer."""
+"""What a chat becomes: the tokenizer with its chat templates, and how they begin and end an answer."""

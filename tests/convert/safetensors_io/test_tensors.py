@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from convert.artifact.json_files import read_json
 from convert.errors import CheckpointUnreadable, ConvertError
-from convert.safetensors_io.json_files import read_json
 from convert.safetensors_io.tensors import Tensors
 
 SAMPLE = {

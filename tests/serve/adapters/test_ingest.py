@@ -9,11 +9,11 @@ from pydantic import TypeAdapter
 from transformers import AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
+from convert.artifact.chat_templates import chat_templates
 from convert.artifact.signature import sign
 from convert.errors import ConvertError
-from convert.inputs.chat.templates import chat_templates as of_convert
 from serve.adapters.admission import Admission
-from serve.adapters.ingest import chat_templates, ingest_artifact, ingest_path
+from serve.adapters.ingest import ingest_artifact, ingest_path
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.object_store import DirectoryStore
@@ -219,17 +219,16 @@ PLACES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_both_readers_of_chat_templates_find_those_of_transformers(tmp_path: Path, place: str) -> None:
+def test_the_chat_templates_are_those_of_transformers(tmp_path: Path, place: str) -> None:
     parts.save_tokenizer(tmp_path, template=None)
     PLACES[place](tmp_path)
 
     loaded = AutoTokenizer.from_pretrained(tmp_path).chat_template
 
     expected = loaded if isinstance(loaded, dict) else {"default": loaded} if loaded else {}
-    by_file = of_convert(tmp_path, ConvertError)
+    by_file = chat_templates(tmp_path, ConvertError)
     stems = {Path(file).stem: text.decode() for file, text in by_file.items()}
     assert {stem if stem != "chat_template" else "default": text for stem, text in stems.items()} == expected
-    assert chat_templates(tmp_path) == expected
 
 
 def test_the_template_of_a_processor_is_that_of_transformers(tmp_path: Path) -> None:
@@ -238,8 +237,7 @@ def test_the_template_of_a_processor_is_that_of_transformers(tmp_path: Path) -> 
 
     loaded = ProcessorMixin.get_processor_dict(tmp_path)[0]["chat_template"]
 
-    assert chat_templates(tmp_path) == {"default": loaded}
-    assert of_convert(tmp_path, ConvertError) == {"chat_template.jinja": loaded.encode()}
+    assert chat_templates(tmp_path, ConvertError) == {"chat_template.jinja": loaded.encode()}
 
 
 @pytest.mark.parametrize("place", ["files", "another file alone", "a list", "a list of one"])
@@ -266,7 +264,7 @@ def test_a_damaged_chat_template_is_refused_by_name(desk: Desk, value: object) -
     path = write_adapter(desk.roots / "pirate", "pirate")
     (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
 
-    with pytest.raises(AdapterRejected, match=r"tokenizer_config\.json is damaged: chat_template"):
+    with pytest.raises(AdapterRejected, match=r"tokenizer_config\.json: chat_template is neither"):
         desk.take(path)
 
 
@@ -274,5 +272,5 @@ def test_a_template_that_is_no_text_is_refused_by_name(desk: Desk) -> None:
     path = write_adapter(desk.roots / "pirate", "pirate")
     (path / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
 
-    with pytest.raises(AdapterRejected, match=r"chat_template\.jinja is damaged"):
+    with pytest.raises(AdapterRejected, match=r"chat_template\.jinja is not UTF-8 text"):
         desk.take(path)

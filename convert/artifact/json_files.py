@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from convert.artifact.foreign_files import foreign_format
 from convert.errors import ConvertError
-from convert.safetensors_io.foreign_files import foreign_format
 
 # Deeper than any settings of a model or a trainer, and far from where Python's own functions give up.
 _MAX_DEPTH = 64

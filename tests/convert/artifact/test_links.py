@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from convert.artifact.links import is_contained
 from convert.errors import BaseUnreadable, CheckpointUnreadable
 from convert.inputs import trainer_files
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
-from convert.inputs.links import is_contained
 from tests.convert import parts
 from tests.convert.asking import Request, convert
 

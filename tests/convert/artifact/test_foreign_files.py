@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from convert.safetensors_io.foreign_files import missing_weights
+from convert.artifact.foreign_files import missing_weights
 
 
 def test_the_command_for_pickles_saves_every_shard(tmp_path: Path) -> None:
