@@ -68,6 +68,12 @@ def python_of(venv: Path) -> Path:
 
 
 def make_venv(venv: Path) -> None:
+    if venv.is_symlink():
+        # --clear would empty the directory that it leads to, which may be another checkout's environment.
+        raise SetUpError(
+            f"{venv} is a symbolic link to {venv.readlink()}, whose content would be removed; remove the link "
+            f"(rm {venv}), or choose another --venv"
+        )
     if venv.exists() and not (venv / "pyvenv.cfg").is_file() and any(venv.iterdir()):
         raise SetUpError(f"{venv} exists and is not a virtual environment; choose another --venv")
     # --clear: what an interrupted run or another lock left behind would stay in the way.
