@@ -205,14 +205,19 @@ def _state(root: Path, tensors: Tensors, name: str) -> tuple[tuple[int, int], st
 
 
 def _parse_state(text: bytes, *, nested: bool) -> tuple[tuple[int, int], str]:
+    """Every key is checked, since bitsandbytes' own reader takes them all and expects what it writes."""
     state = json.loads(text)
+    expected: dict[str, object] = {"quant_type": "nf4", "blocksize": BLOCK}
+    if nested:
+        expected |= {"nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32"}
+    if set(state) != {"dtype", "shape", *expected, *(("nested_offset",) if nested else ())}:
+        raise ValueError(f"its keys are {sorted(state)}")
+    if wrong := [key for key, value in expected.items() if state[key] != value or type(state[key]) is not type(value)]:
+        raise ValueError(f"{wrong[0]} is {state[wrong[0]]!r}, not {expected[wrong[0]]!r}")
     rows, columns = state["shape"]
     if type(rows) is not int or type(columns) is not int or rows < 1 or columns < 1:
         raise ValueError(f"shape {state['shape']!r}")
-    if state["quant_type"] != "nf4" or state["blocksize"] != 64 or state.get("nested_blocksize", 256) != 256:
-        raise ValueError("not NF4 in blocks of 64")
+    if nested and (type(state["nested_offset"]) is not float or not math.isfinite(state["nested_offset"])):
+        raise ValueError(f"nested_offset {state['nested_offset']!r}")
     dtype = next(dtype for dtype in FLOATS if DTYPES[dtype][1] == state["dtype"])
-    has_offset = "nested_offset" in state
-    if has_offset != nested or (has_offset and type(state["nested_offset"]) is not float):
-        raise ValueError("nested_offset and nested_absmax must come together")
     return (rows, columns), dtype

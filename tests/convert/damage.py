@@ -1,8 +1,8 @@
-"""Damaged copies of the small files that a conversion reads: every key of a file with every kind of wrong value, and
-every kind of damage to a file as a whole.
+"""Damaged copies of the files that a conversion reads: every key of a file with every kind of wrong value, and every
+kind of damage to a file as a whole.
 
 `python -m tests.convert.damage` reads all of them with every command (minutes), and prints what ended in anything but
-a ConvertError or success.
+a ConvertError or success, or left files behind.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ _REMOVED = "removed"
 # Of a vocabulary or a list only the first entries are damaged: the others are of the same kind.
 _ENTRIES = 2
 _LARGE = 40
-HUNG_AFTER_S = 30
+HUNG_AFTER_S = 120
+
+
+class Hung(BaseException):
+    """No Exception, and no OSError: a command must not take it for an error of its own."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,10 @@ class Damage:
 def of_keys(directory: Path, file: str, added: Mapping[str, Any] | None = None) -> Iterator[Damage]:
     """Every key of a JSON file with every wrong value. `added`: keys that the file may have, besides its own."""
     document = dict(added or {}) | json.loads((directory / file).read_text())
-    for location in _locations(document):
+    for location in locations(document):
         for kind, text in VALUES.items():
-            yield Damage(file, kind, location, _writing(file, _with_value(document, location, text).encode()))
-        yield Damage(file, _REMOVED, location, _writing(file, json.dumps(_without(document, location)).encode()))
+            yield Damage(file, kind, location, writing(file, with_value(document, location, text).encode()))
+        yield Damage(file, _REMOVED, location, writing(file, json.dumps(without(document, location)).encode()))
 
 
 def of_file(directory: Path, file: str) -> Iterator[Damage]:
@@ -93,7 +97,7 @@ def of_file(directory: Path, file: str) -> Iterator[Damage]:
         **{f"holds {kind}": VALUES[kind].encode() for kind in ("null", "a text", "a nested list", "deep", "very deep")},
     }
     for kind, damaged in kinds.items():
-        yield Damage(file, kind, None, _writing(file, damaged))
+        yield Damage(file, kind, None, writing(file, damaged))
     for kind, place in _PLACES.items():
         yield Damage(file, kind, None, _placing(file, place))
 
@@ -102,7 +106,7 @@ def outcome_and_message(work: Callable[[], object]) -> tuple[str, str]:
     """`ok` or the code of the ConvertError; the name of any other error, and `hung` where it took too long."""
 
     def interrupt(*_: object) -> None:
-        raise TimeoutError(f"no answer after {HUNG_AFTER_S} s")
+        raise Hung(f"no answer after {HUNG_AFTER_S} s")
 
     signal.signal(signal.SIGALRM, interrupt)
     signal.alarm(HUNG_AFTER_S)
@@ -111,7 +115,9 @@ def outcome_and_message(work: Callable[[], object]) -> tuple[str, str]:
     except ConvertError as error:
         return error.code, str(error)
     except OSError as error:  # the command line reports it as file_inaccessible
-        return ("hung" if isinstance(error, TimeoutError) else f"OSError {error.errno}"), _trace(error)
+        return f"OSError {error.errno}", _trace(error)
+    except Hung as error:
+        return "hung", _trace(error)
     except BaseException as error:  # a panic of a native library is no Exception
         return type(error).__name__, _trace(error)
     finally:
@@ -138,24 +144,24 @@ def _trace(error: BaseException) -> str:
     return f"{str(error)[:200]} at {where}"
 
 
-def _locations(value: Any, above: Location = ()) -> Iterator[Location]:
+def locations(value: Any, above: Location = ()) -> Iterator[Location]:
     keys = list(value.keys() if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ())
     for key in keys if len(keys) < _LARGE and isinstance(value, dict) else keys[:_ENTRIES]:
         yield (*above, key)
-        yield from _locations(value[key], (*above, key))
+        yield from locations(value[key], (*above, key))
 
 
 _MARK = "a value that is replaced"
 
 
-def _with_value(document: Any, location: Location, text: str) -> str:
+def with_value(document: Any, location: Location, text: str) -> str:
     copy = json.loads(json.dumps(document))
     holder = _holder(copy, location)
     holder[location[-1]] = _MARK
     return json.dumps(copy).replace(json.dumps(_MARK), text)
 
 
-def _without(document: Any, location: Location) -> Any:
+def without(document: Any, location: Location) -> Any:
     copy = json.loads(json.dumps(document))
     del _holder(copy, location)[location[-1]]
     return copy
@@ -167,7 +173,7 @@ def _holder(document: Any, location: Location) -> Any:
     return document
 
 
-def _writing(file: str, content: bytes) -> Callable[[Path], None]:
+def writing(file: str, content: bytes) -> Callable[[Path], None]:
     def apply(directory: Path) -> None:
         (directory / file).write_bytes(content)
 
@@ -206,24 +212,30 @@ _PLACES: Mapping[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
-    from tests.convert.damaged_inputs import DamagedInputs
+    from tests.convert.damaged_inputs import SCRATCH, DamagedInputs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="", help="only files whose path holds it")
+    parser.add_argument("part", nargs="?", default="", help="only files whose path, DIRECTORY/FILE, holds it")
+    parser.add_argument("--command", default="", help="only this command")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth damage")
     asked = parser.parse_args()
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="graft-damage-") as home:
         inputs = DamagedInputs.make(Path(home))
+        (inputs.work / SCRATCH).mkdir()
+        tempfile.tempdir = str(inputs.work / SCRATCH)
         for number, case in enumerate(inputs.cases()):
             if asked.part not in f"{case.directory.name}/{case.damage.file}" or number % asked.every:
                 continue
             with damaged(case.directory, case.damage, inputs.work) as copy:
                 for command, work in case.commands.items():
+                    if asked.command not in ("", command):
+                        continue
                     code, message = outcome_and_message(lambda: work(copy))  # noqa: B023
                     counts[f"{command}: {code}"] += 1
-                    if not case.is_expected(code, message):
-                        print(f"{command} {case.directory.name}/{case.damage}: {code}: {message}", flush=True)
+                    left = inputs.left_behind(copy)
+                    if left or not case.is_expected(code, message):
+                        print(f"{command} {case.directory.name}/{case.damage}: {code}: {message} {left}", flush=True)
     for result, count in sorted(counts.items()):
         print(f"{count:6} {result}")
 

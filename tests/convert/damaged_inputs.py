@@ -7,16 +7,19 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from convert.artifact import Artifact
 from convert.cli.report.inspection import inspection_document, inspection_screen
 from convert.cli.report.plan import plan_document, plan_screen
 from convert.cli.report.screen import Page
 from convert.inputs.base_model import BaseModel
+from convert.pipeline.compare import compare, write_report
 from convert.pipeline.dry_run import dry_run
 from convert.pipeline.inspect import inspect
 from convert.progress import silent
@@ -26,6 +29,7 @@ from convert.verification.verify import _served_model, golden_of, stop_token_ids
 from tests.convert import parts, trainers
 from tests.convert.asking import Request, convert
 from tests.convert.damage import Damage, of_file, of_keys
+from tests.convert.damaged_tensors import of_tensors
 
 # Settings that these files may have, besides those that the small ones have.
 ADDED: Mapping[str, Mapping[str, Any]] = {
@@ -66,6 +70,9 @@ ADDED: Mapping[str, Mapping[str, Any]] = {
     "tokenizer.json": {"truncation": None, "padding": None},
     "special_tokens_map.json": {},
 }
+# The files of a base that the command `compare` is tried with too.
+_COMPARED = ("config.json", "model.safetensors.index.json", "generation_config.json")
+SCRATCH = "tmp"
 _TEXT = '{"text": "the rain in spain"}\n{"messages": [{"role": "user", "content": "the rain"}]}\n'
 
 
@@ -88,6 +95,7 @@ class DamagedInputs:
 
     work: Path
     checkpoint: Path
+    qlora: Path
     base: Path
     bases: tuple[Path, ...]
     artifact: Path
@@ -109,9 +117,9 @@ class DamagedInputs:
         artifact = home / "artifact"
         convert(Request(lora, base, artifact, route="adapter", quantize="none"))
         (home / "work").mkdir()
-        return cls(
-            home / "work", _full_checkpoint(lora, base, home / "checkpoint"), base, bases, artifact, _texts(home)
-        )
+        checkpoint = _full_checkpoint(lora, base, home / "checkpoint")
+        qlora = parts.mark_qlora(parts.copy(lora, home / "qlora-of-lora"))
+        return cls(home / "work", checkpoint, qlora, base, bases, artifact, _texts(home))
 
     def cases(self) -> Iterator[Case]:
         yield from self._of_checkpoint()
@@ -134,16 +142,23 @@ class DamagedInputs:
                 yield Case(self.checkpoint, damage, commands)
 
     def _of_bases(self) -> Iterator[Case]:
-        commands = {
-            "inspect": lambda copy: inspected_of(self.checkpoint, copy),
-            "plan": lambda copy: planned_of(self.checkpoint, copy),
-            "run": lambda copy: self._converted(self.checkpoint, copy),
-        }
         for directory in (self.base, *self.bases):
-            for file in sorted(path.name for path in directory.iterdir() if path.suffix != ".safetensors"):
-                if directory == self.base or file in ("config.json", "model.safetensors.index.json"):
-                    for damage in _damages(directory, file):
-                        yield Case(directory, damage, commands)
+            checkpoint = self.qlora if directory.name == "nf4" else self.checkpoint
+            read = {
+                "inspect": partial(inspected_of, checkpoint),
+                "plan": partial(planned_of, checkpoint),
+                "run": partial(self._converted, checkpoint),
+            }
+            compared = read | {"compare": partial(self._compared, checkpoint)}
+            for file in sorted(path.name for path in directory.iterdir()):
+                if file.endswith(".safetensors"):
+                    damages, commands = of_tensors(directory, file), read
+                elif directory == self.base or file in ("config.json", "model.safetensors.index.json"):
+                    damages, commands = _damages(directory, file), compared if file in _COMPARED else read
+                else:
+                    continue
+                for damage in damages:
+                    yield Case(directory, damage, commands)
 
     def _of_artifact(self) -> Iterator[Case]:
         for file in ("manifest.json", "golden.json", "model/config.json", "model/generation_config.json"):
@@ -157,9 +172,26 @@ class DamagedInputs:
         self._run(Request(self.checkpoint, self.base, self.work / "out", route="merge", quantize="none",
                           text=texts / "text.jsonl", canaries=texts / "canaries.jsonl"))  # fmt: skip
 
+    def _compared(self, checkpoint: Path, base: Path) -> None:
+        page = self.work / "page"
+        try:
+            run = compare(Request(checkpoint, base, page).full, ["merge:none"], speed=False, progress=silent)
+            write_report(run, page)
+        finally:
+            shutil.rmtree(page, ignore_errors=True)
+
+    def left_behind(self, copy: Path) -> list[str]:
+        """What commands left beside the damaged copy, or in the folder for temporary files below `work`."""
+        scratch = self.work / SCRATCH
+        entries = [*self.work.iterdir(), *(scratch.iterdir() if scratch.is_dir() else ())]
+        return sorted(path.name for path in entries if path not in (copy, scratch))
+
     def _run(self, request: Request) -> None:
         try:
             convert(request)
+        except BaseException:
+            assert not request.destination.exists(), "half of an artifact is left"
+            raise
         finally:
             shutil.rmtree(request.destination, ignore_errors=True)
 
@@ -225,9 +257,14 @@ def _full_checkpoint(lora: Path, base: Path, directory: Path) -> Path:
 
 def _sharded(base: Path, directory: Path) -> Path:
     copied = parts.copy(base, directory)
-    names = sorted(BaseModel.open(base).tensors.specs)
-    (copied / "model.safetensors").rename(copied / "model-00001-of-00001.safetensors")
-    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    tensors = sorted(load_file(copied / "model.safetensors").items())
+    (copied / "model.safetensors").unlink()
+    weight_map = {}
+    for number, shard in enumerate((tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file(dict(shard), copied / file, {"format": "pt"})
+        weight_map |= {name: file for name, _ in shard}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
     (copied / "model.safetensors.index.json").write_text(json.dumps(index))
     return copied
 

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from convert.cli.app import app
+from convert.errors import BaseUnreadable
+from convert.inputs.base_model import BaseModel
 from tests.convert import parts
 from tests.convert.damage import damaged, outcome_and_message
 from tests.convert.damaged_inputs import DamagedInputs
 
 # Of the damages to each directory every Nth is tried, with the cheapest command that reads the file.
-_EVERY = {"inspect": 41, "verify": 43, "plan": 127}
+_EVERY_OF_WEIGHTS, _EVERY_OF_STATE, _EVERY_OF_COMPARED = 151, 23, 661
+_EVERY = {"inspect": 101, "verify": 83, "plan": 251}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +44,60 @@ def test_a_damaged_file_ends_in_an_error_with_a_code_or_is_read(inputs: DamagedI
 
     assert len(able) > 500
     assert wrong == []
+
+
+def test_damaged_weights_end_in_an_error_with_a_code_or_are_read(inputs: DamagedInputs) -> None:
+    """Of shards, and of NF4 weights with the settings that bitsandbytes keeps beside each."""
+    able = [case for case in inputs.cases() if case.damage.file.endswith(".safetensors")]
+    of_state = [case for case in able if "quant_state" in str(case.damage) and ": " in case.damage.kind]
+    wrong = []
+    for case in (*able[::_EVERY_OF_WEIGHTS], *of_state[::_EVERY_OF_STATE]):
+        command = "plan" if case in of_state else "inspect"
+        with damaged(case.directory, case.damage, inputs.work) as copy:
+            code, message = outcome_and_message(lambda: case.commands[command](copy))  # noqa: B023
+            left = inputs.left_behind(copy)
+        if left or not case.is_expected(code, message):
+            wrong.append(f"{case.directory.name}/{case.damage}: {code}: {message} {left}")
+
+    assert {case.directory.name for case in able} == {"base", "sharded", "compressed", "nf4"}
+    assert len(of_state) > 100
+    assert wrong == []
+
+
+def test_a_comparison_of_a_damaged_base_leaves_nothing_behind(inputs: DamagedInputs) -> None:
+    able = [case for case in inputs.cases() if "compare" in case.commands and case.directory.name != "compressed"]
+    wrong = []
+    for case in able[::_EVERY_OF_COMPARED]:
+        with damaged(case.directory, case.damage, inputs.work) as copy:
+            code, message = outcome_and_message(lambda: case.commands["compare"](copy))  # noqa: B023
+            left = inputs.left_behind(copy)
+        if left or not case.is_expected(code, message):
+            wrong.append(f"{case.directory.name}/{case.damage}: {code}: {message} {left}")
+
+    assert len(able) > 1000
+    assert wrong == []
+
+
+@pytest.mark.parametrize("key", ["nested_blocksize", "nested_dtype", "nested_offset", "blocksize", "another"])
+@pytest.mark.parametrize("value", ["gone", "NaN", '"a b"', "256.0", "[]"])
+def test_a_state_of_an_nf4_weight_that_bitsandbytes_would_stumble_over_is_named(
+    inputs: DamagedInputs, tmp_path: Path, key: str, value: str
+) -> None:
+    directory = inputs.bases[-1]
+    copied = parts.copy(directory, tmp_path / "base")
+    path = copied / "model.safetensors"
+    name = next(name for name in load_file(path) if name.endswith("quant_state.bitsandbytes__nf4"))
+    state = json.loads(bytes(load_file(path)[name].tolist()))
+    texts = {each: json.dumps(kept) for each, kept in state.items()} | {key: value}
+    text = "{" + ", ".join(f'"{each}": {text}' for each, text in texts.items() if text != "gone") + "}"
+    weights = load_file(path) | {name: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+    save_file(weights, path, {"format": "pt"})
+
+    if (key, value) == ("another", "gone"):
+        BaseModel.open(copied)
+        return
+    with pytest.raises(BaseUnreadable, match=f"'{re.escape(name)}' is not what bitsandbytes writes"):
+        BaseModel.open(copied)
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
@@ -123,10 +183,11 @@ def test_a_shard_whose_name_no_manifest_takes_is_refused_before_anything_is_writ
     lora: Path, inputs: DamagedInputs, tmp_path: Path, out: Path
 ) -> None:
     copied = parts.copy(inputs.bases[0], tmp_path / "base")
-    (copied / "model-00001-of-00001.safetensors").rename(copied / "part one.safetensors")
-    index = json.loads((copied / "model.safetensors.index.json").read_text())
-    index["weight_map"] = dict.fromkeys(index["weight_map"], "part one.safetensors")
-    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    (copied / "model-00001-of-00002.safetensors").rename(copied / "part one.safetensors")
+    index = (copied / "model.safetensors.index.json").read_text()
+    (copied / "model.safetensors.index.json").write_text(
+        index.replace("model-00001-of-00002.safetensors", "part one.safetensors")
+    )
 
     result = CliRunner().invoke(app, ["run", str(lora), "--base", str(copied), "--out", str(out), "--no-measure"])
 
