@@ -8,6 +8,7 @@ from __future__ import annotations
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_STEM = "adapter_model"
 MODEL_STEM = "model"
+CONFIG = "config.json"
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,3 +28,27 @@ PROCESSOR_CHAT_TEMPLATE = "chat_template.json"
 GENERATION_CONFIG = "generation_config.json"
 # One of these is a tokenizer; the other files only accompany it.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+# Written by trainers beside an adapter, and read to find out how it was trained.
+TRAINER_FILES = (
+    "README.md",
+    "args.json",
+    "sft_args.json",
+    "training_args.yaml",
+    "llamaboard_config.yaml",
+    "torchtune_config.yaml",
+    "original_repo_id.json",
+    "graft_training.json",
+)
+# Every file of a fixed name that is read in a checkpoint or a base, besides the weights.
+READ_FILES = frozenset(
+    {
+        ADAPTER_CONFIG,
+        CONFIG,
+        CHAT_TEMPLATE,
+        PROCESSOR_CHAT_TEMPLATE,
+        GENERATION_CONFIG,
+        *TOKENIZER_FILES,
+        *TRAINER_FILES,
+    }
+)

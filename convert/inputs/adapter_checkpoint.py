@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from convert.artifact import VLLM_LORA_RANKS, digest, file_sha256
 from convert.artifact.file_names import ADAPTER_CONFIG, ADAPTER_STEM, TOKENIZER_FILES
 from convert.artifact.json_files import read_json
-from convert.artifact.links import is_contained, require_contained
+from convert.artifact.links import is_contained, require_contained, require_no_dangling
 from convert.errors import CheckpointUnreadable, CheckpointUnsupported, one_for_each_cause
 from convert.inputs import lora, trainer_files
 from convert.inputs.adapter_state import AdapterState, SavedWeight, TrainedRows
@@ -244,6 +244,8 @@ def _zero_delta_warning(modules: list[str], total: int) -> str:
 
 def _adapter_directory(root: Path) -> Path:
     """The directory of the adapter's own files. Raises CheckpointUnreadable."""
+    if root.is_dir():
+        require_no_dangling(root, CheckpointUnreadable)
     if (root / ADAPTER_CONFIG).is_file():
         return root
     named = root / "default"  # ms-swift 1 saves the adapter in a directory of its name

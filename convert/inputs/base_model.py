@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.artifact import MANIFEST, Artifact
-from convert.artifact.file_names import GENERATION_CONFIG, MODEL_STEM, TOKENIZER_FILES
+from convert.artifact.file_names import CONFIG, GENERATION_CONFIG, MODEL_STEM, TOKENIZER_FILES
 from convert.artifact.links import require_contained
 from convert.errors import BaseMismatch, BaseUnreadable
 from convert.inputs import model_config
 from convert.inputs.architecture import EMBEDDING, HEAD, LAYER_LINEAR, LAYER_LINEARS, OTHER_WEIGHTS
-from convert.inputs.model_config import CONFIG
 from convert.quantization import compressed, nf4
 from convert.quantization.compressed import Compressed
 from convert.quantization.format import QuantizationFormat
@@ -79,9 +78,9 @@ class BaseModel:
         root = _model_directory(artifact) if artifact else path
         if not root.is_dir():
             raise BaseUnreadable(why_no_directory(root, "a local model directory with --base"))
+        require_contained(root, BaseUnreadable)
         if not (root / CONFIG).is_file():
             raise BaseUnreadable(why_no_model(root))
-        require_contained(root, BaseUnreadable)
         config = model_config.read_config(root)
         tensors = Tensors.open(root, MODEL_STEM, BaseUnreadable)
         linears = _linears(root, tensors, _compressed_format(root, config, tensors))

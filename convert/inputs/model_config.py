@@ -9,10 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from convert.artifact.file_names import CONFIG
 from convert.artifact.json_files import Settings, read_json, settings_of
 from convert.errors import BaseUnreadable
-
-CONFIG = "config.json"
 
 _Size = Annotated[int, Field(gt=0, le=1 << 31)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from convert.artifact import ADAPTER_DIR, CHECKPOINT_DIR, MODEL_DIR, Recovery
 from convert.artifact.durable_files import replace_file
+from convert.artifact.file_names import CONFIG
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
-from convert.inputs.model_config import CONFIG, read_config, with_dtype
+from convert.inputs.model_config import read_config, with_dtype
 from convert.pipeline.request import Candidate, PreparedRequest
 from convert.plan.conversion_plan import ModelPlan, OutputFormat, plan_model
 from convert.plan.side_files import json_content

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.artifact import Artifact, Trial, size_bytes
-from convert.artifact.file_names import ADAPTER_CONFIG
+from convert.artifact.file_names import ADAPTER_CONFIG, CONFIG
 from convert.errors import ConvertError, QualityGateFailed
-from convert.inputs.model_config import CONFIG
 from convert.pipeline.evaluate import Evaluator
 from convert.pipeline.manifest import ManifestBuilder, versions
 from convert.pipeline.request import Candidate, PreparedRequest, Request, prepare

@@ -24,9 +24,9 @@ from convert.artifact import (
     file_sha256,
     size_bytes,
 )
+from convert.artifact.file_names import CONFIG
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
-from convert.inputs.model_config import CONFIG
 from convert.pipeline.evaluate import Evaluation
 from convert.pipeline.request import PreparedRequest
 from convert.plan.side_files import differing_files

@@ -15,14 +15,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from convert.artifact.file_names import GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG
+from convert.artifact.file_names import CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from convert.artifact.json_files import read_json
 from convert.errors import BaseUnreadable
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
 from convert.inputs.chat.answer_format import AnswerFormat
 from convert.inputs.chat.tokenizer import Tokenizer
-from convert.inputs.model_config import CONFIG, stop_ids
+from convert.inputs.model_config import stop_ids
 from convert.plan.side_files import SideFiles, json_content, side_files
 
 _EOS = "eos_token"

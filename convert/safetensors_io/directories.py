@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from convert.artifact.file_names import ADAPTER_CONFIG
+from convert.artifact.file_names import ADAPTER_CONFIG, CONFIG
 from convert.artifact.foreign_files import foreign_format
+from convert.artifact.links import dangling, is_dangling
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_MODEL_CONFIG = "config.json"
 # PEFT saves an adapter that is not called "default" in a directory of its name, and trainers in one for each step.
 _DEPTHS = ("*", "*/*")
 _MOST_SHOWN = 4
@@ -22,6 +22,8 @@ def why_no_directory(path: Path, expected: str) -> str:
     if path.is_file():
         says = foreign_format(path) or f"is a file. Give {expected}"
         return f"{path} {says}."
+    if is_dangling(path):
+        return f"{dangling(path)} Give {expected}."
     text = str(path)
     if _HUB_ID.fullmatch(text) and not path.parent.exists():
         return (
@@ -33,15 +35,15 @@ def why_no_directory(path: Path, expected: str) -> str:
 
 def why_no_model(directory: Path) -> str:
     """Why a directory without config.json is no model, and what to give instead."""
-    if snapshots := _snapshots(directory, _MODEL_CONFIG):
+    if snapshots := _snapshots(directory, CONFIG):
         return _in_hub_cache(directory, snapshots)
     if (directory / ADAPTER_CONFIG).is_file():
-        return f"{directory} holds an adapter, not its base: {_MODEL_CONFIG} is missing. Give the base model."
+        return f"{directory} holds an adapter, not its base: {CONFIG} is missing. Give the base model."
     if gguf := sorted(directory.glob("*.gguf")):
         return f"{gguf[0]} {foreign_format(gguf[0]) or 'is not a model that is read here'}."
-    if models := _below(directory, _MODEL_CONFIG):
-        return f"{directory / _MODEL_CONFIG} is missing. Models lie below it: {_listed(models)}"
-    return f"{directory / _MODEL_CONFIG} is missing. Give a model directory that is whole."
+    if models := _below(directory, CONFIG):
+        return f"{directory / CONFIG} is missing. Models lie below it: {_listed(models)}"
+    return f"{directory / CONFIG} is missing. Give a model directory that is whole."
 
 
 def why_no_adapter(directory: Path) -> str:
@@ -50,7 +52,7 @@ def why_no_adapter(directory: Path) -> str:
         return _in_hub_cache(directory, snapshots)
     if below := checkpoints_below(directory):
         return f"{directory} is a trainer's output directory. {below}"
-    hint = " It looks like a whole model: convert needs the adapter." if (directory / _MODEL_CONFIG).is_file() else ""
+    hint = " It looks like a whole model: convert needs the adapter." if (directory / CONFIG).is_file() else ""
     return f"{directory} holds no adapter: {ADAPTER_CONFIG} is missing.{hint}"
 
 

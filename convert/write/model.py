@@ -9,10 +9,9 @@ from types import TracebackType
 from typing import Self
 
 from convert.artifact.durable_files import sync
-from convert.artifact.file_names import MODEL_STEM
+from convert.artifact.file_names import CONFIG, MODEL_STEM
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
-from convert.inputs.model_config import CONFIG
 from convert.plan.conversion_plan import ModelPlan
 from convert.progress import Progress
 from convert.safetensors_io.direct_io import IoThreads

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from convert.artifact.file_names import GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG
+from convert.artifact.file_names import CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from convert.artifact.json_files import Settings, read_json, settings_of
 from convert.errors import BaseUnreadable
-from convert.inputs.model_config import CONFIG, StopIds, stop_ids
+from convert.inputs.model_config import StopIds, stop_ids
 
 # A token as text, or with its settings as the tokenizers library writes them.
 _Token = str | dict[str, Any] | None

@@ -141,3 +141,60 @@ def test_a_linked_file_of_a_run_proves_nothing(tmp_path: Path) -> None:
 
     assert trainer_files.read_text(tmp_path / "run" / "args.json") == ""
     assert trainer_files.read_json_object(tmp_path / "run" / "args.json") == {}
+
+
+READ_FROM_CHECKPOINT = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "tokenizer.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/tools.jinja",
+    "args.json",
+    "README.md",
+]
+READ_FROM_BASE = [
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.json",
+    "additional_chat_templates/tools.jinja",
+]
+
+
+@pytest.mark.parametrize("target", ["/nowhere/at/all", "itself"])
+@pytest.mark.parametrize(
+    ("of", "file"),
+    [("checkpoint", file) for file in READ_FROM_CHECKPOINT] + [("base", file) for file in READ_FROM_BASE],
+)
+def test_a_link_that_leads_to_nothing_is_told_as_such(
+    unmarked: Path, base: Path, tmp_path: Path, of: str, file: str, target: str
+) -> None:
+    directory = parts.copy(unmarked if of == "checkpoint" else base, tmp_path / of)
+    path = directory / file
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(path.name if target == "itself" else target)
+
+    with pytest.raises((CheckpointUnreadable, BaseUnreadable), match=f"{file} is a dangling link: it leads to "):
+        Checkpoint.open(directory) if of == "checkpoint" else BaseModel.open(directory)
+
+
+def test_a_link_that_leads_to_nothing_is_left_alone_where_nothing_reads_it(unmarked: Path, tmp_path: Path) -> None:
+    checkpoint = parts.copy(unmarked, tmp_path / "checkpoint")
+    (checkpoint / "optimizer.pt").symlink_to("/scratch/of/a/cluster/optimizer.pt")
+
+    assert Checkpoint.open(checkpoint).problems == ()
+
+
+def test_a_link_to_a_directory_that_is_gone_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "base").symlink_to(tmp_path / "gone")
+
+    with pytest.raises(BaseUnreadable, match=f"base is a dangling link: it leads to {tmp_path / 'gone'}"):
+        BaseModel.open(tmp_path / "base")
+    with pytest.raises(CheckpointUnreadable, match="base is a dangling link"):
+        Checkpoint.open(tmp_path / "base")
