@@ -31,8 +31,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-# The name of a weight or a module, in which only the layer differs between problems of one cause.
-_MODULE = re.compile(r"[\w.-]*\blayers\.\d+\.[\w.-]+")
+# A word that may be the name of a weight or a module, in which only the layer differs between problems of one cause.
+# Two simple patterns: a problem may quote a long text of somebody else, on which one for both would take hours.
+_WORD = re.compile(r"[\w.-]+")
+_IN_LAYER = re.compile(r"\blayers\.\d+\.[\w.-]")
 
 
 class ConvertError(Exception):
@@ -125,7 +127,8 @@ def one_for_each_cause(problems: Iterable[str]) -> tuple[str, ...]:
     """The first problem of every cause, with the number of further ones that differ only in the module they name."""
     causes: dict[str, list[str]] = {}
     for problem in problems:
-        causes.setdefault(_MODULE.sub("", problem), []).append(problem)
+        cause = _WORD.sub(lambda word: "" if _IN_LAYER.search(word[0]) else word[0], problem)
+        causes.setdefault(cause, []).append(problem)
     return tuple(
         first if not more else f"{first} (the same in {len(more)} more places)" for first, *more in causes.values()
     )

@@ -9,21 +9,28 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from convert.artifact.file_names import CONFIG
 from convert.detection.training import Training, TrainingQuantizer, TrainingSource
 from convert.inputs import trainer_files
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import public_name
-from convert.inputs.model_config import CONFIG
 
+# Each takes a time that grows with the text alone, whatever somebody else wrote there: none begins anew in what it has
+# passed over.
 _CARD_BLOCK = re.compile(
-    r"The following `bitsandbytes` quantization config was used during training:\s*\n(?P<lines>(?:\s*- .*\n?)+)"
+    r"The following `bitsandbytes` quantization config was used during training:[^\S\n]*\n(?P<lines>(?:\s*- .*\n?)+)"
 )
-_AXOLOTL_BLOCK = re.compile(r"```ya?ml\n(?P<lines>.*?)\n```", re.DOTALL)
-_TORCHTUNE_MODEL = re.compile(r"^\s*_component_:\s*torchtune\.models\.[\w.]*?\b(?P<builder>q?lora_\w+)", re.MULTILINE)
-_TORCHTUNE_QUANTIZED = re.compile(r"^\s*quantize_base:\s*true\b", re.MULTILINE | re.IGNORECASE)
+_AXOLOTL_BLOCK = re.compile(r"^```ya?ml\n(?P<lines>(?:(?!```).*\n)*)```", re.MULTILINE)
+_TORCHTUNE_MODEL = re.compile(
+    r"^[^\S\n]*_component_:[^\S\n]*torchtune\.models\.[\w.]*?\b(?P<builder>q?lora_\w+)", re.MULTILINE
+)
+_TORCHTUNE_QUANTIZED = re.compile(r"^[^\S\n]*quantize_base:[^\S\n]*true\b", re.MULTILINE | re.IGNORECASE)
+# axolotl's own is the first; reading YAML is slow.
+_MOST_BLOCKS = 4
 _FOUR_BIT_NAME = re.compile(r"[-_](?:bnb[-_]4bit|nf4)$", re.IGNORECASE)
 _PARTIAL_NAME = re.compile(r"-unsloth-bnb-4bit$", re.IGNORECASE)
 _OTHER_QUANTIZED_NAME = re.compile(
@@ -116,7 +123,7 @@ def _from_model_card(directory: Path) -> TrainingSource | None:
 
 def _from_axolotl(directory: Path) -> TrainingSource | None:
     """The YAML that axolotl writes into README.md."""
-    for block in _AXOLOTL_BLOCK.finditer(trainer_files.model_card(directory)):
+    for block in islice(_AXOLOTL_BLOCK.finditer(trainer_files.model_card(directory)), _MOST_BLOCKS):
         settings = trainer_files.yaml_scalars(block["lines"])
         if settings.get("adapter") == "qlora" or settings.keys() & {"load_in_4bit", "load_in_8bit"}:
             settings.setdefault("load_in_4bit", settings.get("adapter") == "qlora")

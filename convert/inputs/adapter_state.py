@@ -13,7 +13,8 @@ from typing import Any
 from convert.artifact.file_names import ADAPTER_CONFIG
 from convert.inputs.architecture import EMBEDDING_MODULE, HEAD
 from convert.inputs.keys import TORCHTUNE_TARGETS, Part
-from convert.inputs.lora_weights import LORA_PARTS, LoraWeights, LoraWeightsInvalid, lora_weights_of, unmatched_patterns
+from convert.inputs.lora_weights import LORA_PARTS, LoraWeights, LoraWeightsInvalid, lora_weights_of
+from convert.inputs.patterns import PatternInvalid, require_quick, unmatched_patterns
 from convert.inputs.sorted_keys import Modules, SortedKeys
 from convert.safetensors_io.tensors import TensorSpec
 
@@ -68,6 +69,10 @@ class AdapterState:
         """Sort the tensors of an adapter file. `base_config`: the base's config.json, {} where no trainer copied it."""
         sorted_keys = SortedKeys.of(specs)
         modules, problems = sorted_keys.modules, list(sorted_keys.problems)
+        try:
+            require_quick(adapter_config, _paths(modules))
+        except PatternInvalid as invalid:
+            return cls(problems=(str(invalid),))
         lora_weights, lora_problems = _lora_weights(modules, adapter_config, base_config)
         saved_weights = dict(_saved_weights(modules, adapter_config))
         trained_rows, row_problems = _trained_rows(modules, adapter_config)
@@ -109,6 +114,16 @@ class AdapterState:
         compared = {spec.name for spec in (*self.base_layers.values(), *(second for _, second in self.doubled))}
         for name in sorted(specs.keys() - {spec.name for spec in self.specs} - compared - self.unread):
             yield f"{name!r} has no use beside the other tensors of its module: save the adapter again"
+
+
+def _paths(modules: Modules) -> Iterator[str]:
+    """The paths of all modules of the file in the model that was trained, and of the modules around them."""
+    for parts in modules.values():
+        for key, _ in parts.values():
+            path = key.trained_path
+            while path:
+                yield path
+                path = path.rpartition(".")[0]
 
 
 def _lora_weights(
@@ -218,7 +233,7 @@ def _warnings(
         yield "torchtune's own names and its order of rows were translated to those of transformers"
     if copies := [name for name in sorted_keys.base_layers if name.endswith(".weight")]:
         yield f"the base's own weights of {len(copies)} adapted layers are in the file too; they are left out"
-    for pattern in unmatched_patterns(adapter_config, lora_weights.values()):
+    for pattern in unmatched_patterns(adapter_config, (weights.trained_path for weights in lora_weights.values())):
         yield f"{pattern!r} matches no adapted module, so that training ignored it: is it a typing error?"
     if untrained := _targets_without_weights(adapter_config, lora_weights):
         yield f"target_modules names {', '.join(untrained)}, the file holds no weights for it"

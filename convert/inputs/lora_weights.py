@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from convert.artifact.file_names import ADAPTER_CONFIG
 from convert.artifact.json_files import shown
-from convert.inputs import lora, model_config
+from convert.inputs import lora, model_config, patterns
 from convert.inputs.keys import Key, Part
+from convert.inputs.patterns import PatternInvalid, by_pattern, valid_patterns
 from convert.safetensors_io.tensors import TensorSpec
 
 _LINEAR_PARTS = (Part.A, Part.B)
 _EMBEDDING_PARTS = (Part.EMBEDDING_A, Part.EMBEDDING_B)
-_PATTERN_SETTINGS = ("rank_pattern", "alpha_pattern")
 # Larger than any alpha of a training, and small enough that its product with A and B is finite in float32.
 _MAX_ALPHA = 1e12
 LORA_PARTS = _LINEAR_PARTS + _EMBEDDING_PARTS
@@ -93,21 +92,14 @@ def lora_weights_of(
     return _with_head_dim(weights, base_config) if is_torchtune and _ROTATED.fullmatch(module) else weights
 
 
-def unmatched_patterns(adapter_config: Mapping[str, Any], weights: Iterable[LoraWeights]) -> Iterator[str]:
-    """`rank_pattern: KEY` for every pattern that matches no adapted module: PEFT ignores it."""
-    paths = [one.trained_path for one in weights]
-    for name in _PATTERN_SETTINGS:
-        patterns = adapter_config.get(name) or {}
-        for pattern in patterns if paths else ():
-            if not any(_matches(pattern, path) for path in paths):
-                yield f"{name}: {pattern}"
-
-
 def _alpha_and_scaling(module: str, stored_rank: int, adapter_config: Mapping[str, Any]) -> tuple[float, float]:
     """lora_alpha of a module and the factor of its B·A. Raises LoraWeightsInvalid."""
-    rank_pattern, alpha_pattern = (_patterns(name, module, adapter_config) for name in _PATTERN_SETTINGS)
-    rank = _by_pattern(rank_pattern, module, adapter_config.get("r"))
-    alpha = _by_pattern(alpha_pattern, module, adapter_config.get("lora_alpha"))
+    try:
+        rank_pattern, alpha_pattern = (valid_patterns(name, adapter_config) for name in patterns.OF_VALUES)
+    except PatternInvalid as invalid:
+        raise LoraWeightsInvalid(f"{module}: {invalid}") from None
+    rank = by_pattern(rank_pattern, module, adapter_config.get("r"))
+    alpha = by_pattern(alpha_pattern, module, adapter_config.get("lora_alpha"))
     if rank != stored_rank:
         raise LoraWeightsInvalid(
             f"{module}: {ADAPTER_CONFIG} says rank {shown(rank)}, the weights have {stored_rank}, so the scale is "
@@ -119,36 +111,6 @@ def _alpha_and_scaling(module: str, stored_rank: int, adapter_config: Mapping[st
             f"{module}: lora_alpha is {shown(alpha)}, not a number: write the one of the training run"
         )
     return alpha, lora.scaling(alpha, stored_rank, rslora=bool(adapter_config.get("use_rslora")))
-
-
-def _patterns(name: str, module: str, adapter_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The patterns of a setting, each of which is a valid one. Raises LoraWeightsInvalid."""
-    patterns = adapter_config.get(name)
-    if not isinstance(patterns, dict | None):
-        raise LoraWeightsInvalid(
-            f"{module}: {name} is {shown(patterns)}, not an object of patterns: write the one of the training run"
-        )
-    try:
-        for pattern in patterns or {}:
-            _compiled(pattern)
-    except (re.error, RecursionError, OverflowError) as cause:
-        raise LoraWeightsInvalid(f"{module}: {name} holds no valid pattern ({cause})") from None
-    return patterns or {}
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: object) -> Any:
-    """The value of the first pattern that matches the path of a module in the model that was trained."""
-    return next((value for pattern, value in patterns.items() if _matches(pattern, module)), default)
-
-
-def _matches(pattern: str, path: str) -> bool:
-    return _compiled(pattern).match(path) is not None
-
-
-@lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    """As `get_pattern_key` of peft 0.21: the pattern matches the whole path, or its end after a dot."""
-    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _with_head_dim(weights: LoraWeights, base_config: Mapping[str, Any]) -> LoraWeights:

@@ -42,6 +42,8 @@ FLOATS = ("F32", "F16", "BF16")
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _MAX_DIMENSIONS = 16
+# A name is matched against many patterns, in a time that grows faster than its length. Those of models have below 100.
+_MAX_NAME_CHARACTERS = 500
 # As in a manifest, which names every file of a model.
 _FILE_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _READ_BYTES = 8 << 20
@@ -242,6 +244,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any) -> tuple[TensorSpec, int]:
+    if len(name) > _MAX_NAME_CHARACTERS:
+        raise _Malformed(f"a name has {len(name)} characters, more than {_MAX_NAME_CHARACTERS}: {shown(name)}")
     if not isinstance(entry, dict) or entry.get("dtype") not in list(DTYPES):
         raise _Malformed(f"{name!r} has no known dtype")
     shape, offsets = entry.get("shape"), entry.get("data_offsets")

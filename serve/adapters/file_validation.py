@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import regex
 
 from serve.errors import AdapterRejected
 
@@ -35,6 +38,9 @@ _IGNORED_BY_VLLM = (
     "trainable_token_indices",
 )
 
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_MATCHING_S = 10.0
+_SHORTEST_S = 1e-3  # no time at all would be no limit
 
 # The modules of a base model that have a weight, with their (outputs, inputs); None where these are not known.
 ModuleShapes = Mapping[str, tuple[int, int] | None]
@@ -93,6 +99,7 @@ def adapter_problems(directory: Path, base_shapes: ModuleShapes) -> list[str]:
     AdapterRejected if the files can't be read."""
     config, tensors = read_config(directory / CONFIG), read_header(directory / WEIGHTS)
     problems = [*_config_problems(config), *_tensor_problems(tensors, _ranks(config), base_shapes)]
+    problems = problems or list(_slow_patterns(config, tensors))
     if problems:
         return problems
     return [f"{name} holds values that are infinite or not a number" for name in _not_finite(directory, tensors)]
@@ -118,6 +125,25 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     if config.get("use_dora"):
         problems.append("it is a DoRA adapter, which the engine can't serve; merge it instead")
     return problems
+
+
+def _slow_patterns(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """The first pattern with which matching takes too long: the engine matches each against every module, with this
+    same library and no limit, while all callers wait. Those of a large model take a second."""
+    modules = {match[1] for name in tensors if (match := _LORA_WEIGHT.fullmatch(name))}
+    until_s = time.monotonic() + _MATCHING_S
+    for setting in _PATTERNS:
+        patterns = config.get(setting)
+        for pattern in patterns if isinstance(patterns, dict) else ():
+            try:
+                compiled = regex.compile(rf"(.*\.)?({pattern})$")
+                for module in modules:
+                    compiled.match(module, timeout=max(until_s - time.monotonic(), _SHORTEST_S), concurrent=True)
+            except TimeoutError:
+                yield f"{setting} takes more than {_MATCHING_S:g} s to match, at the pattern {pattern[:60]!r}"
+                return
+            except regex.error as error:
+                yield f"{setting} holds the pattern {pattern[:60]!r}, which is none ({error})"
 
 
 def _ranks(config: dict[str, Any]) -> set[int]:

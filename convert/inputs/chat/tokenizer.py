@@ -11,12 +11,20 @@ from typing import Any
 
 from convert.errors import BaseUnreadable, TextUnreadable
 from convert.inputs.chat.token_settings import stated_stop_ids, token_id
+from convert.inputs.limits import TimeLimitExceeded, memory_limit, time_limit
 
 Message = dict[str, str]
 Row = str | list[Message]
 
 NO_SOURCES: Mapping[str, Path] = {}
 _MAX_CAUSE = 400
+_NOT_OF_THE_FILES = (KeyboardInterrupt, SystemExit, MemoryError)
+
+# A template is a program of the checkpoint's author. A large one takes milliseconds, and adds some kB to a chat.
+_MAX_RENDER_S = 10.0
+_MAX_RENDER_BYTES = 1 << 30
+_MAX_ADDED = 1 << 20
+_MAX_TIMES = 4
 
 # Some templates, Llama 3.2's among them, write today's date into every chat. A measurement must not depend on the
 # day, so every chat is rendered on this one. It is the day that those templates use where they are given none.
@@ -75,7 +83,7 @@ class Tokenizer:
     def ids(self, row: Row) -> list[int]:
         """Token ids of a text with the tokenizer's special tokens, or of a chat as the template renders it."""
         if isinstance(row, str):
-            return list(self._loaded(row)["input_ids"])
+            return self._split(row)
         if not self.has_template:
             return self.ids(_plain(row))
         return self.rendered_ids(self.render(row, prompt=False))
@@ -87,27 +95,42 @@ class Tokenizer:
         return self.rendered_ids(self.render(messages, prompt=True))
 
     def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
-        """The template's text of a chat; `prompt`: with the opening of an answer. Raises TextUnreadable."""
+        """The template's text of a chat; `prompt`: with the opening of an answer.
+
+        Raises TextUnreadable where the template refuses the chat, BaseUnreadable where it would hold up a server.
+        """
+        roles = ", ".join(message["role"] for message in messages)
         try:
-            rendered: str = self._loaded.apply_chat_template(
-                list(messages),
-                tokenize=False,
-                add_generation_prompt=prompt,
-                strftime_now=_TODAY.strftime,
-                **CHAT_SETTINGS,
-            )
+            with time_limit(_MAX_RENDER_S), memory_limit(_MAX_RENDER_BYTES):
+                rendered: str = self._loaded.apply_chat_template(
+                    list(messages),
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    strftime_now=_TODAY.strftime,
+                    **CHAT_SETTINGS,
+                )
+        except TimeLimitExceeded as limit:
+            raise _unusable_template(roles, str(limit)) from limit
+        except MemoryError as cause:
+            raise _unusable_template(roles, f"more than {_MAX_RENDER_BYTES >> 20} MiB of memory") from cause
         except Exception as cause:  # a template is a program, and can fail with any error
-            roles = ", ".join(message["role"] for message in messages)
             raise TextUnreadable(f"The model's chat template refuses a chat of {roles}: {cause}") from cause
+        if len(rendered) > _MAX_ADDED * len(messages) + _MAX_TIMES * sum(len(each["content"]) for each in messages):
+            raise _unusable_template(roles, f"{len(rendered)} characters")
         return rendered
 
     def text(self, ids: Sequence[int]) -> str:
-        decoded: str = self._loaded.decode(ids, skip_special_tokens=True)
+        with _reported_words():
+            decoded: str = self._loaded.decode(ids, skip_special_tokens=True)
         return decoded
 
     def rendered_ids(self, rendered: str) -> list[int]:
         """Token ids of a text that a template rendered, which has its special tokens already."""
-        return list(self._loaded(rendered, add_special_tokens=False)["input_ids"])
+        return self._split(rendered, add_special_tokens=False)
+
+    def _split(self, text: str, **options: bool) -> list[int]:
+        with _reported_words():
+            return list(self._loaded(text, **options)["input_ids"])
 
 
 @contextmanager
@@ -115,7 +138,7 @@ def _reported(directory: Path, sources: Mapping[str, Path]) -> Iterator[None]:
     """Raises BaseUnreadable where the libraries can't work with the files: they raise errors of every kind."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except _NOT_OF_THE_FILES:
         raise
     except BaseException as cause:  # a panic of the tokenizers library is no Exception
         files = {path.parent for name, path in sources.items() if name.startswith("tokenizer")} or {directory}
@@ -123,6 +146,26 @@ def _reported(directory: Path, sources: Mapping[str, Path]) -> Iterator[None]:
             f"The tokenizer of {' and '.join(sorted(map(str, files)))} can't be loaded: {_words(cause)}. Copy the "
             "tokenizer files of the base again (tokenizer.json, tokenizer_config.json)."
         ) from cause
+
+
+@contextmanager
+def _reported_words() -> Iterator[None]:
+    """Raises BaseUnreadable where a tokenizer that was loaded fails at a text, by a pattern that is too slow."""
+    try:
+        yield
+    except _NOT_OF_THE_FILES:
+        raise
+    except BaseException as cause:
+        raise BaseUnreadable(
+            f"The tokenizer fails at a text: {_words(cause)}. Copy tokenizer.json of the base again."
+        ) from cause
+
+
+def _unusable_template(roles: str, needs: str) -> BaseUnreadable:
+    return BaseUnreadable(
+        f"The model's chat template takes {needs} for a chat of {roles}, which would hold up a server at every "
+        "request. Copy the chat template of the base model into the checkpoint, or correct it."
+    )
 
 
 def _words(cause: BaseException) -> str:

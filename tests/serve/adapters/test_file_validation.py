@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from serve.adapters import file_validation
 from serve.adapters.file_validation import CONFIG, WEIGHTS, adapter_problems, largest_rank, linear_shapes, read_header
 from serve.errors import AdapterRejected
 from tests.serve.conftest import MODULE, write_adapter, write_base, write_weights
@@ -118,6 +119,27 @@ def test_weights_that_would_be_ignored_or_scaled_wrong_are_found(
     change(adapter, edit)
 
     assert any(problem in message for message in adapter_problems(adapter, SHAPES))
+
+
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        (r"(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)\4\3", "takes more than 0.2 s to match, at the pattern "),
+        ("(", "holds the pattern '(', which is none"),
+    ],
+    ids=["slow", "none"],
+)
+def test_a_pattern_that_would_hold_up_the_engine_is_found(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, setting: str, pattern: str, problem: str
+) -> None:
+    monkeypatch.setattr(file_validation, "_MATCHING_S", 0.2)
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | {setting: {MODULE: 2, pattern: 2}}))
+
+    (found,) = adapter_problems(adapter, SHAPES)
+
+    assert found.startswith(f"{setting} {problem}")
 
 
 @pytest.mark.parametrize(
