@@ -29,3 +29,5 @@ def inspect(checkpoint: options.Checkpoint, base: options.OptionalBase = None, a
             raise CheckpointUnsupported(
                 f"{checkpoint} can't be converted: {len(inspection.problems)} problems, listed above."
             )
+        if inspection.obstacle:
+            raise inspection.obstacle

@@ -23,7 +23,7 @@ _BY_VALUE = r"(.*\.)?({})$"
 _PART_OF_PATH = r"(^|.*\.){}($|\..*)"
 # How peft 0.21 uses a setting of each type; `{}` is a pattern of it. An expression that is nothing else must match the
 # whole path.
-_PEFT_USES: tuple[tuple[str, type, str], ...] = (
+_PEFT_USES: tuple[tuple[str, type[object], str], ...] = (
     ("rank_pattern", dict, _BY_VALUE),
     ("alpha_pattern", dict, _BY_VALUE),
     ("target_modules", str, "{}"),
@@ -90,7 +90,7 @@ def unmatched_patterns(adapter_config: Mapping[str, Any], paths: Iterable[str]) 
 def _expressions(adapter_config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Setting, pattern, and the expression in which PEFT uses the pattern."""
     for setting, kind, use in _PEFT_USES:
-        if isinstance(value := adapter_config.get(setting), kind):
+        if type(value := adapter_config.get(setting)) is kind:
             for pattern in [value] if kind is str else value:
                 if isinstance(pattern, str):
                     yield setting, pattern, use.replace("{}", pattern)

@@ -39,10 +39,11 @@ class DryRun:
 def dry_run(request: Request, progress: Progress) -> DryRun:
     """The variants that `run` would try, in its order. Raises ConvertError where `run` would not begin."""
     prepared = prepare(request, progress)
-    tokens = sum(map(len, token_rows(prepared.text, prepared.tokenizer)))
     variants: list[PlannedVariant] = []
     last: ConvertError | None = None
-    for variant in prepared.open_variants():
+    open_variants = prepared.open_variants()
+    tokens = sum(map(len, token_rows(prepared.text, prepared.tokenizer)))
+    for variant in open_variants:
         try:
             candidate = prepared.candidate(variant)
         except ConvertError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.detection.detect import Detection, detect, stated_by_user
@@ -10,8 +10,7 @@ from convert.detection.training import Training
 from convert.errors import CheckpointUnsupported, ConvertError
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel, public_name
-from convert.pipeline.request import quantization_format, run_command
-from convert.plan.compatibility import require_compatible
+from convert.pipeline.request import quantization_format, require_usable, run_command
 from convert.plan.conversion_plan import plan_model
 from convert.plan.weight_updates import WeightUpdates
 from convert.routes.choose import RouteOptions, choose, with_weight_updates
@@ -34,12 +33,16 @@ class Offer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found. `offers` is empty where `problems` make every conversion impossible."""
+    """What `inspect` found. `offers` is empty where `problems` make every conversion impossible.
+
+    `obstacle`: with a base, why none of the offers is possible; None where one is.
+    """
 
     checkpoint: Checkpoint
     detection: Detection
     problems: tuple[str, ...]
     offers: tuple[Offer, ...]
+    obstacle: ConvertError | None = None
 
     @property
     def base_name(self) -> str:
@@ -52,11 +55,28 @@ def inspect(root: Path, base_root: Path | None) -> Inspection:
     detection = detect(checkpoint)
     base = BaseModel.open(base_root) if base_root else None
     problems = checkpoint.all_problems + _quantizer_problems(root, detection)
-    offers: tuple[Offer, ...] = ()
-    if not problems:
-        variants = offered_variants(detection.training)
-        offers = tuple(_offer(variant, checkpoint, detection, base, base_root) for variant in variants)
-    return Inspection(checkpoint, detection, problems, offers)
+    if problems:
+        return Inspection(checkpoint, detection, problems, ())
+    common = _common_obstacle(checkpoint, base) if base else None
+    obstacles: list[ConvertError] = []
+    offers: list[Offer] = []
+    for variant in offered_variants(detection.training):
+        try:
+            size = _size(variant, checkpoint, detection, base, common)
+            offers.append(_offer(variant, checkpoint, detection, base_root, size))
+        except ConvertError as error:
+            obstacles.append(error)
+            offers.append(replace(_offer(variant, checkpoint, detection, base_root), obstacle=str(error)))
+    stopped = base is not None and len(obstacles) == len(offers)
+    return Inspection(checkpoint, detection, (), tuple(offers), obstacles[-1] if stopped else None)
+
+
+def _common_obstacle(checkpoint: Checkpoint, base: BaseModel) -> ConvertError | None:
+    try:
+        require_usable(checkpoint, base)
+    except ConvertError as error:
+        return error
+    return None
 
 
 def _quantizer_problems(root: Path, detection: Detection) -> tuple[str, ...]:
@@ -70,31 +90,35 @@ def _quantizer_problems(root: Path, detection: Detection) -> tuple[str, ...]:
 
 
 def _offer(
-    variant: RouteVariant, checkpoint: Checkpoint, detection: Detection, base: BaseModel | None, base_root: Path | None
+    variant: RouteVariant,
+    checkpoint: Checkpoint,
+    detection: Detection,
+    base_root: Path | None,
+    size: int | None = None,
 ) -> Offer:
     is_known = detection.training is not Training.UNKNOWN
-    assumed = detection if is_known else stated_by_user(variant.training, detection)
-    stated = None if is_known else variant.training
-    command = run_command(checkpoint.root, str(base_root or "BASE"), stated)
+    command = run_command(checkpoint.root, str(base_root or "BASE"), None if is_known else variant.training)
     default = variant.is_exact and variant.training is detection.training is Training.QLORA
-    obstacle = "; ".join(checkpoint.problems_for(variant.route)) or None
-    size = None
-    if base and not obstacle:
-        size, obstacle = _size(variant, checkpoint, assumed, base)
-    return Offer(variant, command if default else f"{command} {variant.flags}", default, size, obstacle)
+    return Offer(variant, command if default else f"{command} {variant.flags}", default, size, None)
 
 
 def _size(
-    variant: RouteVariant, checkpoint: Checkpoint, detection: Detection, base: BaseModel
-) -> tuple[int | None, str | None]:
-    """Bytes of the result, or why there is none."""
-    try:
-        quantization = quantization_format(variant.storage, base)
-        choice = choose(variant, detection, base, RouteOptions(), quantization)
-        require_compatible(checkpoint, base)
-        updates = WeightUpdates.of(checkpoint, base, separate=variant.route == "adapter")
-        output_format = with_weight_updates(choice, base, updates).output_format
-        model_bytes = plan_model(base, output_format, checkpoint, updates).weight_bytes if output_format else 0
-    except ConvertError as error:
-        return None, str(error)
-    return model_bytes + (checkpoint.weight_bytes if variant.route == "adapter" else 0), None
+    variant: RouteVariant,
+    checkpoint: Checkpoint,
+    detection: Detection,
+    base: BaseModel | None,
+    common: ConvertError | None,
+) -> int | None:
+    """Bytes of the result; None without a base. Raises ConvertError where the variant is not possible."""
+    checkpoint.require_route(variant.route)
+    if base is None:
+        return None
+    if common:
+        raise common
+    is_known = detection.training is not Training.UNKNOWN
+    assumed = detection if is_known else stated_by_user(variant.training, detection)
+    choice = choose(variant, assumed, base, RouteOptions(), quantization_format(variant.storage, base))
+    updates = WeightUpdates.of(checkpoint, base, separate=variant.route == "adapter")
+    output_format = with_weight_updates(choice, base, updates).output_format
+    model_bytes = plan_model(base, output_format, checkpoint, updates).weight_bytes if output_format else 0
+    return model_bytes + (checkpoint.weight_bytes if variant.route == "adapter" else 0)

@@ -14,12 +14,13 @@ from convert.detection.training import Training
 from convert.errors import QualityGateFailed, RouteRefused
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
+from convert.inputs.chat.answer_format import AnswerFormat
 from convert.plan.compatibility import require_compatible
 from convert.plan.conversion_plan import ModelPlan, plan_model
 from convert.plan.stop_tokens import open_tokenizer
 from convert.plan.weight_updates import WeightUpdates
 from convert.progress import Progress
-from convert.quality import Canary, Gate, Text, Tokenizer, open_canaries, tokenize
+from convert.quality import Canary, Gate, Text, Tokenizer, open_canaries, require_applicable, tokenize
 from convert.quantization.compressed import Compressed
 from convert.quantization.format import QuantizationFormat
 from convert.quantization.nf4 import Nf4
@@ -145,7 +146,6 @@ class PreparedRequest:
         self.checkpoint.require_route(variant.route)
         quantization = quantization_format(variant.storage, self.base)
         choice = choose(variant, self.detection, self.base, self.request.route_options, quantization)
-        require_compatible(self.checkpoint, self.base)
         with_adapter = variant.route in ("adapter", "rebase")
         shapes = {linear.shape for linear in self.base.linears.values() if not linear.is_head}
         require_works(self.target, _output_quantization(choice), shapes, with_adapter=with_adapter)
@@ -185,10 +185,19 @@ def prepare(request: Request, progress: Progress) -> PreparedRequest:
     checkpoint = Checkpoint.open(request.checkpoint)
     checkpoint.require_supported()
     base = BaseModel.open(request.base)
+    require_usable(checkpoint, base)
     detection = _detect_training(request, checkpoint, base, text, progress)
     target = request.target or target_here()
     require_known(target)
     return PreparedRequest(request, target, text, calibration, canaries, checkpoint, detection, base)
+
+
+def require_usable(checkpoint: Checkpoint, base: BaseModel) -> None:
+    """Raises ConvertError where no variant can be made of this pair: the adapter was not trained on this base, the
+    libraries make no model of them, or the tokenizer or its chat template can't be used. Reads no weights."""
+    require_compatible(checkpoint, base)
+    require_applicable(checkpoint, base)
+    AnswerFormat.of(open_tokenizer(checkpoint, base))
 
 
 def _output_quantization(choice: Choice) -> QuantizationName:

@@ -38,7 +38,8 @@ def tokenizer_files(checkpoint: Checkpoint, base: BaseModel) -> dict[str, Path |
     files.update(templates)
     config = files.get(TOKENIZER_CONFIG)
     if templates and isinstance(config, Path):
-        files[TOKENIZER_CONFIG] = _with_one_template(config, templates)
+        error = CheckpointUnreadable if config.parent == checkpoint.root else BaseUnreadable
+        files[TOKENIZER_CONFIG] = _with_one_template(config, templates, error)
     return files
 
 
@@ -61,10 +62,10 @@ def _templates_of(checkpoint: Checkpoint, base: BaseModel) -> dict[str, bytes]:
     return chat_templates(checkpoint.root, CheckpointUnreadable) or chat_templates(base.root, BaseUnreadable)
 
 
-def _with_one_template(path: Path, templates: Mapping[str, bytes]) -> Path | bytes:
+def _with_one_template(path: Path, templates: Mapping[str, bytes], error: type[ConvertError]) -> Path | bytes:
     """tokenizer_config.json without another template than the files', since some readers would take that one."""
-    document = read_json(path, CheckpointUnreadable)
-    if INLINE not in document or inline_templates(document, path, CheckpointUnreadable) == templates:
+    document = read_json(path, error)
+    if INLINE not in document or inline_templates(document, path, error) == templates:
         return path
     return json_content({name: value for name, value in document.items() if name != INLINE})
 

@@ -8,6 +8,7 @@ from convert.quality.examination import Examination, examine, measure
 from convert.quality.float32_model import load
 from convert.quality.gate import DEFAULT_GATE, Gate, choosing_gate
 from convert.quality.golden import collect_golden, write_golden
+from convert.quality.peft_reference import require_applicable
 from convert.quality.reference import Reference, compute_reference
 from convert.quality.retention import ModelRetention, measure_retention
 from convert.quality.text import Text
@@ -32,6 +33,7 @@ __all__ = [
     "measure",
     "measure_retention",
     "open_canaries",
+    "require_applicable",
     "require_passed",
     "token_rows",
     "tokenize",

@@ -31,22 +31,27 @@ def load(base: BaseModel, quantizer: QuantizationFormat | None) -> Any:
     Without a quantizer the stored weights are used. Raises BaseUnreadable where configuration and weights don't fit.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
-    try:
-        config = AutoConfig.for_model(**_float_config(base.config))
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    except Exception as cause:  # the model's own code raises errors of many kinds for sizes that don't fit
-        raise BaseUnreadable(f"{base.root}: transformers makes no model of its config.json: {cause}") from cause
-    model.tie_weights()
+    model = _empty_model(base)
     expected = model.state_dict()
     with torch.no_grad():
-        filled = {name for name, weight in _named_weights(base, quantizer) if _copy(expected, name, weight)}
-    tied = {f"{HEAD}.weight"} if base.is_tied else set()
-    if missing := expected.keys() - filled - tied:
-        raise BaseUnreadable(f"{base.root} lacks what its config needs: {', '.join(sorted(missing)[:3])}")
+        for name, weight in _named_weights(base, quantizer):
+            if _has_place(expected, name, tuple(weight.shape)):
+                expected[name].copy_(weight)
+    _require_filled(base, expected)
+    return model.eval()
+
+
+def skeleton(base: BaseModel) -> Any:
+    """The model of `load` with the names and shapes of its weights, but no memory for them. Raises as `load`."""
+    import torch
+
+    with torch.device("meta"):
+        model = _empty_model(base)
+    expected = model.state_dict()
+    for name, shape in _shapes(base).items():
+        _has_place(expected, name, shape)
+    _require_filled(base, expected)
     return model.eval()
 
 
@@ -99,6 +104,27 @@ def merged_head(model: Any) -> Iterator[torch.Tensor]:
         head.unmerge()  # a tied embedding has the same weight, and the base alone must not see the delta
 
 
+def _empty_model(base: BaseModel) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    try:
+        config = AutoConfig.for_model(**_float_config(base.config))
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    except Exception as cause:  # the model's own code raises errors of many kinds for sizes that don't fit
+        raise BaseUnreadable(f"{base.root}: transformers makes no model of its config.json: {cause}") from cause
+    model.tie_weights()
+    return model
+
+
+def _shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight of `_named_weights`, by its name."""
+    linears = [linear for linear in base.linears.values() if not (linear.is_head and base.is_tied)]
+    return {spec.name: spec.shape for spec in base.other_specs} | {linear.weight: linear.shape for linear in linears}
+
+
 def _float_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in ("quantization_config", "auto_map")}
 
@@ -112,14 +138,19 @@ def _named_weights(base: BaseModel, quantizer: QuantizationFormat | None) -> Ite
         yield linear.weight, base.read_as_trained(linear, quantizer)
 
 
-def _copy(expected: Mapping[str, torch.Tensor], name: str, weight: torch.Tensor) -> bool:
-    """Copy a weight into the model; False where the model has no such weight, such as an old inv_freq buffer."""
+def _has_place(expected: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> bool:
+    """False where the model has no such weight, such as an old inv_freq buffer. Raises BaseUnreadable for its shape."""
     if name not in expected:
         return False
-    if expected[name].shape != weight.shape:
-        raise BaseUnreadable(f"{name} is {list(weight.shape)}, its config says {list(expected[name].shape)}")
-    expected[name].copy_(weight)
+    if tuple(expected[name].shape) != shape:
+        raise BaseUnreadable(f"{name} is {list(shape)}, its config says {list(expected[name].shape)}")
     return True
+
+
+def _require_filled(base: BaseModel, expected: Mapping[str, torch.Tensor]) -> None:
+    tied = {f"{HEAD}.weight"} if base.is_tied else set()
+    if missing := expected.keys() - _shapes(base).keys() - tied:
+        raise BaseUnreadable(f"{base.root} lacks what its config needs: {', '.join(sorted(missing)[:3])}")
 
 
 def causal_lm(model: Any) -> Any:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import CheckpointUnsupported
@@ -13,7 +14,10 @@ from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.architecture import EMBEDDING, HEAD_WEIGHT
 from convert.inputs.base_model import BaseModel
 from convert.inputs.keys import PEFT_PREFIX
+from convert.inputs.patterns import PatternInvalid, require_quick
+from convert.quality.float32_model import skeleton
 from convert.quantization.format import QuantizationFormat
+from convert.safetensors_io.tensors import DTYPES, Tensors
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +30,10 @@ def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
+    try:
+        require_quick(checkpoint.config, (name for name, _ in model.named_modules()))
+    except PatternInvalid as invalid:
+        raise CheckpointUnsupported(f"{checkpoint.root}: {invalid}.") from None
     _resize(model, checkpoint)
     with warnings.catch_warnings():
         # PEFT warns of names and settings that Graft has checked already.
@@ -51,6 +59,22 @@ def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
             "hold: save it again with PEFT's save_pretrained"
         )
     return adapted.eval()
+
+
+def require_applicable(checkpoint: Checkpoint, base: BaseModel) -> None:
+    """Raises what `load` and `with_adapter` would raise for this pair, without reading a weight."""
+    shapes = replace(checkpoint, tensors=_Shapes(**vars(checkpoint.tensors)))
+    with_adapter(skeleton(base), shapes)
+
+
+class _Shapes(Tensors):
+    """Tensors without values, and without memory for them."""
+
+    def read(self, name: str) -> torch.Tensor:
+        import torch
+
+        spec = self.specs[name]
+        return torch.empty(spec.shape, dtype=getattr(torch, DTYPES[spec.dtype][1]), device="meta")
 
 
 @contextmanager

@@ -253,7 +253,8 @@ def _choose_lora(variant: RouteVariant, base: BaseModel, quantization: Quantizat
 def _require_full_precision(base: BaseModel, why: str) -> None:
     if base.is_quantized:
         raise BaseMismatch(
-            f"{why}; {base.root} holds only their 4-bit form. Give the original model directory with --base."
+            f"{why}; {base.root} holds only a rounded form of them ({base.quantization_name}). Give the original model "
+            "directory with --base."
         )
 
 

@@ -143,7 +143,7 @@ def _truncated(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 def _require_possible(base: BaseModel, schedule: TrainingSchedule) -> None:
     if base.is_quantized:
         raise BaseMismatch(
-            f"Recovering ends on the full-precision weights; {base.root} holds only their 4-bit form. "
+            f"Recovering ends on the full-precision weights; {base.root} holds only a rounded form of them. "
             "Give the original model directory with --base."
         )
     if not 0 <= schedule.steps <= MAX_STEPS:

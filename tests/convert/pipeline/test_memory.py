@@ -21,7 +21,7 @@ from tests.convert import parts
 MEASURED = """
 import sys
 from pathlib import Path
-import bitsandbytes.functional, torch
+import bitsandbytes.functional, peft, torch, transformers.models.llama.modeling_llama
 from tests.convert.asking import Request, convert
 from convert.detection.training import Training
 checkpoint, base, out = map(Path, sys.argv[1:4])
@@ -33,39 +33,47 @@ convert(Request(checkpoint, base, out, "tiny", route="merge", quantize="none", t
 print(resident("VmHWM") - before)
 """
 ROWS, COLUMNS = 20_480, 4096
+# Of the small model's sizes, those that become large ones.
+HIDDEN, INTERMEDIATE = 64, 128
+
+
+def enlarged(shape: torch.Size, name: str) -> tuple[int, ...]:
+    """The shape of the small model's tensor in the large one, whose heads together are as small as before."""
+    sizes = {HIDDEN: COLUMNS, INTERMEDIATE: ROWS}
+    rows, *columns = shape
+    rows = rows if name.endswith(("q_proj.weight", "q_proj.lora_B.weight")) else sizes.get(rows, rows)
+    columns = columns if "o_proj.weight" in name or "o_proj.lora_A" in name else [sizes.get(n, n) for n in columns]
+    return (rows, *columns)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose MLP, of which the adapter changes every matrix, is 80 times as large as a block."""
     home = tmp_path_factory.mktemp("large")
-    base = parts.save_base(home / "base", tied=True, layers=1)
-    tensors = load_file(base / "model.safetensors")
+    base = parts.save_base(home / "base", tied=True, layers=1, hidden=HIDDEN)
+    parts.edit_json(base / "config.json", hidden_size=COLUMNS, intermediate_size=ROWS, head_dim=16)
     torch.manual_seed(1)
-    for name, shape in {"gate_proj": (ROWS, COLUMNS), "up_proj": (ROWS, COLUMNS)}.items():
-        tensors[f"model.layers.0.mlp.{name}.weight"] = (0.02 * torch.randn(shape)).to(torch.bfloat16)
+    tensors = {
+        name: (0.02 * torch.randn(enlarged(tensor.shape, name))).to(torch.bfloat16)
+        for name, tensor in load_file(base / "model.safetensors").items()
+    }
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     return home
 
 
 @pytest.fixture(scope="module")
-def adapter(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    small = parts.mark_lora(parts.save_adapter(parts.save_base(large / "small", tied=True, layers=1), large / "lora"))
-    wide = {f"base_model.model.model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj")}
-
-    def widened(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        for module in wide:
-            tensors[f"{module}.lora_A.weight"] = torch.randn(8, COLUMNS) / 64
-            tensors[f"{module}.lora_B.weight"] = torch.randn(ROWS, 8) / 64
-        return tensors
-
-    parts.edit_weights(small, widened)
-    return small
+def adapter(large: Path) -> Path:
+    small = parts.save_base(large / "small", tied=True, layers=1, hidden=HIDDEN)
+    lora = parts.mark_lora(parts.save_adapter(small, large / "lora"))
+    parts.edit_weights(
+        lora, lambda tensors: {name: torch.randn(enlarged(t.shape, name)) / 64 for name, t in tensors.items()}
+    )
+    return lora
 
 
 @pytest.fixture(scope="module")
 def large_nf4(large: Path) -> Path:
-    """Its MLP stored as NF4, without a model that transformers could load."""
+    """Its linear layers stored as NF4."""
     from convert.quantization.nf4 import Nf4
 
     settings = Nf4()

@@ -137,9 +137,9 @@ def test_a_pattern_that_would_hold_up_the_engine_is_found(
     config = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps(config | {setting: {MODULE: 2, pattern: 2}}))
 
-    (found,) = adapter_problems(adapter, SHAPES)
+    (only_problem,) = adapter_problems(adapter, SHAPES)
 
-    assert found.startswith(f"{setting} {problem}")
+    assert only_problem.startswith(f"{setting} {problem}")
 
 
 @pytest.mark.parametrize(
