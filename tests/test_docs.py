@@ -30,6 +30,7 @@ from serve.settings import (
     LogSettings,
     MetricsSettings,
     OidcSettings,
+    PoolSettings,
     ServeSettings,
     TracingSettings,
 )
@@ -62,8 +63,8 @@ def test_every_error_code_is_documented_and_every_documented_one_exists() -> Non
 
 
 SETTINGS = [
-    ServeSettings, EngineSettings, GatewaySettings, AdmissionSettings, OidcSettings, MetricsSettings, LogSettings,
-    TracingSettings,
+    ServeSettings, PoolSettings, EngineSettings, GatewaySettings, AdmissionSettings, OidcSettings, MetricsSettings,
+    LogSettings, TracingSettings,
 ]  # fmt: skip
 
 

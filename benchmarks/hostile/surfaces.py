@@ -33,7 +33,7 @@ def surfaces(artifacts: Mapping[str, Path], work: Path) -> Iterable[Surface]:
     engine = EngineSettings(
         model_path=artifacts["first"] / "model", model_name="base", fingerprint=candidate.base, max_lora_rank=64
     )
-    admission = Admission(engine, AdmissionSettings())
+    admission = Admission([engine], AdmissionSettings())
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         yield Surface(f"adapter {file}", adapter, file, lambda directory: admission.check(candidate, directory))
     for file in sorted(path.name for path in checkpoint.iterdir() if path.is_file()):

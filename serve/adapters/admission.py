@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from convert.artifact.signature import is_signed, public_key
@@ -16,17 +15,18 @@ _SHOWN_PROBLEMS = 5
 
 
 class Admission:
-    """The admission checks of one server, for its base model and its settings."""
+    """The admission checks of one server, for its base models and its settings."""
 
-    def __init__(self, engine: EngineSettings, settings: AdmissionSettings) -> None:
-        """Raises SigningKeyInvalid."""
-        self._engine = engine
+    def __init__(self, engines: Sequence[EngineSettings], settings: AdmissionSettings) -> None:
+        """`engines`: one for each base model. Raises SigningKeyInvalid."""
+        self._engines = engines
         self._settings = settings
+        self._shapes: dict[str, Mapping[str, tuple[int, int] | None]] = {}
         self._trusted_keys = [public_key(path) for path in settings.trusted_keys]
 
     def check(self, candidate: Candidate, directory: Path) -> None:
         """Raises AdapterRejected, with the reason, if the files in `directory` can't be served as `candidate`."""
-        if reasons := incompatibilities(candidate, self._engine):
+        if reasons := incompatibilities(candidate, self._engines):
             raise AdapterRejected(f"{candidate.adapter} can't be served here: {'; '.join(reasons)}.")
         self._check_signature(candidate)
         self._check_size(candidate, directory)
@@ -50,33 +50,57 @@ class Admission:
             )
 
     def _check_files(self, candidate: Candidate, directory: Path) -> None:
-        if problems := adapter_problems(directory, self._base_shapes):
+        if problems := adapter_problems(directory, self._base_shapes(candidate.base)):
             hidden = len(problems) - _SHOWN_PROBLEMS
             more = f"; and {hidden} more" if hidden > 0 else ""
             raise AdapterRejected(
                 f"{candidate.adapter} can't be served: {'; '.join(problems[:_SHOWN_PROBLEMS])}{more}."
             )
 
-    @cached_property
-    def _base_shapes(self) -> Mapping[str, tuple[int, int] | None]:
-        return linear_shapes(self._engine.model_path)
+    def _base_shapes(self, base: str) -> Mapping[str, tuple[int, int] | None]:
+        if base not in self._shapes:
+            engine = next(engine for engine in self._engines if engine.fingerprint == base)
+            self._shapes[base] = linear_shapes(engine.model_path)
+        return self._shapes[base]
+
+    def is_base_model(self, name: str) -> bool:
+        return any(engine.model_name == name for engine in self._engines)
+
+    def engine_for(self, base_model: str | None) -> EngineSettings:
+        """The engine of an adapter that does not say what it was made for; `base_model`: what its publisher says.
+        Raises AdapterRejected if that is no base model here, or if there are several and nothing is said."""
+        taking = [engine for engine in self._engines if engine.max_lora_rank] or list(self._engines)
+        names = ", ".join(engine.model_name for engine in taking)
+        if base_model is None:
+            if len(taking) > 1:
+                raise AdapterRejected(
+                    f"The adapter does not say which base model it was made for, and there are several here: {names}. "
+                    "Say it in `base`, or convert the adapter."
+                )
+            return taking[0]
+        if engine := next((engine for engine in taking if engine.model_name == base_model), None):
+            return engine
+        raise AdapterRejected(f"{base_model} is no base model that takes adapters here. There is: {names}.")
 
 
-def incompatibilities(candidate: Candidate, engine: EngineSettings) -> list[str]:
-    """The reasons why this engine can't serve the adapter, each with a remedy; empty if it can."""
-    reasons = []
-    if candidate.base != engine.fingerprint:
-        reasons.append(
-            f"it was made for the base model {candidate.base[:12]}, but {engine.model_name} here is "
-            f"{engine.fingerprint[:12]}; convert it for this base"
-        )
-    if candidate.name == engine.model_name:
-        reasons.append(f"its name is the name of the base model, {engine.model_name}; give it another with --name")
+def incompatibilities(candidate: Candidate, engines: Sequence[EngineSettings]) -> list[str]:
+    """The reasons why none of these engines can serve the adapter, each with a remedy; empty if one can."""
+    of_its_base = [engine for engine in engines if engine.fingerprint == candidate.base]
+    reasons = [] if of_its_base else [_other_base(candidate, engines)]
+    if any(candidate.name == engine.model_name for engine in engines):
+        reasons.append(f"its name is the name of the base model, {candidate.name}; give it another with --name")
+    engine = (of_its_base or engines)[0]
     if engine.max_lora_rank == 0:
-        reasons.append("this server runs without adapters; start one with the artifact of an adapter")
+        reasons.append(f"{engine.model_name} runs without adapters; start a server with the artifact of an adapter")
     elif candidate.rank > engine.max_lora_rank:
         reasons.append(
             f"its rank {candidate.rank} is above this server's {engine.max_lora_rank}; "
             f"start the server with --max-lora-rank {candidate.rank} or more"
         )
     return reasons
+
+
+def _other_base(candidate: Candidate, engines: Sequence[EngineSettings]) -> str:
+    here = " and ".join(f"{engine.model_name} here is {engine.fingerprint[:12]}" for engine in engines)
+    remedy = "convert it for this base, or start the server with the artifact that holds its base model as well"
+    return f"it was made for the base model {candidate.base[:12]}, but {here}; {remedy}"

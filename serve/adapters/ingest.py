@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -69,9 +69,14 @@ def open_verified(root: Path) -> Artifact:
 
 
 def ingest_path(
-    path: Path, name: str | None, store: AdapterStore, engine: EngineSettings, admission: AdmissionSettings
+    path: Path,
+    name: str | None,
+    store: AdapterStore,
+    engine_of_plain: Callable[[], EngineSettings],
+    admission: AdmissionSettings,
 ) -> Candidate:
-    """Puts the adapter at a path that a caller of the API named into the store.
+    """Puts the adapter at a path that a caller of the API named into the store. `engine_of_plain`: for an adapter that
+    is no artifact and does not say itself which base model it was made for; may raise AdapterRejected.
 
     Raises PathRefused for a path outside `adapter_roots` or with symbolic links in it, AdapterRejected or
     ArtifactRefused for an adapter that can't be served.
@@ -79,6 +84,7 @@ def ingest_path(
     root = check_allowed(path, admission.adapter_roots)
     if (root / MANIFEST).is_file():
         return ingest_artifact(open_verified(root), name, store)
+    engine = engine_of_plain()
     _check_adapter_files(root)
     _check_size(root, admission.max_adapter_bytes)
     if not admission.allow_other_template:

@@ -33,11 +33,14 @@ _NO_AUDIT = Audit()
 
 
 class Replicas(Protocol):
-    """All running replicas of the base model."""
+    """All running replicas of the server."""
 
-    async def sync(self, awaited: str | None = None) -> Sequence[ReplicaReport]:
+    async def sync(self, awaited: str | None = None, base: str | None = None) -> Sequence[ReplicaReport]:
         """Has every replica follow the catalogue now, and finish staging the revision with the engine name `awaited`.
-        Raises ReplicaUnreachable if one does not answer."""
+        Raises ReplicaUnreachable if one does not answer.
+
+        `base`, the fingerprint of a base model: only the replicas of its pool must answer, and the reports are theirs.
+        """
         ...
 
 
@@ -94,7 +97,7 @@ class Control:
                 raise TransitionRefused(f"{candidate.adapter} is {target.state}: publish it again.")
             return await self.publish(candidate, audit)
         try:
-            check_holding(await self.replicas.sync(candidate.adapter.engine_name), candidate.adapter)
+            check_holding(await self.sync(candidate, awaited=True), candidate.adapter)
         except (PublishFailed, ReplicaUnreachable) as error:
             raise PublishFailed(f"{candidate.adapter} was not promoted and stays staged. {error}") from error
         staged = time.monotonic()
@@ -113,7 +116,7 @@ class Control:
         if not target.is_promoted:
             raise TransitionRefused(f"{candidate.adapter} is {target.state}, it never served: promote it.")
         try:
-            check_holding(await self.replicas.sync(), candidate.adapter)
+            check_holding(await self.sync(candidate), candidate.adapter)
         except PublishFailed:
             await self.stage_on_all(candidate, audit, self.stage_deadline())
         except ReplicaUnreachable as error:
@@ -130,7 +133,7 @@ class Control:
         if not target.staged:
             raise TransitionRefused(f"{candidate.adapter} is {target.state}, not staged: nothing to abandon.")
         catalogue = await asyncio.to_thread(self.log.abandon, candidate, audit)
-        return await self.confirm(f"{candidate.adapter} is abandoned", catalogue.epoch)
+        return await self.confirm(f"{candidate.adapter} is abandoned", candidate, catalogue.epoch)
 
     async def retire(self, name: str, audit: Audit = _NO_AUDIT) -> Sequence[ReplicaReport]:
         """Removes an alias from all replicas; running requests finish. Its files and its history stay.
@@ -139,7 +142,8 @@ class Control:
         confirmed it.
         """
         catalogue = await asyncio.to_thread(self.log.retire, name, audit)
-        return await self.confirm(f"{name} is retired", catalogue.epoch)
+        retired = max(catalogue.adapters[name].revisions.values(), key=lambda revision: revision.at)
+        return await self.confirm(f"{name} is retired", retired.candidate, catalogue.epoch)
 
     async def pin(self, name: str, revision: str | None, audit: Audit = _NO_AUDIT) -> AdapterRevision:
         """Keeps a revision, by default the current one, resident on every replica until it is unpinned. If one replica
@@ -148,7 +152,7 @@ class Control:
         adapter = target.candidate.adapter
         await asyncio.to_thread(self.log.pin, adapter, self.max_pinned, audit)
         try:
-            check_holding(await self.replicas.sync(adapter.engine_name), adapter)
+            check_holding(await self.sync(target.candidate, awaited=True), adapter)
         except (PublishFailed, ReplicaUnreachable) as error:
             if target.pinned:
                 raise PublishFailed(f"{adapter} stays pinned, but not every replica confirmed it. {error}") from error
@@ -158,10 +162,10 @@ class Control:
 
     async def unpin(self, name: str, revision: str | None, audit: Audit = _NO_AUDIT) -> AdapterRevision:
         """Raises UnknownModel, or PublishUnconfirmed."""
-        adapter = (await self._find(name, revision)).candidate.adapter
-        catalogue = await asyncio.to_thread(self.log.unpin, adapter, audit)
-        await self.confirm(f"{adapter} is unpinned", catalogue.epoch)
-        return adapter
+        candidate = (await self._find(name, revision)).candidate
+        catalogue = await asyncio.to_thread(self.log.unpin, candidate.adapter, audit)
+        await self.confirm(f"{candidate.adapter} is unpinned", candidate, catalogue.epoch)
+        return candidate.adapter
 
     async def stage_on_all(
         self, candidate: Candidate, audit: Audit, until: datetime | None
@@ -171,7 +175,7 @@ class Control:
         adapter = candidate.adapter
         catalogue = await asyncio.to_thread(self.log.stage, candidate, audit, until)
         try:
-            reports = await self.replicas.sync(adapter.engine_name)
+            reports = await self.sync(candidate, awaited=True)
             check_holding(reports, adapter)
         except (PublishFailed, ReplicaUnreachable) as error:
             await asyncio.to_thread(self.log.abandon, candidate, Audit(audit.by, str(error)))
@@ -182,11 +186,16 @@ class Control:
         """The time after which the replicas abandon a revision that is still staged: its coordinator has died."""
         return datetime.now(UTC) + timedelta(seconds=_STAGE_TIMEOUTS * self.sync_timeout_s)
 
-    async def confirm(self, change: str, epoch: int) -> Sequence[ReplicaReport]:
-        """Has every replica follow the catalogue up to `epoch`. Raises PublishUnconfirmed, whose message says that
-        the `change` was made nevertheless."""
+    async def sync(self, candidate: Candidate, *, awaited: bool = False) -> Sequence[ReplicaReport]:
+        """Has every replica that may hold the candidate follow the catalogue; with `awaited`, finish staging it too.
+        Raises ReplicaUnreachable."""
+        return await self.replicas.sync(candidate.adapter.engine_name if awaited else None, candidate.base)
+
+    async def confirm(self, change: str, candidate: Candidate, epoch: int) -> Sequence[ReplicaReport]:
+        """Has every replica that may hold the candidate follow the catalogue up to `epoch`. Raises PublishUnconfirmed,
+        whose message says that the `change` was made nevertheless."""
         try:
-            reports = await self.replicas.sync()
+            reports = await self.sync(candidate)
         except ReplicaUnreachable as error:
             raise PublishUnconfirmed(f"{change}, but not every replica confirmed it: {error}") from error
         behind = sorted(report.replica for report in reports if report.epoch < epoch)
@@ -197,7 +206,7 @@ class Control:
     async def _confirm_move(
         self, candidate: Candidate, catalogue: Catalogue, change: str, started: float, staged: float
     ) -> Published:
-        reports = await self.confirm(f"{candidate.adapter} {change}", catalogue.epoch)
+        reports = await self.confirm(f"{candidate.adapter} {change}", candidate, catalogue.epoch)
         return _published(candidate, catalogue, reports, staged - started, time.monotonic() - staged)
 
     async def _find(self, name: str, revision: str | None) -> Revision:

@@ -1,20 +1,19 @@
-"""Brings a replica to the state in the catalogue: a pure plan of the revisions that should be resident, and the loop
-body that follows the plan."""
+"""Brings a replica to the state in the catalogue, step by step after `serve.adapters.residency.plan_residency`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Set
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import islice
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from serve.adapters.pool import AdapterPool
+from serve.adapters.residency import plan_residency
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.entry import Audit
@@ -33,57 +32,13 @@ logger = logging.getLogger(__name__)
 Verify = Callable[[Candidate], Awaitable[None]]
 
 
-@dataclass(frozen=True)
-class ResidencyPlan:
-    """The steps from the revisions that are resident in an engine to those that should be."""
-
-    stage: tuple[AdapterRevision, ...]  # to load and to verify
-    load: tuple[AdapterRevision, ...]
-    retire: frozenset[AdapterRevision]
-
-
-def plan_residency(
-    catalogue: Catalogue,
-    resident: Set[AdapterRevision],
-    free: int,
-    keep_previous: int = 1,
-    unverified: Set[AdapterRevision] = frozenset(),
-) -> ResidencyPlan:
-    """Plans which revisions to load and which to retire.
-
-    `free` is the number of adapters that can be loaded without an eviction; `unverified` are the resident revisions
-    that are still to be verified. Staged and pinned revisions are loaded in any case, because a publish waits for them
-    or a pin demands it. Current and previous revisions are loaded only as far as `free` goes, the latest change
-    first, because a request would load them anyway. The plan looks at each name of the catalogue once.
-    """
-    staged = sorted(catalogue.staged - (resident - unverified))
-    pinned = sorted(catalogue.pinned - catalogue.staged - resident)
-    covered = {*staged, *pinned, *resident}
-    optional = (adapter for adapter in _loaded_ahead(catalogue, keep_previous) if adapter not in covered)
-    return ResidencyPlan(
-        stage=tuple(staged),
-        load=(*pinned, *islice(optional, max(0, free - len(staged) - len(pinned)))),
-        retire=frozenset(resident - catalogue.needed(keep_previous)),
-    )
-
-
-def _loaded_ahead(catalogue: Catalogue, keep_previous: int) -> Iterator[AdapterRevision]:
-    """All current revisions, then all previous ones, each in the order of the latest change."""
-    names = list(catalogue.adapters)[::-1]
-    for name in names:
-        if current := catalogue.adapters[name].current:
-            yield current.candidate.adapter
-    for name in names:
-        for revision in catalogue.adapters[name].previous(keep_previous):
-            yield revision.candidate.adapter
-
-
 class ReplicaReport(BaseModel):
     """The state of one replica after it has followed the catalogue."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     replica: str
+    pool: str = ""  # its base model, as callers name it
     epoch: int
     resident: tuple[str, ...]  # engine names, as the engine itself lists them
     running_requests: int  # as the engine itself counts them
@@ -93,6 +48,7 @@ class ReplicaReport(BaseModel):
     address: str | None = None  # where the replica itself listens, once it has answered a request
     passed_on_requests: int = 0  # answered by another replica, which holds their adapter
     splits: dict[str, dict[str, Any]] = {}  # name → what the replica saw of its canary or shadow
+    context_tokens: int = 0  # of a prompt and its answer together
 
 
 @dataclass
@@ -101,6 +57,7 @@ class Reconciler:
 
     Requests are resolved with `catalogue`: a copy that moves on only after every promoted revision was loaded or
     failed to load. Staged revisions are loaded and verified in tasks of their own, so that a slow one delays no other.
+    Of the catalogue's adapters the replica holds those for its own base model only.
     """
 
     replica: str
@@ -109,6 +66,8 @@ class Reconciler:
     pool: AdapterPool
     verify: Verify
     keep_previous: int = 1
+    base: str | None = None  # fingerprint of the base model; None: all adapters are made for it
+    base_name: str = ""  # as callers write it
     catalogue: Catalogue = field(default_factory=Catalogue)
     address: Callable[[], str | None] = lambda: None
     forwarded: Callable[[], int] = int
@@ -192,7 +151,8 @@ class Reconciler:
         """Finds and repairs differences between what the engine holds and what it should hold."""
         differences = await self.pool.repair_drift()
         async with self._syncing:
-            surplus = plan_residency(self.catalogue, self.pool.resident, 0, self.keep_previous).retire
+            own = self.catalogue.of_base(self.base)
+            surplus = plan_residency(own, self.pool.resident, 0, self.keep_previous).retire
             await self.pool.retire(surplus)
         for difference in differences:
             logger.warning("drift: %s", difference)
@@ -202,6 +162,7 @@ class Reconciler:
         resident = await self.engine.resident_adapters()
         return ReplicaReport(
             replica=self.replica,
+            pool=self.base_name,
             epoch=self.catalogue.epoch,
             resident=tuple(sorted(adapter.engine_name for adapter in resident)),
             running_requests=self.engine.running_requests,
@@ -211,6 +172,7 @@ class Reconciler:
             address=self.address(),
             passed_on_requests=self.forwarded(),
             splits=self.splits(),
+            context_tokens=self.engine.context_tokens,
         )
 
     async def _read_catalogue(self) -> Catalogue:
@@ -220,15 +182,15 @@ class Reconciler:
 
     async def _apply(self, latest: Catalogue) -> None:
         self._latest = latest
-        resident = self.pool.resident
-        plan = plan_residency(latest, resident, self.pool.free, self.keep_previous, resident - self._verified)
-        self.pool.keep(latest.pinned | latest.staged)
+        own, resident = latest.of_base(self.base), self.pool.resident
+        plan = plan_residency(own, resident, self.pool.free, self.keep_previous, resident - self._verified)
+        self.pool.keep(own.pinned | own.staged)
         self.need_files(latest.needed(self.keep_previous))
         for adapter in plan.stage:
             if adapter not in self._staging:
-                self._start_staging(latest.candidate(adapter))
+                self._start_staging(own.candidate(adapter))
         await self._load(plan.load)
-        self._forget_failures_except({*latest.staged, *plan.load})
+        self._forget_failures_except({*own.staged, *plan.load})
         self.pool.forget_unavailable_except(latest.is_reachable)
         self.catalogue = latest
         await self.pool.retire(plan.retire)

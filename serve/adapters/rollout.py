@@ -19,6 +19,7 @@ from serve.adapters.canary import RequestOutcome, RevisionChoice, choose_revisio
 from serve.adapters.publish import Control, check_holding
 from serve.adapters.reconcile import ReplicaReport
 from serve.catalogue.adapter_state import AdapterState, Revision
+from serve.catalogue.candidate import Candidate
 from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.entry import Audit
 from serve.catalogue.split import Kind, Split, SplitPolicy
@@ -43,12 +44,12 @@ async def begin_split(
     known = _second_revision(catalogue, name, revision)
     candidate = known.candidate
     if known.staged:
-        await _check_staged(control, candidate.adapter)
+        await _check_staged(control, candidate)
     else:
         await control.stage_on_all(candidate, audit, control.stage_deadline())
     split = Split(kind=kind, revision=candidate.revision, terms=policy)
     catalogue = await asyncio.to_thread(control.log.split, candidate, split, audit)
-    return await control.confirm(f"{candidate.adapter} has its share", catalogue.epoch)
+    return await control.confirm(f"{candidate.adapter} has its share", candidate, catalogue.epoch)
 
 
 async def end_split(
@@ -64,15 +65,15 @@ async def end_split(
         raise SplitRefused(f"{name} has no such {kind} now.")
     candidate = catalogue.candidate(AdapterRevision(name, split.revision))
     catalogue = await asyncio.to_thread(control.log.abandon, candidate, audit)
-    return await control.confirm(f"The {kind} {candidate.adapter} has ended", catalogue.epoch)
+    return await control.confirm(f"The {kind} {candidate.adapter} has ended", candidate, catalogue.epoch)
 
 
-async def _check_staged(control: Control, adapter: AdapterRevision) -> None:
-    """Raises PublishFailed if a replica does not hold the adapter. The adapter was staged before, and stays staged."""
+async def _check_staged(control: Control, candidate: Candidate) -> None:
+    """Raises PublishFailed if a replica does not hold the candidate. It was staged before, and stays staged."""
     try:
-        check_holding(await control.replicas.sync(adapter.engine_name), adapter)
+        check_holding(await control.sync(candidate, awaited=True), candidate.adapter)
     except (PublishFailed, ReplicaUnreachable) as error:
-        raise PublishFailed(f"{adapter} got no share of the traffic and stays staged. {error}") from error
+        raise PublishFailed(f"{candidate.adapter} got no share of the traffic and stays staged. {error}") from error
 
 
 def _second_revision(catalogue: Catalogue, name: str, revision: str) -> Revision:

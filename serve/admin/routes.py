@@ -49,6 +49,9 @@ class PublishBody(_Body):
     candidate: Candidate | None = None
     path: Path | None = None
     name: Name | None = Field(default=None, description="With `path`: publish under this name.")
+    base: Name | None = Field(
+        default=None, description="With the `path` of a plain PEFT adapter: its base model, if the server has several."
+    )
     stage_only: bool = False
     reason: str = Field(default="", max_length=_MAX_REASON_CHARACTERS)
 
@@ -79,7 +82,6 @@ class Admin:
     """The endpoints. The replica that gets a call coordinates the change on all replicas."""
 
     tokens: Mapping[str, str]  # label → SHA-256
-    engine: EngineSettings
     settings: AdmissionSettings
     admission: Admission
     store: AdapterStore
@@ -114,7 +116,7 @@ class Admin:
         if body.candidate is not None and body.path is None:
             candidate = body.candidate
         elif body.path is not None and body.candidate is None:
-            candidate = await self._ingest(body.path, body.name)
+            candidate = await self._ingest(body.path, body.name, body.base)
         else:
             raise InvalidBody("The body must hold either `candidate` or `path`.")
         await to_file_thread("admin", self._check_files, candidate)
@@ -124,9 +126,12 @@ class Admin:
         with self.store.held(candidate.adapter) as files:
             self.admission.check(candidate, files)
 
-    async def _ingest(self, path: Path, name: str | None) -> Candidate:
+    async def _ingest(self, path: Path, name: str | None, base: str | None) -> Candidate:
+        def engine() -> EngineSettings:
+            return self.admission.engine_for(base)
+
         try:
-            return await to_file_thread("admin", ingest_path, path, name, self.store, self.engine, self.settings)
+            return await to_file_thread("admin", ingest_path, path, name, self.store, engine, self.settings)
         except ArtifactRefused as error:
             raise AdapterRejected(str(error)) from error
 

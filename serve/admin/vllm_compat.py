@@ -46,7 +46,6 @@ class VllmRoutes:
     """POST /v1/load_lora_adapter and /v1/unload_lora_adapter."""
 
     admin: Admin
-    base_model: str
 
     def routes(self) -> list[Route]:
         return [
@@ -59,7 +58,7 @@ class VllmRoutes:
         body = parse_body(_LoadBody, await request.body())
         if not body.lora_name or not body.lora_path:
             return _error_response("Both 'lora_name' and 'lora_path' must be provided.")
-        if body.lora_name == self.base_model:
+        if self.admin.admission.is_base_model(body.lora_name):
             return _error_response(f"The lora adapter '{body.lora_name}' conflicts with a served base model.")
         if not body.load_inplace and await self._is_served(body.lora_name):
             return _error_response(

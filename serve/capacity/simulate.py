@@ -183,7 +183,7 @@ class _Simulation:
         return min(holders, key=lambda index: (self._replicas[index].requests, index), default=first)
 
     def _takes_over(self, index: int, first: _Replica) -> bool:
-        """The rule of serve/gateway/peer_forwarding.py."""
+        """The rule of serve/gateway/routing/peers.py."""
         holder = self._replicas[index]
         return not holder.waiting and holder.in_engine <= 2 * first.in_engine + _SPARE_REQUESTS
 

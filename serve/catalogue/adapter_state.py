@@ -62,6 +62,11 @@ class AdapterState:
         """The revision that the alias points to."""
         return self.revisions[self.line[-1]] if self.line else None
 
+    @property
+    def live_bases(self) -> frozenset[str]:
+        """The fingerprints of the base models of the revisions that requests may ask for: one, or none."""
+        return frozenset(revision.candidate.base for revision in self.revisions.values() if revision.is_live)
+
     def previous(self, count: int = 1) -> tuple[Revision, ...]:
         """The last `count` revisions that the alias pointed to before, latest first. A revision that was rolled back
         from is not among them, so a further rollback never returns to it."""

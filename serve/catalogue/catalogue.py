@@ -81,6 +81,16 @@ class Catalogue:
         staged = (self.revision(adapter) for adapter in sorted(self.staged))
         return tuple(revision for revision in staged if revision and revision.until and revision.until < now)
 
+    def of_base(self, fingerprint: str | None) -> Catalogue:
+        """The catalogue without the names of adapters for another base model; unchanged for None. A name with no live
+        revision belongs to no base model."""
+        if fingerprint is None:
+            return self
+        return replace(
+            self,
+            adapters={name: state for name, state in self.adapters.items() if fingerprint in state.live_bases},
+        )
+
     def after(self, *entries: Entry) -> Catalogue:
         """The state once `entries` are appended."""
         adapters = dict(self.adapters)

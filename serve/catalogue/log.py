@@ -102,8 +102,18 @@ class CatalogueLog:
         return catalogue
 
     def stage(self, candidate: Candidate, audit: Audit = _NOBODY, until: datetime | None = None) -> Catalogue:
-        """Let all replicas load a revision. If it is not promoted before `until`, any replica abandons it."""
-        return self.append(lambda _: Entry.now("stage", candidate, audit, until))
+        """Let all replicas of its base model load a revision. If it is not promoted before `until`, any replica
+        abandons it. Raises TransitionRefused if its name has revisions for another base model."""
+
+        def decide(catalogue: Catalogue) -> Entry:
+            if others := catalogue.state_of(candidate.name).live_bases - {candidate.base}:
+                raise TransitionRefused(
+                    f"The name {candidate.name} belongs to an adapter for another base model, {min(others)[:12]}: "
+                    "publish this one under another --name, or retire that one first."
+                )
+            return Entry.now("stage", candidate, audit, until)
+
+        return self.append(decide)
 
     def promote(self, candidate: Candidate, audit: Audit = _NOBODY) -> Catalogue:
         """Point the alias to a staged revision; nothing happens if it points there already. Raises PublishFailed if the
@@ -177,9 +187,10 @@ class CatalogueLog:
             revision = _live_revision(catalogue, adapter)
             if revision.pinned:
                 return None
-            if len(catalogue.pinned) >= most:
+            pinned = len(catalogue.of_base(revision.candidate.base).pinned)
+            if pinned >= most:
                 raise TransitionRefused(
-                    f"{len(catalogue.pinned)} revisions are pinned already, and a replica needs room for others: "
+                    f"{pinned} revisions are pinned already, and a replica needs room for others: "
                     "unpin one, or start the server with more room (max_resident_adapters)."
                 )
             return Entry.now("pin", revision.candidate, audit)

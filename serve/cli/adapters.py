@@ -232,10 +232,12 @@ def status(options: QueryOptions) -> None:
     if options.as_json:
         print_json({"replicas": replicas, "url": client.url})
         return
-    table = new_table("replica", "epoch", "running requests", "adapters in the engine")
+    several = len({replica.get("pool") for replica in replicas}) > 1
+    base_model = ["base model"] if several else []
+    table = new_table("replica", *base_model, "epoch", "running requests", "adapters in the engine")
     for replica in replicas:
-        resident = "\n".join(replica["resident"])
-        table.add_row(replica["replica"], str(replica["epoch"]), str(replica["running_requests"]), resident)
+        pool, resident = [replica["pool"]] if several else [], "\n".join(replica["resident"])
+        table.add_row(replica["replica"], *pool, str(replica["epoch"]), str(replica["running_requests"]), resident)
     print_table(table, client.url)
     for replica in replicas:
         for model, reason in replica["failures"].items():

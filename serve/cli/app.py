@@ -8,7 +8,7 @@ from serve.cli import adapters, advise, exporter, keys, rollouts, run, size, usa
 
 app = typer.Typer(
     name="graft-serve",
-    help="Serve what `convert` published: one base model, many hot-swapped adapters, OpenAI's API.",
+    help="Serve what `convert` published: merged models, and base models with hot-swapped adapters, by OpenAI's API.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

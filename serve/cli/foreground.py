@@ -7,6 +7,7 @@ import heapq
 import json
 import shlex
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,28 +22,28 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def serve_until_stopped(
-    settings: ServeSettings,
+    pools: Sequence[ServeSettings],
     state: StateDir,
     address: tuple[str, int],
     metrics: tuple[str, int | None],
     adapters: Path | None,
 ) -> None:
-    """`address` and `metrics` are hosts and ports; a metrics port of None stands for the usual one, 0 for none.
-    `adapters`: an adapters.yaml to follow. Raises PortInUse, EngineStartFailed or NodeLost."""
+    """`pools`: the settings of each. `address` and `metrics` are hosts and ports; a metrics port of None stands for the
+    usual one, 0 for none. `adapters`: an adapters.yaml to follow. Raises PortInUse, EngineStartFailed or NodeLost."""
     # Imported here because it takes seconds, which `--help` need not wait.
     from serve.deployment.local import local_server, metrics_address, wait_while_ray_runs
 
     for number in _STOP_SIGNALS:
         signal.signal(number, _stop)
-    engine = settings.engine
-    err.print(f"Starting {counted(settings.replicas, 'vLLM engine')} for [bold]{engine.model_name}[/] …")
+    names = " and ".join(f"[bold]{settings.engine.model_name}[/]" for settings in pools)
+    err.print(f"Starting {counted(pools[0].all_engines, 'vLLM engine')} for {names} …")
     scrape_address = metrics_address(*metrics)
     progress = StepProgress()
     try:
-        with local_server(settings, *address, progress.step, scrape_address) as url:
+        with local_server(pools, *address, progress.step, scrape_address) as url:
             progress.close()
             state.announce(url, "http://{}:{}/metrics".format(*scrape_address) if scrape_address else None)
-            _print_ready(settings, state, url)
+            _print_ready(pools, state, url)
             with _following(adapters, state):
                 wait_while_ray_runs(warn=print_line)
     except KeyboardInterrupt:
@@ -52,16 +53,18 @@ def serve_until_stopped(
         state.withdraw()
 
 
-def _print_ready(settings: ServeSettings, state: StateDir, url: str) -> None:
+def _print_ready(pools: Sequence[ServeSettings], state: StateDir, url: str) -> None:
     catalogue = state.log.read()
     table = new_table("model", "stands for")
-    table.add_row(settings.engine.model_name, "the base model" if settings.engine.max_lora_rank else "merged model")
+    for engine in (settings.engine for settings in pools):
+        base = "the base model" if len(pools) == 1 else "a base model"
+        table.add_row(engine.model_name, base if engine.max_lora_rank else "merged model")
     for current in heapq.nsmallest(_SHOWN_MODELS, catalogue.current):
         table.add_row(current.name, current.engine_name)
     if len(catalogue.current) > _SHOWN_MODELS:
         table.add_row(f"… {len(catalogue.current) - _SHOWN_MODELS} more", "see GET /v1/models")
     print_table(table, f"Serving at {url}/v1", err)
-    print_line(f"Try: {_example_request(settings, url)}")
+    print_line(f"Try: {_example_request(pools[0], url)}")
     if metrics := state.running_server().metrics:
         print_line(f"Prometheus: {metrics}")
     err.print("Ctrl-C stops it.")

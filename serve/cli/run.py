@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,23 +14,26 @@ import typer
 from pydantic import Field
 
 from convert.artifact import MANIFEST
-from serve.adapters.bundle import Bundle
 from serve.callers.keys import KeyFile
 from serve.catalogue.state_dir import StateDir
-from serve.cli.bootstrap import needed_rank, register
+from serve.cli.bootstrap import check_memory, needed_rank, register
 from serve.cli.command import expand_options, setting
 from serve.cli.console import print_line, reported_errors
 from serve.cli.foreground import serve_until_stopped
 from serve.cli.options import StateOptions
+from serve.deployment.bundle import Bundle, bundles_of
 from serve.deployment.settings_file import artifact_of
 from serve.errors import ArtifactRefused, KeysInvalid, KeysMissing
 from serve.follower.desired_state import DesiredState
+from serve.observability.memory import memory_left
 from serve.settings import (
+    APP_NAME,
     AdmissionSettings,
     EngineSettings,
     GatewaySettings,
     LogSettings,
     OidcSettings,
+    PoolSettings,
     ServeSettings,
     TracingSettings,
 )
@@ -42,13 +46,21 @@ class RunOptions(StateOptions):
     """The options of `run`. An option that fills a setting takes its default, description and bounds."""
 
     artifacts: Annotated[
-        list[Path], typer.Argument(help="Directories made by `python -m convert run`, all for one base model.")
+        list[Path],
+        typer.Argument(
+            help="Directories made by `python -m convert run`. Those for one base model share its engines; a merged "
+            "model is a base model too."
+        ),
     ]
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(8000, ge=1, le=65535)
-    replicas: int = setting(ServeSettings, "replicas")
+    replicas: int = setting(ServeSettings, "replicas", "For each base model.")
     gpus_per_replica: float = setting(ServeSettings, "gpus_per_replica")
-    base_name: str | None = Field(None, description="`model` name of the base; default: from its source.")
+    base_name: list[str] | None = Field(
+        None,
+        description="`model` name of the base; ARTIFACT=NAME if there are several. Default: from its source. "
+        "Repeatable.",
+    )
     max_lora_rank: int | None = setting(
         EngineSettings, "max_lora_rank", "Default: what the given adapters need.", default=None
     )
@@ -101,18 +113,20 @@ def run(options: RunOptions) -> None:
     """Serve artifacts on this machine until Ctrl-C or SIGTERM.
 
     Starts a private Ray with one vLLM engine per replica and HAProxy in front. Artifacts with an adapter share
-    their 4-bit base; the artifact of a merged model is served alone. Adapters that were published into --state
-    before are served again.
+    their 4-bit base. Each base model, and each merged model, is a pool with engines of its own, behind one address.
+    Adapters that were published into --state before are served again.
     """
     with reported_errors():
-        bundle = Bundle.of(options.artifacts, options.base_name)
+        bundles = bundles_of(options.artifacts, _base_names(options.base_name or ()))
+        if not options.gpus_per_replica:
+            check_memory(bundles, options.replicas, memory_left().available)
         state = options.state_dir()
         state.prepare()
         with state.claimed():
-            settings = _settings_of(options, bundle, state)
-            register(bundle, settings, state)
+            pools = settings_of_pools(options, bundles, state)
+            register(bundles, pools[0], state)
             serve_until_stopped(
-                settings,
+                pools,
                 state,
                 (options.host, options.port),
                 (options.metrics_host, options.metrics_port),
@@ -145,13 +159,50 @@ def wait(
     print_line(f"{directory} is there")
 
 
-def _settings_of(options: RunOptions, bundle: Bundle, state: StateDir) -> ServeSettings:
-    """The settings of the server. Raises ValidationError, KeysInvalid, KeysMissing or DesiredStateInvalid."""
+def settings_of_pools(options: RunOptions, bundles: Sequence[Bundle], state: StateDir) -> tuple[ServeSettings, ...]:
+    """The settings of each pool. Raises ValidationError, KeysInvalid, KeysMissing or DesiredStateInvalid."""
+    shared = _shared_settings(options, state)
+    desired = DesiredState.read(options.adapters).adapters if options.adapters else ()
+    wanted = state.log.read().wanted
+    pools: list[PoolSettings] = []
+    for bundle in bundles:
+        ranks = [bundle.max_lora_rank, *(adapter.rank for adapter in desired if adapter.base == bundle.fingerprint)]
+        kept = [candidate for candidate in wanted if candidate.base == bundle.fingerprint]
+        pools.append(_pool(options, bundle, needed_rank(options.max_lora_rank, ranks, kept), is_first=not pools))
+    return tuple(
+        ServeSettings(
+            **{name: getattr(pool, name) for name in PoolSettings.model_fields},
+            **shared,
+            other_pools=tuple(other for other in pools if other is not pool),
+        )
+        for pool in pools
+    )
+
+
+def _pool(options: RunOptions, bundle: Bundle, max_lora_rank: int, *, is_first: bool) -> PoolSettings:
+    name = bundle.model_name
+    return PoolSettings(
+        engine=EngineSettings(
+            model_path=bundle.model_path,
+            model_name=name,
+            fingerprint=bundle.fingerprint,
+            max_lora_rank=max_lora_rank,
+            max_active_adapters=options.max_active_adapters,
+            max_resident_adapters=options.max_resident_adapters,
+            vllm_args=tuple(options.vllm_arg or ()),
+        ),
+        application=APP_NAME if is_first else f"{APP_NAME}-{name}",
+        route_prefix="/" if is_first else f"/pools/{name}",
+        replicas=options.replicas,
+    )
+
+
+def _shared_settings(options: RunOptions, state: StateDir) -> dict[str, Any]:
+    """What is the same for all pools. Raises ValidationError, KeysInvalid or KeysMissing."""
     oidc = _oidc_settings(options.oidc_file) if options.oidc_file else None
     log: dict[str, Any] = {"format": options.log_format, "directory": state.root / "logs"}
-    return ServeSettings(
-        engine=_engine_settings(options, bundle, state),
-        gateway=GatewaySettings(
+    return {
+        "gateway": GatewaySettings(
             admin_tokens=state.admin_tokens(),
             keys_file=_keys_file(options, state, is_open=options.open_to_all or oidc is not None),
             oidc=oidc,
@@ -159,36 +210,29 @@ def _settings_of(options: RunOptions, bundle: Bundle, state: StateDir) -> ServeS
             cors_origins=tuple(options.cors_origin or ()),
             max_wait_s=options.max_wait,
         ),
-        admission=AdmissionSettings(
+        "admission": AdmissionSettings(
             adapter_roots=tuple(root.absolute() for root in options.adapter_root or ()),
             allow_other_template=options.allow_other_template,
             trusted_keys=tuple(key.absolute() for key in options.trusted_key or ()),
         ),
-        log=LogSettings(access_sample=options.access_sample, **log),
-        tracing=TracingSettings(endpoint=options.traces),
-        state_dir=state.root,
-        state_url=state.url,
-        replicas=options.replicas,
-        gpus_per_replica=options.gpus_per_replica,
-        keep_previous=options.keep_previous,
-        local_adapter_bytes=options.local_adapter_bytes,
-        sync_timeout_s=options.sync_timeout,
-    )
+        "log": LogSettings(access_sample=options.access_sample, **log),
+        "tracing": TracingSettings(endpoint=options.traces),
+        "state_dir": state.root,
+        "state_url": state.url,
+        "gpus_per_replica": options.gpus_per_replica,
+        "keep_previous": options.keep_previous,
+        "local_adapter_bytes": options.local_adapter_bytes,
+        "sync_timeout_s": options.sync_timeout,
+    }
 
 
-def _engine_settings(options: RunOptions, bundle: Bundle, state: StateDir) -> EngineSettings:
-    ranks = [bundle.max_lora_rank]
-    if options.adapters:
-        ranks += [desired.rank for desired in DesiredState.read(options.adapters).adapters]
-    return EngineSettings(
-        model_path=bundle.model_path,
-        model_name=bundle.model_name,
-        fingerprint=bundle.fingerprint,
-        max_lora_rank=needed_rank(options.max_lora_rank, ranks, state.log.read().wanted),
-        max_active_adapters=options.max_active_adapters,
-        max_resident_adapters=options.max_resident_adapters,
-        vllm_args=tuple(options.vllm_arg or ()),
-    )
+def _base_names(values: Iterable[str]) -> dict[Path | None, str]:
+    """NAME stands for the only base model, ARTIFACT=NAME for that of an artifact."""
+    names: dict[Path | None, str] = {}
+    for value in values:
+        artifact, separator, name = value.rpartition("=")
+        names[Path(artifact) if separator else None] = name
+    return names
 
 
 def _keys_file(options: RunOptions, state: StateDir, *, is_open: bool) -> Path | None:

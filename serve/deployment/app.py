@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ray.serve import Application, Deployment
@@ -12,7 +13,6 @@ from serve.deployment.settings_file import settings_of
 from serve.settings import ServeSettings
 
 IMPORT_PATH = "serve.deployment.app:build"
-APP_NAME = "graft"
 # Ray's line for every request costs as much as all of Graft's own work on it, and goes to a file that nobody reads.
 _LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -32,17 +32,18 @@ def build(args: dict[str, Any]) -> Application:
     ).bind(settings.model_dump(mode="json"))
 
 
-def deploy_config(settings: ServeSettings) -> dict[str, Any]:
-    """The application as Ray Serve's declarative configuration, with which Ray Serve can update running replicas in
-    place."""
+def deploy_config(pools: Sequence[ServeSettings]) -> dict[str, Any]:
+    """The applications, one for each pool, as Ray Serve's declarative configuration, with which Ray Serve can update
+    running replicas in place."""
     return {
         "applications": [
             {
-                "name": APP_NAME,
-                "route_prefix": "/",
+                "name": settings.application,
+                "route_prefix": settings.route_prefix,
                 "import_path": IMPORT_PATH,
                 "args": settings.model_dump(mode="json"),
                 "deployments": [{"name": DEPLOYMENT}],
             }
+            for settings in pools
         ]
     }

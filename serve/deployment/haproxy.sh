@@ -1,5 +1,5 @@
 #!/bin/sh
-# HAProxy as Ray Serve starts it, with seven changes to the configuration that Ray Serve writes. The script ends with an
+# HAProxy as Ray Serve starts it, with eight changes to the configuration that Ray Serve writes. The script ends with an
 # error if a line that it changes is not there: then this version of Ray writes another configuration.
 #
 # 1. Splicing is off (-dS). With splicing HAProxy notices a client's disconnect only when the answer begins, if headers
@@ -21,6 +21,9 @@
 #
 # 7. The fallback server is removed: Ray's proxy in Python, which keeps every request, also a health check, without an
 #    answer until there is a replica again. That takes as long as a model needs to load.
+#
+# 8. With several pools, a request goes to the pool of its `model`, which is looked up in a map file. HAProxy reads it from
+#    what it holds of the body. Every other request goes to the first pool, or to another one while that has no replica.
 set -eu
 config='' before=''
 for argument; do
@@ -67,7 +70,32 @@ pass_on_whole_requests() {
     rules="$rules\\n    http-request wait-for-body time ${patience_s}s if METH_POST"
     rules="$rules\\n    http-request del-header x-request-disconnect-disabled"
     rules="$rules\\n    http-request set-header x-request-disconnect-disabled ?1 if METH_POST !{ path_beg /admin }"
+    if [ -n "${GRAFT_POOLS:-}" ]; then
+        model="req.body,json_query('$.model'),field(1,@)"
+        rules="$rules\\n    http-request set-var(txn.pool) $model,map($GRAFT_POOLS) if METH_POST !{ path_beg /admin }"
+    fi
     change '^frontend http_frontend$' "a\\$rules"
+}
+
+send_to_pools() {
+    if [ -n "${GRAFT_POOLS:-}" ]; then
+        known='    use_backend %[var(txn.pool)] if { var(txn.pool) -m found }'
+        require '^ *default_backend '
+        if [ "$(grep -c '^backend http-' "$config")" != "$(grep -c '^ *acl is_[^ ]* path_beg /' "$config")" ]; then
+            fail "not every backend of an application has a line 'acl is_BACKEND path_beg PREFIX'"
+        fi
+        sed -i -e "0,/^ *\(use\|default\)_backend /s~^ *\(use\|default\)_backend ~$known\n&~" "$config"
+    fi
+    first=$(sed -n -e 's|^ *acl is_\([^ ]*\) path_beg /$|\1|p' "$config")
+    # The names of the other backends, and what the paths of their applications begin with. No caller addresses those.
+    sed -n -e 's|^ *acl is_\([^ ]*\) path_beg \(/pools/[^ ]*\)/$|\1 \2|p' "$config" | while read -r pool prefix; do
+        change "^ *use_backend $pool if is_$pool\$" d
+        change "^backend $pool\$" "a\\    http-request set-path $prefix%[path]"
+        if [ -n "$first" ]; then
+            spare="use_backend $pool if { nbsrv($first) eq 0 } { nbsrv($pool) gt 0 }"
+            change "^ *use_backend $first if is_$first\$" "i\\    $spare"
+        fi
+    done
 }
 
 send_to_replicas_only() {
@@ -96,6 +124,7 @@ if [ -w "$config" ]; then
         directory=$(dirname "$config")
         answer_errors_as_the_api
         pass_on_whole_requests
+        send_to_pools
         send_to_replicas_only
         change '^frontend prometheus$' 'a\    disabled'
         change '^listen stats$' 'a\    disabled'

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,10 @@ from typing import Any
 import httpx
 import psutil
 
+from serve.catalogue.state_dir import StateDir
 from serve.deployment.ports import check_port, free_port
-from serve.deployment.ray_environment import environment, ignored_variables
+from serve.deployment.proxy_map import ProxyMap, followed
+from serve.deployment.ray_environment import environment, ignored_variables, map_of_models, proxy_directory
 from serve.errors import EngineRefused, EngineStartFailed, NodeLost, PortInUse
 from serve.follower.http_client import direct_client
 from serve.observability.exporter import DEFAULT_PORT
@@ -50,23 +52,27 @@ Progress = Callable[[str], None]
 
 @contextmanager
 def local_server(
-    settings: ServeSettings, host: str, port: int, progress: Progress, metrics: tuple[str, int] | None = None
+    pools: Sequence[ServeSettings], host: str, port: int, progress: Progress, metrics: tuple[str, int] | None = None
 ) -> Iterator[str]:
-    """Start Ray, Ray Serve and the replicas; yields the URL once every replica is ready. `metrics`: host and port that
-    Prometheus can scrape. Everything is stopped and removed at the end. Raises PortInUse, EngineStartFailed, or
-    NodeLost if Ray ends while the server runs."""
+    """Start Ray, Ray Serve and the replicas of all pools; yields the URL once every replica is ready. `metrics`: host
+    and port that Prometheus can scrape. Everything is stopped and removed at the end. Raises PortInUse,
+    EngineStartFailed, or NodeLost if Ray ends while the server runs."""
     check_port(host, port)
     directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX))
-    settings = _with_metrics(settings, directory / "metrics")
+    pools = [_with_metrics(settings, directory / "metrics") for settings in pools]
     try:
-        _set_environment(environment(directory, settings))
+        _set_environment(environment(directory, pools[0]))
         progress("Ray starts")
-        with _exporter(directory / "metrics", metrics), _ray(directory, settings) as resources:
-            _require_gpus(resources, settings)
-            _deploy(settings, host, port, progress)
+        with (
+            _exporter(directory / "metrics", metrics),
+            _proxy_map(directory, pools),
+            _ray(directory, pools) as resources,
+        ):
+            _require_gpus(resources, pools)
+            _deploy(pools, host, port, progress)
             yield f"http://{host}:{port}"
     except EngineStartFailed as error:
-        source, logs = directory / "ray" / "session_latest" / "logs", settings.state_dir / "failed-start"
+        source, logs = directory / "ray" / "session_latest" / "logs", pools[0].state_dir / "failed-start"
         if not source.is_dir():
             raise  # Ray itself was not started
         shutil.rmtree(logs, ignore_errors=True)
@@ -89,6 +95,14 @@ def _set_environment(variables: dict[str, str]) -> None:
 
 def _with_metrics(settings: ServeSettings, directory: Path) -> ServeSettings:
     return settings.model_copy(update={"metrics": settings.metrics.model_copy(update={"directory": directory})})
+
+
+def _proxy_map(directory: Path, pools: Sequence[ServeSettings]) -> contextlib.AbstractContextManager[None]:
+    """The map by which the proxy finds the pool of a request; needed with several pools only."""
+    if len(pools) == 1:
+        return contextlib.nullcontext()
+    state = StateDir(pools[0].state_url or pools[0].state_dir, pools[0].state_dir)
+    return followed(ProxyMap(map_of_models(directory), proxy_directory(directory), pools, state.log))
 
 
 @contextmanager
@@ -122,19 +136,19 @@ def metrics_address(host: str, port: int | None) -> tuple[str, int] | None:
 
 
 @contextmanager
-def _ray(directory: Path, settings: ServeSettings) -> Iterator[dict[str, float]]:
+def _ray(directory: Path, pools: Sequence[ServeSettings]) -> Iterator[dict[str, float]]:
     """Ray's resources, for as long as it runs."""
     import ray
 
     from serve.deployment import ray_patches
-    from serve.deployment.app import APP_NAME
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    cpus = max(os.cpu_count() or 1, int(settings.replicas * settings.cpus_per_replica) + 1)
+    reserved = sum(settings.replicas * settings.cpus_per_replica for settings in pools)
+    cpus = max(os.cpu_count() or 1, int(reserved) + 1)
     ray_patches.start_ray(directory / "ray", cpus)
     # Ray installs a handler of its own, which ends the process with status 15.
     signal.signal(signal.SIGTERM, on_sigterm)
-    shut_down: Callable[[], None] = partial(ray_patches.shut_down, APP_NAME)
+    shut_down: Callable[[], None] = partial(ray_patches.shut_down, [settings.application for settings in pools])
     try:
         ray_patches.end_idle_processes()
         yield ray.cluster_resources()
@@ -173,47 +187,67 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def _require_gpus(resources: dict[str, float], settings: ServeSettings) -> None:
+def _require_gpus(resources: dict[str, float], pools: Sequence[ServeSettings]) -> None:
     """Raises EngineStartFailed; Ray Serve would wait for missing GPUs for ever."""
-    needed, available = settings.replicas * settings.gpus_per_replica, resources.get("GPU", 0)
+    needed = sum(settings.replicas * settings.gpus_per_replica for settings in pools)
+    available = resources.get("GPU", 0)
     if needed > available:
         raise EngineStartFailed(
-            f"{settings.replicas} replicas with {settings.gpus_per_replica:g} GPUs each need {needed:g}, "
+            f"{pools[0].all_engines} engines with {pools[0].gpus_per_replica:g} GPUs each need {needed:g}, "
             f"this machine has {available:g}."
         )
 
 
-def _deploy(settings: ServeSettings, host: str, port: int, progress: Progress) -> None:
+def _deploy(pools: Sequence[ServeSettings], host: str, port: int, progress: Progress) -> None:
     from ray import serve as ray_serve
     from ray.exceptions import RayError
 
     from serve.deployment import ray_patches
-    from serve.deployment.app import APP_NAME, deploy_config
+    from serve.deployment.app import deploy_config
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         ray_serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly")
     except RayError as error:
         raise EngineStartFailed(f"The proxy did not start: {' '.join(str(error).split())}") from error
-    ray_patches.deploy(deploy_config(settings))
-    _wait_until_running(lambda: ray_serve.status().applications.get(APP_NAME), settings.replicas, progress)
+    ray_patches.deploy(deploy_config(pools))
+    names = {settings.application: settings.engine.model_name for settings in pools}
+    _wait_until_running(lambda: ray_serve.status().applications, names, pools[0].all_engines, progress)
     progress("the proxy starts to answer")
     _wait_until_answering(f"http://{host}:{port}/health")
 
 
-def _wait_until_running(overview: Callable[[], Any], replicas: int, progress: Progress) -> None:
-    reported = ""
-    while (application := overview()) is None or application.status != "RUNNING":
-        if application is not None:
-            message, reason = _message(application), _reason(application)
-            if application.status in ("DEPLOY_FAILED", "UNHEALTHY") or reason.startswith(_REFUSED):
-                raise EngineStartFailed(f"The engine did not start: {_without_class(reason)}")
-            if _TRACEBACK in message and reason != reported:
-                logger.warning("Warning: an engine did not start, and is tried again: %s", _without_class(reason))
-                reported = reason
-            ready = sum(states.replica_states.get("RUNNING", 0) for states in application.deployments.values())
-            progress(f"{ready} of {replicas} engines are ready")
+def _wait_until_running(
+    overviews: Callable[[], Mapping[str, Any]], names: Mapping[str, str], engines: int, progress: Progress
+) -> None:
+    """`names`: the base model of each application. Raises EngineStartFailed if one of them can't start."""
+    reported: dict[str, str] = {}
+    while True:
+        known = overviews()
+        applications = {name: known[name] for name in names if name in known}
+        for name, application in applications.items():
+            _check_start(application, names[name] if len(names) > 1 else "", reported)
+        if len(applications) == len(names) and all(each.status == "RUNNING" for each in applications.values()):
+            return
+        deployments = [states for each in applications.values() for states in each.deployments.values()]
+        if applications:
+            ready = sum(states.replica_states.get("RUNNING", 0) for states in deployments)
+            progress(f"{ready} of {engines} engines are ready")
         time.sleep(_POLL_S)
+
+
+def _check_start(application: Any, model: str, reported: dict[str, str]) -> None:
+    """Raises EngineStartFailed if the application can't start. Warns of an attempt that failed, unless that is what was
+    `reported` for the model last."""
+    if application.status == "RUNNING":
+        return
+    of_model = f" of {model}" if model else ""
+    message, reason = _message(application), _reason(application)
+    if application.status in ("DEPLOY_FAILED", "UNHEALTHY") or reason.startswith(_REFUSED):
+        raise EngineStartFailed(f"The engine{of_model} did not start: {_without_class(reason)}")
+    if _TRACEBACK in message and reason != reported.get(model):
+        logger.warning("Warning: an engine%s did not start, and is tried again: %s", of_model, _without_class(reason))
+        reported[model] = reason
 
 
 def _wait_until_answering(url: str) -> None:

@@ -47,14 +47,25 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
     processes inherit them."""
     return {
         **_ray_environment(),
-        **_proxy_environment(directory / "haproxy", settings),
+        **_proxy_environment(proxy_directory(directory), settings),
         **_proxy_program(),
         **_ports(),
         # Graft's own variable: for `haproxy.sh`, and for the replicas (serve.deployment.uvicorn_patches).
         "GRAFT_SOCKETS": str(directory / "sockets"),
         "GRAFT_BODY_TIMEOUT_S": str(math.ceil(settings.gateway.body_timeout_s)),
-        **_vllm_environment(replica_cpus=max(1, (os.cpu_count() or 1) // settings.replicas)),
+        **({"GRAFT_POOLS": str(map_of_models(directory))} if settings.other_pools else {}),
+        **_vllm_environment(replica_cpus=max(1, (os.cpu_count() or 1) // settings.all_engines)),
     }
+
+
+def map_of_models(directory: Path) -> Path:
+    """The file in which HAProxy looks up the pool of a request (serve.deployment.proxy_map)."""
+    return proxy_directory(directory) / "pools.map"
+
+
+def proxy_directory(directory: Path) -> Path:
+    """The files of HAProxy; each proxy has a directory of its own below."""
+    return directory / "haproxy"
 
 
 def _ray_environment() -> dict[str, str]:
@@ -84,7 +95,7 @@ def _proxy_environment(directory: Path, settings: ServeSettings) -> dict[str, st
         # One hop: HAProxy passes bytes to the process that holds the engine.
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         # A thread for each replica, up to Ray's default: threads that wake each other cost a third of HAProxy's time.
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(_HAPROXY_THREADS, settings.replicas)),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(_HAPROXY_THREADS, settings.all_engines)),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         # If a replica ends before it answers, or has lost its engine, another replica gets the request.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response 503",

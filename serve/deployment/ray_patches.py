@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,16 @@ def deploy(config: Mapping[str, Any]) -> None:
     client.deploy_apps(ServeDeploySchema.model_validate(config))
 
 
-def shut_down(app_name: str) -> None:
-    """Stop the application, Ray Serve and Ray, in this order: running requests finish, and their responses pass
+def shut_down(applications: Sequence[str]) -> None:
+    """Stop the applications, Ray Serve and Ray, in this order: running requests finish, and their responses pass
     through the proxy."""
     # Ray prints the intended end of its controller as a failed task, to standard output.
     with contextlib.redirect_stdout(io.StringIO()):
         with contextlib.suppress(Exception):
-            ray_serve.delete(app_name)
+            for name in applications:
+                ray_serve.delete(name, _blocking=False)  # all of them finish their requests at the same time
+            for name in applications:
+                ray_serve.delete(name)
         ray_serve.shutdown()
         ray.shutdown()
 

@@ -1,10 +1,10 @@
-"""Asks all replicas of the deployment at once, through a handle of Ray Serve."""
+"""Asks all replicas of a pool, or of the whole server, at once, through handles of Ray Serve."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ray import serve as ray_serve
 
@@ -15,14 +15,15 @@ DEPLOYMENT = "EngineReplica"
 # Of ray.serve's ReplicaState. A replica that a restarted controller has not checked yet still answers callers.
 SERVING_STATES = frozenset({"RUNNING", "UPDATING", "RECOVERING", "PENDING_MIGRATION"})
 _HANDLE_LAG_S = 0.1
+# After this long a replica has followed the catalogue by itself.
+_OTHER_POOLS_S = 2.0
 
 
-class RayReplicas:
-    """serve.adapters.publish.Replicas through Ray Serve's broadcast."""
+class PoolReplicas:
+    """The replicas of one pool, through Ray Serve's broadcast."""
 
     def __init__(self, app_name: str, timeout_s: float) -> None:
         self._app_name = app_name
-        self._handle = ray_serve.get_deployment_handle(DEPLOYMENT, app_name)
         self._timeout_s = timeout_s
 
     async def sync(self, awaited: str | None = None) -> Sequence[ReplicaReport]:
@@ -42,9 +43,10 @@ class RayReplicas:
         return await self._all("report")
 
     async def _all(self, method: str, *args: object) -> Sequence[ReplicaReport]:
-        response = self._handle.broadcast(method, *args)
         try:
-            reports = await response.results_async(timeout_s=self._timeout_s)
+            # The client of Ray Serve keeps the handle. That of another pool exists once its application does.
+            handle = await asyncio.to_thread(ray_serve.get_deployment_handle, DEPLOYMENT, self._app_name)
+            reports = await handle.broadcast(method, *args).results_async(timeout_s=self._timeout_s)
         except Exception as error:
             raise ReplicaUnreachable(f"A replica did not answer within {self._timeout_s} s: {error!r}.") from error
         return [ReplicaReport.model_validate(report) for report in reports]
@@ -56,5 +58,45 @@ class RayReplicas:
                 status = await asyncio.to_thread(ray_serve.status)
         except Exception as error:
             raise ReplicaUnreachable(f"Ray Serve's controller did not report its replicas: {error!r}.") from error
-        states = status.applications[self._app_name].deployments[DEPLOYMENT].replica_states
+        application = status.applications.get(self._app_name)
+        deployment = application.deployments.get(DEPLOYMENT) if application else None
+        states = deployment.replica_states if deployment else {}
         return sum(count for state, count in states.items() if state in SERVING_STATES)
+
+
+class ServerReplicas:
+    """serve.adapters.publish.Replicas: the replicas of all pools, by the fingerprint of their base model."""
+
+    def __init__(self, pools: Mapping[str, PoolReplicas]) -> None:
+        self._pools = pools
+
+    async def sync(self, awaited: str | None = None, base: str | None = None) -> Sequence[ReplicaReport]:
+        """Other pools than that of `base` need only to learn which names there are: they get a moment for it, and one
+        that can't answer delays no change of this one for longer."""
+        if base is None:
+            return await self._sync_all()
+        others = [asyncio.create_task(pool.sync()) for known, pool in self._pools.items() if known != base]
+        try:
+            own = self._pools.get(base)
+            reports = await own.sync(awaited) if own else []
+            if others:
+                await asyncio.wait(others, timeout=_OTHER_POOLS_S)
+            return reports
+        finally:
+            for task in others:
+                task.add_done_callback(_ignore)
+                task.cancel()
+
+    async def _sync_all(self) -> Sequence[ReplicaReport]:
+        """The reports of every pool that answers. Raises ReplicaUnreachable if none does."""
+        results = await asyncio.gather(*(pool.sync() for pool in self._pools.values()), return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if len(errors) == len(results) or not all(isinstance(error, ReplicaUnreachable) for error in errors):
+            raise errors[0]
+        return [report for result in results if not isinstance(result, BaseException) for report in result]
+
+
+def _ignore(task: asyncio.Task[Sequence[ReplicaReport]]) -> None:
+    """Marks the exception of another pool as retrieved: it follows the catalogue by itself."""
+    if not task.cancelled():
+        task.exception()

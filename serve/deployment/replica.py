@@ -29,12 +29,13 @@ from serve.catalogue.state_dir import StateDir
 from serve.deployment.metrics_collector import MetricsCollector
 from serve.deployment.metrics_socket import MetricsSocket
 from serve.deployment.ray_patches import keep_replica_on, node_address
-from serve.deployment.ray_replicas import DEPLOYMENT, RayReplicas
+from serve.deployment.ray_replicas import DEPLOYMENT, PoolReplicas, ServerReplicas
 from serve.deployment.uvicorn_patches import patch_uvicorn_startup
 from serve.engine.protocol import Engine
 from serve.gateway.app import Gateway
-from serve.gateway.peer_forwarding import Peers
 from serve.gateway.request_policy import RequestPolicy
+from serve.gateway.routing.other_pool import OtherPool
+from serve.gateway.routing.peers import Peers
 from serve.observability import logs
 from serve.observability.events import NO_EVENTS, Events
 from serve.observability.recorder import MetricsRecorder
@@ -70,12 +71,20 @@ class EngineReplica:
             self._settings.engine, self._recorder.engine_finished, self._settings.tracing.endpoint
         )
         await self._open_state()
-        self._replicas = RayReplicas(context.app_name, self._settings.sync_timeout_s)
-        self._admin = self._new_admin()
+        own = PoolReplicas(context.app_name, self._settings.sync_timeout_s)
+        others = {
+            pool.engine.fingerprint: PoolReplicas(pool.application, self._settings.sync_timeout_s)
+            for pool in self._settings.other_pools
+        }
+        self._admin = self._new_admin(ServerReplicas({self._settings.engine.fingerprint: own, **others}))
         self._rollouts = Rollouts(self._admin.give_up)
         address = node_address()
         keep_replica_on(address)
-        self._peers = Peers(self._replica, address, self._replicas.report, lambda: self._reconciler.follow())
+        self._peers = Peers(self._replica, address, own.report, lambda: self._reconciler.follow())
+        self._other_pools = [
+            OtherPool(pool, address, others[pool.engine.fingerprint].report, self._peers.forwarder)
+            for pool in self._settings.other_pools
+        ]
         patch_uvicorn_startup(self._replica, self._peers.listens_on)
         self._reconciler = self._new_reconciler()
         self._collect_all_metrics()
@@ -94,10 +103,11 @@ class EngineReplica:
             lambda: self._reconciler.catalogue,
             self._admin,
             self._rollouts,
-            self._peers if self._settings.replicas > 1 else None,
+            self._peers if self._settings.all_engines > 1 else None,
             policy,
             self._recorder,
             self._tracer,
+            self._other_pools,
         )
         self._metrics.engine_queue, self._metrics.bodies = policy.engine_queue, policy.bodies
         if gateway.keys:
@@ -127,20 +137,19 @@ class EngineReplica:
         self._meter = Meter(state.objects, settings.gateway.usage_flush_s)
         self._pool = pool_of(self._engine, self._store, settings, self._recorder)
 
-    def _new_admin(self) -> Admin:
+    def _new_admin(self, replicas: ServerReplicas) -> Admin:
         settings = self._settings
         control = ReportingControl(
             self._log,
-            self._replicas,
+            replicas,
             settings.sync_timeout_s,
             max_pinned(settings.engine.adapter_capacity),
             self._recorder,
         )
         return Admin(
             settings.gateway.admin_tokens,
-            settings.engine,
             settings.admission,
-            Admission(settings.engine, settings.admission),
+            Admission(settings.base_models, settings.admission),
             self._store,
             control,
         )
@@ -153,6 +162,8 @@ class EngineReplica:
             self._pool,
             RevisionVerifier(self._engine, self._store, self._settings.admission).verify,
             self._settings.keep_previous,
+            self._settings.engine.fingerprint,
+            self._settings.engine.model_name,
             address=lambda: self._peers.address,
             forwarded=lambda: self._peers.forwarded,
             splits=self._rollouts.summaries,

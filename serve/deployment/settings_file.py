@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from serve.adapters.bundle import Bundle
+from serve.deployment.bundle import bundles_of
 from serve.errors import StateInvalid
 from serve.settings import ServeSettings
 from serve.settings.admin_tokens import token_digests
@@ -38,7 +38,8 @@ def read_settings(path: Path) -> ServeSettings:
     document = _read(path)
     engine, gateway = (_mapping(document, part, path) for part in ("engine", "gateway"))
     if artifact := engine.pop("artifact", None):
-        bundle = Bundle.of([_path(artifact, "engine.artifact", path)], engine.get("model_name"))
+        name: dict[Path | None, str] = {None: engine["model_name"]} if engine.get("model_name") else {}
+        (bundle,) = bundles_of([_path(artifact, "engine.artifact", path)], name)
         engine |= {
             "model_path": bundle.model_path,
             "model_name": bundle.model_name,

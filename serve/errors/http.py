@@ -69,6 +69,13 @@ class UnknownModel(InvalidRequest):
         super().__init__(f"The model `{model}` does not exist. Models here: {named}{hidden}.")
 
 
+class ModelMissing(InvalidRequest):
+    code, param = "model_missing", "model"
+
+    def __init__(self) -> None:
+        super().__init__("This server has several base models: say in `model` which one, see GET /v1/models.")
+
+
 class UnknownRoute(InvalidRequest):
     status, code = 404, "route_not_found"
 

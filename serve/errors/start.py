@@ -55,6 +55,10 @@ class EngineRefused(EngineStartFailed):
     """vLLM refuses the model or its arguments: another attempt would end the same."""
 
 
+class MemoryShort(StartError):
+    code = "memory_short"
+
+
 class NodeLost(StartError):
     code = "node_lost"
 

@@ -84,6 +84,13 @@ class EngineUnavailable(Unavailable):
         super().__init__("The engine of this replica stopped and is being replaced; try again.")
 
 
+class PoolUnavailable(Unavailable):
+    code = "pool_unavailable"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"No engine of {name} can be reached at the moment, and other models here can; try again.")
+
+
 class WrongReplica(Unavailable):
     code = "wrong_replica"
 

@@ -48,6 +48,7 @@ class DesiredAdapter:
     """One adapter that the server should have."""
 
     adapter: AdapterRevision
+    base: str  # the fingerprint of its base model
     rank: int
     pinned: bool
     artifact: Path
@@ -162,7 +163,7 @@ def _resolve(path: Path, entry: _AdapterEntry) -> DesiredAdapter:
         candidate = candidate_of(Artifact.open(root), entry.name)
     except (ArtifactInvalid, ArtifactRefused) as error:
         raise DesiredStateInvalid(f"{path} names {entry.artifact}: {error}") from error
-    return DesiredAdapter(candidate.adapter, candidate.rank, entry.pinned, root)
+    return DesiredAdapter(candidate.adapter, candidate.base, candidate.rank, entry.pinned, root)
 
 
 def _root_of(path: Path, entry: _AdapterEntry) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,15 +23,25 @@ from serve.callers.keys import KeyRing
 from serve.callers.oidc import Issuer
 from serve.catalogue.catalogue import Catalogue
 from serve.engine.protocol import Engine
-from serve.errors import EngineUnavailable, MethodNotAllowed, ServeError, TaskUnsupported, UnknownModel, UnknownRoute
+from serve.errors import (
+    EngineUnavailable,
+    MethodNotAllowed,
+    PoolUnavailable,
+    ServeError,
+    TaskUnsupported,
+    UnknownModel,
+    UnknownRoute,
+)
 from serve.gateway import openapi
 from serve.gateway.auth_middleware import Authentication
-from serve.gateway.dispatch import EngineCall, ModelResolver
-from serve.gateway.peer_forwarding import Peers
-from serve.gateway.public_routes import ENGINE_ROUTES, error_response, model_card, model_list
+from serve.gateway.dispatch import EngineCall
+from serve.gateway.public_routes import ENGINE_ROUTES, error_response
 from serve.gateway.request_policy import RequestPolicy
+from serve.gateway.routing.model_cards import ModelCards
+from serve.gateway.routing.other_pool import OtherPool
+from serve.gateway.routing.peers import Peers
+from serve.gateway.routing.resolver import ModelResolver
 from serve.gateway.telemetry_middleware import TelemetryMiddleware
-from serve.names import AdapterRevision, RequestedModel
 from serve.observability.access_log import AccessLog
 from serve.observability.recorder import MetricsRecorder
 from serve.observability.request_record import record_of
@@ -60,24 +70,26 @@ class Gateway:
         policy: RequestPolicy | None = None,
         recorder: MetricsRecorder | None = None,
         tracer: Tracer | None = None,
+        other_pools: Sequence[OtherPool] = (),
     ) -> None:
-        """`rollouts`: canaries and shadows, which the replica's reports contain; `peers`: the other replicas, if there
-        are any; `policy`: by default one that shares no limits or usage with other replicas. Raises KeysInvalid."""
+        """`rollouts`: canaries and shadows, which the replica's reports contain; `peers`: the other replicas of the
+        server, if there are any; `policy`: by default one that shares no limits or usage with other replicas. Raises
+        KeysInvalid."""
         self._engine = engine
-        self._catalogue = catalogue
-        self._base_model = settings.engine.model_name
-        # The time of the model's files and not of the start, because it must be the same in every replica.
-        self._base_created = int(settings.engine.model_path.stat().st_mtime)
-        self._model_list: tuple[int, bytes] = (-1, b"")  # catalogue epoch, response body
         self.policy = policy or RequestPolicy(settings.gateway, engine)
         document = openapi.document(engine.openapi, with_keys=settings.gateway.knows_callers)
         self._openapi = bytes(JSONResponse(document).body)
         rollouts = rollouts or Rollouts(admin.give_up)
-        self._models = ModelResolver(self._base_model, catalogue, rollouts)
-        call = EngineCall(engine, pool, self._models, self.policy, rollouts, peers)
-        http = Starlette(routes=self._routes(call, admin), exception_handlers=_EXCEPTION_HANDLERS)
+        self._other_pools = other_pools
+        self._models = models = ModelResolver(settings.engine.model_name, catalogue, rollouts, other_pools)
+        self._cards = ModelCards(settings.engine, lambda: engine.context_tokens, catalogue, models, other_pools)
+        offered = openapi.offered_routes(engine.openapi)
+        call = EngineCall(engine, pool, models, self.policy, rollouts, peers, offered)
+        # The engines of other pools may offer more.
+        paths = ENGINE_ROUTES if other_pools else offered
+        http = Starlette(routes=self._routes(call, paths, admin), exception_handlers=_EXCEPTION_HANDLERS)
         http.router.redirect_slashes = False  # it would redirect to an address made of the `Host` header
-        engine_routes = EngineRoutes(call, openapi.offered_routes(engine.openapi), http, self.policy)
+        engine_routes = EngineRoutes(call, paths, http, self.policy)
         recorder = recorder or MetricsRecorder(settings.metrics.max_adapters)
         access_log = AccessLog(settings.log.access_sample)
         self.keys = KeyRing(settings.gateway.keys_file) if settings.gateway.keys_file else None
@@ -89,21 +101,20 @@ class Gateway:
         if scope["type"] == "lifespan":
             await self._engine.api(scope, receive, send)
         elif scope["type"] == "http":
-            await self._http(scope, receive, send)
+            await self._http(without_root_path(scope), receive, send)
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def _routes(self, call: ASGIApp, admin: Admin) -> list[Route]:
-        offered = openapi.offered_routes(self._engine.openapi)
+    def _routes(self, call: ASGIApp, paths: Collection[str], admin: Admin) -> list[Route]:
         return [
-            *(Route(path, call, methods=["POST"]) for path in offered),
-            *(Route(path, _unsupported_task, methods=["POST"]) for path in ENGINE_ROUTES if path not in offered),
+            *(Route(path, call, methods=["POST"]) for path in paths),
+            *(Route(path, _unsupported_task, methods=["POST"]) for path in ENGINE_ROUTES if path not in paths),
             Route("/openapi.json", self._describe),
             Route("/health", self._health),
-            Route("/v1/models", self._list_models),
-            Route("/v1/models/{name}", self._get_model),
+            Route("/health/{name}", self._pool_health),
+            *self._cards.routes(),
             *admin.routes(),
-            *VllmRoutes(admin, self._base_model).routes(),
+            *VllmRoutes(admin).routes(),
             *(UsageRoutes(admin, self.policy.meter).routes() if self.policy.meter else ()),
         ]
 
@@ -112,46 +123,20 @@ class Gateway:
             raise EngineUnavailable
         return Response(status_code=200)
 
+    async def _pool_health(self, request: Request) -> Response:
+        """Whether the pool of a base model has a replica that answers. Raises UnknownModel or PoolUnavailable."""
+        name, key = request.path_params["name"], key_of(request.scope)
+        pool = next((pool for pool in self._other_pools if pool.name == name), None)
+        if (pool is None and name != self._models.base_model) or (key is not None and not key.may_use(name)):
+            raise UnknownModel(name, self._models.known(key))
+        if pool is None:
+            return await self._health(request)
+        if not await pool.is_ready():
+            raise PoolUnavailable(name)
+        return Response(status_code=200)
+
     async def _describe(self, _: Request) -> Response:
         return Response(self._openapi, media_type="application/json")
-
-    async def _list_models(self, request: Request) -> Response:
-        catalogue = self._catalogue()
-        if (key := key_of(request.scope)) is not None:
-            return JSONResponse(model_list(self._cards(catalogue, key.may_use)))
-        if self._model_list[0] != catalogue.epoch:  # there may be thousands of adapters, and they change seldom
-            cards = self._cards(catalogue, lambda _: True)
-            self._model_list = (catalogue.epoch, bytes(JSONResponse(model_list(cards)).body))
-        return Response(self._model_list[1], media_type="application/json")
-
-    async def _get_model(self, request: Request) -> Response:
-        """The model of that name; or the revision, under the name that an answer's `model` has."""
-        name, key, catalogue = request.path_params["name"], key_of(request.scope), self._catalogue()
-        requested = RequestedModel.parse(name)
-        adapter = catalogue.resolve(requested)
-        is_base = name == self._base_model
-        if (adapter is None and not is_base) or (key is not None and not key.may_use(requested.name)):
-            raise UnknownModel(name, self._models.known(key))
-        if is_base or adapter is None:
-            return JSONResponse(self._base_card())
-        card = self._card(catalogue, adapter)
-        return JSONResponse(card | {"id": card["root"]} if requested.revision else card)
-
-    def _cards(self, catalogue: Catalogue, may_use: Callable[[str], bool]) -> list[dict[str, object]]:
-        """The models whose names a caller may use."""
-        base = [self._base_card()] if may_use(self._base_model) else []
-        adapters = sorted(adapter for adapter in catalogue.current if may_use(adapter.name))
-        return [*base, *(self._card(catalogue, adapter) for adapter in adapters)]
-
-    def _base_card(self) -> dict[str, object]:
-        tokens = self._engine.context_tokens
-        return model_card(self._base_model, self._base_model, None, self._base_created, tokens)
-
-    def _card(self, catalogue: Catalogue, current: AdapterRevision) -> dict[str, object]:
-        revision = catalogue.revision(current)
-        created = int(revision.at.timestamp()) if revision else self._base_created
-        tokens = self._engine.context_tokens
-        return model_card(current.name, current.engine_name, self._base_model, created, tokens)
 
 
 class EngineRoutes:
@@ -195,6 +180,15 @@ def with_middleware(app: ASGIApp, settings: GatewaySettings, keys: KeyRing | Non
             expose_headers=("x-request-id", "x-graft-model", "retry-after", *_LIMIT_HEADERS),
         )
     return app
+
+
+def without_root_path(scope: Scope) -> Scope:
+    """The scope of a request to a pool whose paths begin with a prefix, as if they did not."""
+    root = scope.get("root_path", "")
+    if not root or not scope["path"].startswith(root):
+        return scope
+    path = scope["path"].removeprefix(root)
+    return {**scope, "root_path": "", "path": path, "raw_path": path.encode()}
 
 
 async def _unsupported_task(request: Request) -> Response:

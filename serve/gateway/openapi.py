@@ -159,6 +159,18 @@ def _gateway_paths() -> dict[str, Any]:
                 },
             }
         },
+        "/health/{name}": {
+            "get": {
+                "summary": "Health of a base model",
+                "operationId": "health_of_base_model",
+                "parameters": [name],
+                "responses": {
+                    "200": {"description": "One of its engines answers"},
+                    "404": _response("GraftError", "No such base model"),
+                    "503": _response("GraftError", "None answers at the moment"),
+                },
+            }
+        },
     }
 
 

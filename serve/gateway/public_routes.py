@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -63,17 +63,3 @@ def anthropic_body(error: ServeError) -> dict[str, Any]:
     """An error in Anthropic's shape, with Graft's own code besides."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": str(error), "code": error.code}}
-
-
-def model_card(name: str, root: str, parent: str | None, created: int, context_tokens: int) -> dict[str, Any]:
-    """One model as GET /v1/models lists it, with the fields that vLLM adds: `root`, what the name stands for (in vLLM a
-    path, which callers need not know); `parent`, the base model of an adapter; `max_model_len`, the tokens of a prompt
-    and its answer together. `created` is in Unix seconds."""
-    return {
-        "id": name, "object": "model", "created": created, "owned_by": "graft", "root": root, "parent": parent,
-        "max_model_len": context_tokens, "permission": [],
-    }  # fmt: skip
-
-
-def model_list(cards: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    return {"object": "list", "data": list(cards)}

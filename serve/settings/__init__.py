@@ -6,9 +6,16 @@ from serve.settings.callers import Allowance, Grant, OidcSettings, SecretDigest
 from serve.settings.engine import REFUSED_VLLM_ARGS, RESERVED_SLOTS, EngineSettings, supported_rank
 from serve.settings.gateway import GatewaySettings
 from serve.settings.observability import LogSettings, MetricsSettings, TracingSettings
-from serve.settings.server import LOCAL_ADAPTER_BYTES, AdmissionSettings, ServeSettings
+from serve.settings.server import (
+    APP_NAME,
+    LOCAL_ADAPTER_BYTES,
+    AdmissionSettings,
+    PoolSettings,
+    ServeSettings,
+)
 
 __all__ = [
+    "APP_NAME",
     "LOCAL_ADAPTER_BYTES",
     "REFUSED_VLLM_ARGS",
     "RESERVED_SLOTS",
@@ -20,6 +27,7 @@ __all__ = [
     "LogSettings",
     "MetricsSettings",
     "OidcSettings",
+    "PoolSettings",
     "SecretDigest",
     "ServeSettings",
     "TracingSettings",

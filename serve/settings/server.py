@@ -37,10 +37,26 @@ class AdmissionSettings(FrozenSettings):
     )
 
 
-class ServeSettings(FrozenSettings):
-    """One base model behind one Ray Serve application."""
+APP_NAME = "graft"
+
+
+class PoolSettings(FrozenSettings):
+    """A pool: one base model or merged model, in an application of Ray Serve of its own."""
 
     engine: EngineSettings
+    application: str = Field(APP_NAME, description="The pool's application of Ray Serve.")
+    route_prefix: Annotated[str, Field(pattern=r"^/(.*[^/])?$")] = Field(
+        "/", description="What the paths of that application begin with. The pool at `/` gets requests for all others."
+    )
+    replicas: PositiveInt = Field(1, description="Engines, each a process of its own with the whole model.")
+
+
+class ServeSettings(PoolSettings):
+    """One pool of a server, and what all pools of the server share."""
+
+    other_pools: tuple[PoolSettings, ...] = Field(
+        (), description="The other pools of this server, which share its catalogue, keys, limits and usage."
+    )
     gateway: GatewaySettings
     admission: AdmissionSettings = AdmissionSettings()
     metrics: MetricsSettings = MetricsSettings()
@@ -55,7 +71,6 @@ class ServeSettings(FrozenSettings):
         LOCAL_ADAPTER_BYTES,
         description="With state_url: bytes of adapters that this machine keeps copies of; what its engines hold stays.",
     )
-    replicas: PositiveInt = Field(1, description="Engines, each a process of its own with the whole model.")
     cpus_per_replica: NonNegativeFloat = Field(1, description="Ray's reservation per replica.")
     gpus_per_replica: NonNegativeFloat = Field(0, description="GPUs for each engine; 0 runs on the CPU.")
     max_ongoing_requests: PositiveInt = Field(
@@ -74,3 +89,13 @@ class ServeSettings(FrozenSettings):
         60.0, description="Seconds after which a publish gives up on a replica that does not answer."
     )
     drain_s: PositiveFloat = Field(20.0, description="Running requests get this long when a replica stops.")
+
+    @property
+    def all_engines(self) -> int:
+        """The engines of all pools."""
+        return self.replicas + sum(pool.replicas for pool in self.other_pools)
+
+    @property
+    def base_models(self) -> tuple[EngineSettings, ...]:
+        """The engines' settings of all pools, this one first."""
+        return (self.engine, *(pool.engine for pool in self.other_pools))

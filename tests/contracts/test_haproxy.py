@@ -31,6 +31,9 @@ NEEDED = {
     "frontend": r"^frontend http_frontend\n",
     "prometheus": r"^frontend prometheus\n",
     "stats": r"^listen stats\n",
+    "default backend": r"^ *default_backend .*\n",
+    "path of a pool": r"^ *acl is_http-graft-ticket path_beg /pools/ticket/\n",
+    "rule of a pool": r"^ *use_backend http-graft-ticket if is_http-graft-ticket\n",
 }
 
 
@@ -46,10 +49,11 @@ def written_by_ray() -> str:
     replica = {"name": SERVER, "host": "127.0.0.1", "port": 20003}
     fallback = {"name": FALLBACK, "host": "127.0.0.1", "port": 20002}
     backend = {"name": "http-graft", "servers": [replica], "fallback_server": fallback}
+    pool = {"name": "http-graft-ticket", "path_prefix": "/pools/ticket", "servers": [], "fallback_server": fallback}
     return environment.from_string(templates["HAPROXY_CONFIG_TEMPLATE"]).render(
         config={"error_file_path": "500.http"},
-        backends=[backend],
-        backends_with_health_config=[{"backend": backend, "health_config": {}}],
+        backends=[pool, backend],
+        backends_with_health_config=[{"backend": each, "health_config": {}} for each in (pool, backend)],
     )
 
 
@@ -59,7 +63,12 @@ def changed(directory: Path, text: str) -> tuple[subprocess.CompletedProcess[str
     config.write_text(text)
     result = subprocess.run(
         [HAPROXY_SCRIPT, "-db", "-f", config],
-        env={"GRAFT_HAPROXY": "/bin/true", "GRAFT_SOCKETS": str(directory), "PATH": "/usr/bin:/bin"},
+        env={
+            "GRAFT_HAPROXY": "/bin/true",
+            "GRAFT_SOCKETS": str(directory),
+            "GRAFT_POOLS": "/pools.map",
+            "PATH": "/usr/bin:/bin",
+        },
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return result, config.read_text()
@@ -78,6 +87,13 @@ def test_every_change_finds_its_lines(tmp_path: Path) -> None:
     assert SERVER in text
     assert FALLBACK not in text
     assert text.count("    disabled\n") == 2
+    rules = re.findall(r"^ *use_backend (.*)$", text, re.MULTILINE)
+    assert rules == [
+        "%[var(txn.pool)] if { var(txn.pool) -m found }",
+        "http-graft-ticket if { nbsrv(http-graft) eq 0 } { nbsrv(http-graft-ticket) gt 0 }",
+        "http-graft if is_http-graft",
+    ], "by its model; or to another pool only while the first has no replica; no pool by its path"
+    assert "backend http-graft-ticket\n    http-request set-path /pools/ticket%[path]\n" in text
     assert "http-request wait-for-body time 30s if METH_POST\n" in text
 
 

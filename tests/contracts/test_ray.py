@@ -26,7 +26,7 @@ CONTRACT: Contract = {
     "ray.runtime_context:RuntimeContext.get_node_id": (),
     "ray.serve.api:start": ("http_options", "proxy_location", "**"),
     "ray.serve.api:status": (),
-    "ray.serve.api:delete": ("name", "/"),
+    "ray.serve.api:delete": ("name", "/", "_blocking"),
     "ray.serve.api:shutdown": (),
     "ray.serve.api:ingress": (),
     "ray.serve.api:get_replica_context": (),

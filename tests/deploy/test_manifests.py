@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serve.deployment.app import APP_NAME, IMPORT_PATH, deploy_config
+from serve.deployment.app import IMPORT_PATH, deploy_config
 from serve.deployment.ray_environment import SINGLE_NODE, environment
 from serve.deployment.ray_replicas import DEPLOYMENT
-from serve.settings import ServeSettings
+from serve.settings import APP_NAME, ServeSettings
 from tests.deploy.manifests import (
     DEPLOY,
     OVERLAYS,
@@ -206,7 +206,7 @@ def test_ray_accepts_the_serve_config(tmp_path: Path) -> None:
 
     for overlay in RAY:
         ServeDeploySchema.model_validate(yaml.safe_load(only(rendered(overlay), "RayService")["spec"]["serveConfigV2"]))
-    ServeDeploySchema.model_validate(deploy_config(ServeSettings.model_validate(plain_settings(tmp_path))))
+    ServeDeploySchema.model_validate(deploy_config([ServeSettings.model_validate(plain_settings(tmp_path))]))
 
 
 def test_the_bucket_is_named_once_for_servers_and_publishers() -> None:

@@ -27,7 +27,7 @@ from serve.deployment.uvicorn_patches import patch_uvicorn_startup
 from serve.errors import ReplicaUnreachable
 from serve.follower.http_client import direct_async_client
 from serve.gateway.app import Gateway
-from serve.gateway.peer_forwarding import Peers
+from serve.gateway.routing.peers import Peers
 from serve.settings import EngineSettings, GatewaySettings, ServeSettings
 from tests.serve.conftest import BASE, candidate, verify_nothing
 from tests.serve.fakes import FakeEngine, respond
@@ -110,9 +110,8 @@ async def serving(
     )
     admin = Admin(
         settings.gateway.admin_tokens,
-        settings.engine,
         settings.admission,
-        Admission(settings.engine, settings.admission),
+        Admission([settings.engine], settings.admission),
         store,
         Control(log, fleet),  # type: ignore[arg-type]
     )

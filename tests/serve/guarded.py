@@ -93,10 +93,9 @@ async def guarded_gateway(
     pool = AdapterPool(engine, store, capacity=4)
     reconciler = Reconciler("replica-1", log, engine, pool, verify_nothing)
     await reconciler.sync()
-    admission = Admission(all_settings.engine, all_settings.admission)
+    admission = Admission([all_settings.engine], all_settings.admission)
     admin = Admin(
         gateway_settings.admin_tokens,
-        all_settings.engine,
         all_settings.admission,
         admission,
         AdapterStore(home, DirectoryStore(home)),

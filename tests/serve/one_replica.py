@@ -33,7 +33,7 @@ class OneReplica:
     def __init__(self, reconciler: Reconciler) -> None:
         self._reconciler = reconciler
 
-    async def sync(self, awaited: str | None = None) -> Sequence[ReplicaReport]:
+    async def sync(self, awaited: str | None = None, base: str | None = None) -> Sequence[ReplicaReport]:
         return [await self._reconciler.sync(awaited)]
 
 
@@ -41,7 +41,7 @@ class Unchecked(Admission):
     """The files of these adapters are empty."""
 
     def check(self, candidate: Candidate, directory: Path) -> None:
-        if reasons := incompatibilities(candidate, self._engine):
+        if reasons := incompatibilities(candidate, self._engines):
             raise AdapterRejected("; ".join(reasons))
 
 
@@ -67,9 +67,8 @@ async def gateway_of(engine: FakeEngine, store: AdapterStore, root: Path) -> Gat
     (root / NEW.revision).mkdir()
     admin = Admin(
         settings.gateway.admin_tokens,
-        settings.engine,
         settings.admission,
-        Unchecked(settings.engine, settings.admission),
+        Unchecked([settings.engine], settings.admission),
         NamedOnly(root, DirectoryStore(root)),
         Control(log, OneReplica(reconciler)),
     )

@@ -69,9 +69,8 @@ class Replica:
         )
         self.admin = Admin(
             settings.gateway.admin_tokens,
-            settings.engine,
             settings.admission,
-            Unchecked(settings.engine, settings.admission),
+            Unchecked([settings.engine], settings.admission),
             store,
             Control(log, OneReplica(self.reconciler)),
         )

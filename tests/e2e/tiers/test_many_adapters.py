@@ -16,7 +16,7 @@ from convert.artifact import Artifact
 from serve.adapters.ingest import ingest_artifact
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.state_dir import StateDir
-from serve.gateway.peer_forwarding import MAX_REPORT_AGE_S
+from serve.gateway.routing.peers import MAX_REPORT_AGE_S
 from tests.e2e.conftest import REPLICAS, RESIDENT, Server, Story
 
 QUESTION = "the rain in spain"

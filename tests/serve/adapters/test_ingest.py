@@ -37,7 +37,7 @@ class Desk:
         self.settings = AdmissionSettings(adapter_roots=(self.roots,))
 
     def take(self, path: Path, name: str | None = None, **settings: object) -> object:
-        return ingest_path(path, name, self.store, self.engine, self.settings.model_copy(update=settings))
+        return ingest_path(path, name, self.store, lambda: self.engine, self.settings.model_copy(update=settings))
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_where_keys_are_trusted_only_what_one_of_them_signed_gets_in(
     private, public = make_key(tmp_path)
     unsigned = desk.take(desk.roots / "a")
     engine = desk.engine.model_copy(update={"fingerprint": unsigned.base})  # type: ignore[attr-defined]
-    admission = Admission(engine, desk.settings.model_copy(update={"trusted_keys": (public,)}))
+    admission = Admission([engine], desk.settings.model_copy(update={"trusted_keys": (public,)}))
     files = desk.store.path(unsigned.adapter)  # type: ignore[attr-defined]
 
     with pytest.raises(AdapterRejected, match="is not signed by a key"):

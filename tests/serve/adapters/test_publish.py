@@ -40,7 +40,7 @@ class Fleet:
         self.unreachable_from_sync: int | None = None
         self.syncs = 0
 
-    async def sync(self, awaited: str | None = None) -> Sequence[ReplicaReport]:
+    async def sync(self, awaited: str | None = None, base: str | None = None) -> Sequence[ReplicaReport]:
         self.syncs += 1
         if self.unreachable_from_sync is not None and self.syncs >= self.unreachable_from_sync:
             raise ReplicaUnreachable("replica-1 did not answer")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from serve.adapters.pool import AdapterPool
-from serve.adapters.reconcile import Reconciler, ResidencyPlan, plan_residency
+from serve.adapters.reconcile import Reconciler
+from serve.adapters.residency import ResidencyPlan, plan_residency
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.catalogue import Catalogue

@@ -97,6 +97,7 @@ async def test_replicas_are_listed_with_what_their_engines_hold(client: httpx.As
         "replicas": [
             {
                 "replica": "replica-1",
+                "pool": "",
                 "epoch": 2,
                 "resident": [OLD.adapter.engine_name],
                 "running_requests": 0,
@@ -106,6 +107,7 @@ async def test_replicas_are_listed_with_what_their_engines_hold(client: httpx.As
                 "address": None,
                 "passed_on_requests": 0,
                 "splits": {},
+                "context_tokens": 64,
             }
         ]
     }

@@ -51,9 +51,9 @@ async def client(
     pool = AdapterPool(engine, store, capacity=8)
     verifier = RevisionVerifier(engine, store, settings.admission)
     reconciler = Reconciler("replica-1", log, engine, pool, verifier.verify)
-    admission = Admission(settings.engine, settings.admission)
+    admission = Admission([settings.engine], settings.admission)
     control = Control(log, OneReplica(reconciler))
-    admin = Admin(settings.gateway.admin_tokens, settings.engine, settings.admission, admission, store, control)
+    admin = Admin(settings.gateway.admin_tokens, settings.admission, admission, store, control)
     gateway = Gateway(settings, engine, pool, lambda: reconciler.catalogue, admin)
     transport = httpx.ASGITransport(gateway, raise_app_exceptions=False)
     headers = {"authorization": "Bearer secret"}

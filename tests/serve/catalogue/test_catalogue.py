@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from serve.catalogue.catalogue import Catalogue
@@ -134,6 +136,37 @@ def test_a_pinned_revision_is_not_retired_until_it_is_unpinned(log: CatalogueLog
         log.pin(NEW.adapter, most=1)
     log.unpin(OLD.adapter)
     assert log.retire("pirate").pinned == frozenset()
+
+
+def test_a_name_belongs_to_one_base_model_until_it_is_retired(log: CatalogueLog) -> None:
+    published(log, OLD)
+    elsewhere = replace(NEW, base="e" * 64)
+
+    with pytest.raises(TransitionRefused, match=r"belongs to an adapter for another base model, bbbbbbbbbbbb"):
+        log.stage(elsewhere)
+    assert log.read().staged == frozenset()
+    log.retire("pirate")
+    assert published(log, elsewhere).resolve(ALIAS) == elsewhere.adapter
+
+
+def test_each_base_model_has_its_part_of_the_catalogue(log: CatalogueLog) -> None:
+    elsewhere = replace(candidate("french", "1"), base="e" * 64)
+    catalogue = published(log, OLD, elsewhere)
+    log.retire("french")
+
+    assert catalogue.of_base(OLD.base).current == {OLD.adapter}
+    assert catalogue.of_base(elsewhere.base).current == {elsewhere.adapter}
+    assert catalogue.of_base("f" * 64).adapters == {}
+    assert catalogue.of_base(None) is catalogue
+    assert log.read().of_base(elsewhere.base).adapters == {}, "nothing of it is live"
+
+
+def test_pinned_revisions_take_room_in_the_engines_of_their_own_base_model_only(log: CatalogueLog) -> None:
+    elsewhere = replace(candidate("french", "1"), base="e" * 64)
+    published(log, OLD, elsewhere)
+
+    log.pin(OLD.adapter, most=1)
+    assert log.pin(elsewhere.adapter, most=1).pinned == {OLD.adapter, elsewhere.adapter}
 
 
 def test_history_tells_who_did_what_when_and_why(log: CatalogueLog) -> None:

@@ -16,10 +16,12 @@ from click import unstyle
 from typer.testing import CliRunner
 
 from convert.artifact import digest, file_digests
-from serve.adapters.bundle import Bundle
 from serve.catalogue.state_dir import StateDir
 from serve.cli.app import app
-from serve.cli.run import RunOptions, _settings_of
+from serve.cli.bootstrap import check_memory
+from serve.cli.run import RunOptions, settings_of_pools
+from serve.deployment.bundle import bundles_of
+from serve.errors import MemoryShort
 from serve.settings.admin_tokens import sha256
 from tests.serve.conftest import MakeArtifact, write_weights
 
@@ -135,6 +137,18 @@ def test_running_something_that_is_no_artifact_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "state").exists()
 
 
+def test_models_that_need_more_memory_than_there_is_are_refused_before_anything_starts(
+    make_artifact: MakeArtifact,
+) -> None:
+    bundles = bundles_of([make_artifact("a").root, make_artifact("b", name="b", weights=None, base="other").root])
+    needed = sum(bundle.weight_bytes for bundle in bundles)
+    assert all(bundle.weight_bytes > 0 for bundle in bundles)
+
+    check_memory(bundles, 2, 2 * needed)
+    with pytest.raises(MemoryShort, match=r"need 0\.0 GiB \(0\.0 for small-llama, 0\.0 for b\), and 0\.0 GiB"):
+        check_memory(bundles, 2, 2 * needed - 1)
+
+
 def test_a_port_in_use_is_told_before_anything_starts(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -165,7 +179,7 @@ def test_origins_of_web_pages_become_a_setting(make_artifact: MakeArtifact, tmp_
     artifact = make_artifact("a").root
     options = RunOptions(artifacts=[artifact], state=str(tmp_path), cors_origin=["https://a.example"])
 
-    settings = _settings_of(options, Bundle.of([artifact], None), state)
+    (settings,) = settings_of_pools(options, bundles_of([artifact]), state)
 
     assert settings.gateway.cors_origins == ("https://a.example",)
 

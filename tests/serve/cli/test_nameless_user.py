@@ -25,9 +25,9 @@ import getpass, os, pickle, sys
 from pathlib import Path
 import numpy
 from serve.adapters.admission import Admission
-from serve.adapters.bundle import Bundle
 from serve.catalogue.state_dir import StateDir
 from serve.cli.bootstrap import register
+from serve.deployment.bundle import bundles_of
 from serve.settings import ServeSettings
 
 os.setgroups([])
@@ -37,7 +37,7 @@ try:
     getpass.getuser()
 except (KeyError, OSError):
     print("nameless")
-bundle, state = Bundle.of([Path(sys.argv[1])]), StateDir(sys.argv[2])
+(bundle,), state = bundles_of([Path(sys.argv[1])]), StateDir(sys.argv[2])
 state.prepare()
 with state.claimed():
     settings = ServeSettings.model_validate({{
@@ -45,7 +45,7 @@ with state.claimed():
         "gateway": {{"admin_tokens": state.admin_tokens()}},
         "state_dir": str(state.root),
     }})
-    register(bundle, settings, state)
+    register([bundle], settings, state)
 print(state.log.history(None, 1)[0][1].by)
 """
 

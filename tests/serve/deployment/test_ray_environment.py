@@ -7,7 +7,7 @@ import pytest
 from serve.deployment import ray_environment
 from serve.deployment.ray_environment import environment
 from serve.errors import ProxyScriptUnusable
-from serve.settings import EngineSettings, GatewaySettings, ServeSettings
+from serve.settings import EngineSettings, GatewaySettings, PoolSettings, ServeSettings
 
 
 def settings_in(directory: Path) -> ServeSettings:
@@ -41,6 +41,20 @@ def test_two_servers_of_one_machine_listen_on_no_port_of_each_other(tmp_path: Pa
         assert every == list(range(every[0], every[0] + 100))
         assert every[0] >= 20_000
         assert every[-1] < 32_768, "below those that the system gives away"
+
+
+def test_the_proxy_is_given_a_map_of_models_and_the_engines_their_share_of_the_cores_with_several_pools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    one = settings_in(tmp_path)
+    other = PoolSettings(engine=one.engine.model_copy(update={"fingerprint": "1" * 64}), replicas=3)
+
+    assert "GRAFT_POOLS" not in environment(tmp_path, one)
+    variables = environment(tmp_path, one.model_copy(update={"other_pools": (other,)}))
+    assert variables["GRAFT_POOLS"] == str(ray_environment.map_of_models(tmp_path))
+    assert variables["OMP_NUM_THREADS"] == "2"
 
 
 def test_memory_of_another_program_ends_no_part_of_a_server(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ def seen(status: str, message: str = "") -> Any:
 
 def wait(applications: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.deployment.local._POLL_S", 0)
-    remaining = iter(applications)
-    _wait_until_running(lambda: next(remaining), 1, lambda step: None)
+    overviews = ({} if application is None else {"graft": application} for application in applications)
+    _wait_until_running(lambda: next(overviews), {"graft": "small-llama"}, 1, lambda step: None)
 
 
 def test_what_cannot_get_better_ends_the_start_at_the_first_attempt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,7 @@ async def test_every_model_has_the_length_of_its_context(client: httpx.AsyncClie
 async def test_the_description_names_every_public_route_and_no_other(client: httpx.AsyncClient) -> None:
     described = (await client.get("/openapi.json")).json()["paths"]
 
-    own = {"/health", "/v1/models", "/v1/models/{name}"}
+    own = {"/health", "/health/{name}", "/v1/models", "/v1/models/{name}"}
     assert set(described) == {*ENGINE_ROUTES, *own}
 
 

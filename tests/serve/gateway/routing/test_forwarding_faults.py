@@ -15,7 +15,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from serve.catalogue.adapter_store import AdapterStore
-from serve.gateway import peer_forwarding
+from serve.gateway.routing import forwarding
 from tests.serve.conftest import candidate
 from tests.serve.fleet import ADAPTERS, FIRST, Fleet, Replica, fill, fleet_of_two
 
@@ -27,7 +27,7 @@ Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 @pytest.fixture
 async def fleet(store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Fleet]:
     """The second replica holds adapter-0. The first one would have to evict another adapter for it, so it forwards."""
-    monkeypatch.setattr(peer_forwarding, "GRACE_S", 0.2)
+    monkeypatch.setattr(forwarding, "GRACE_S", 0.2)
     async with fleet_of_two(store, tmp_path, max_wait_s=2, max_run_s=2) as fleet:
         here, there = fleet.replicas
         await fill(there, "adapter-0")

@@ -1,0 +1,122 @@
+"""The map by which HAProxy finds the pool of a request: from each name of a model to the backend of its pool.
+
+`haproxy.sh` has HAProxy look up the `model` of a body in it. The file is what HAProxy reads when it starts; a running
+one is changed through its socket. A name that HAProxy does not find, or not yet, costs one hop more: whichever replica
+gets the request forwards it (serve/gateway/routing/relay.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from convert.artifact.durable_files import replace_file
+from serve.catalogue.catalogue import Catalogue
+from serve.catalogue.log import CatalogueLog
+from serve.settings import PoolSettings
+
+_POLL_S = 0.5
+# A proxy that was being replaced when the map changed may have read the older file.
+_COMPARE_S = 5.0
+_TIMEOUT_S = 2.0
+_NAMES_PER_COMMAND = 100  # HAProxy takes 16 KiB at once
+
+logger = logging.getLogger(__name__)
+
+
+class ProxyMap:
+    """Keeps the file and the running proxies of this machine up to date."""
+
+    def __init__(self, path: Path, sockets: Path, pools: Sequence[PoolSettings], log: CatalogueLog) -> None:
+        """`sockets`: the directory of Ray Serve's files for HAProxy, one directory below it for each proxy."""
+        self._path = path
+        self._sockets = sockets
+        self._log = log
+        self._backends = {pool.engine.fingerprint: backend_of(pool) for pool in pools}
+        self._base_models = {pool.engine.model_name: backend_of(pool) for pool in pools}
+        self._catalogue = Catalogue()
+        self._written: Mapping[str, str] | None = None
+        self._compared_s = 0.0
+
+    def update(self) -> None:
+        """Follow the catalogue. Raises StoreUnavailable if it can't be read."""
+        self._catalogue = self._log.follow(self._catalogue)
+        names = {**self._adapters(), **self._base_models}
+        changed = names != self._written
+        if changed:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self._path, "".join(f"{name} {backend}\n" for name, backend in names.items()).encode())
+            self._written = names
+        if changed or time.monotonic() - self._compared_s > _COMPARE_S:
+            self._compared_s = time.monotonic()
+            for proxy in self._sockets.glob("*/admin.sock"):
+                self._change(proxy, names)
+
+    def _adapters(self) -> dict[str, str]:
+        return {
+            name: self._backends[base]
+            for name, state in self._catalogue.adapters.items()
+            for base in state.live_bases
+            if base in self._backends
+        }
+
+    def _change(self, proxy: Path, names: Mapping[str, str]) -> None:
+        known = dict(line.split(" ", 2)[1:] for line in _ask(proxy, f"show map {self._path}").splitlines() if line)
+        commands = [f"del map {self._path} {name}" for name in known.keys() - names.keys()]
+        for name, backend in names.items():
+            if known.get(name) != backend:
+                commands.append(f"{'set' if name in known else 'add'} map {self._path} {name} {backend}")
+        for first in range(0, len(commands), _NAMES_PER_COMMAND):
+            _ask(proxy, ";".join(commands[first : first + _NAMES_PER_COMMAND]))
+
+
+@contextmanager
+def followed(proxy_map: ProxyMap) -> Iterator[None]:
+    """Has a thread update the map until the block ends. Raises StoreUnavailable if the catalogue can't be read at the
+    beginning."""
+    proxy_map.update()
+    ended = threading.Event()
+    thread = threading.Thread(target=_follow, args=(proxy_map, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def backend_of(pool: PoolSettings) -> str:
+    """What Ray Serve calls the pool in HAProxy's configuration."""
+    return f"http-{pool.application}"
+
+
+def _follow(proxy_map: ProxyMap, ended: threading.Event) -> None:
+    failing = False
+    while not ended.wait(_POLL_S):
+        try:
+            proxy_map.update()
+            failing = False
+        except Exception:  # any error may be over at the next attempt, and requests are answered meanwhile
+            if not failing:
+                logger.warning("Warning: the proxy's map of models could not be updated.", exc_info=True)
+            failing = True
+
+
+def _ask(proxy: Path, command: str) -> str:
+    """The answer to a command of HAProxy's runtime API; nothing if the proxy is being replaced."""
+    chunks = []
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(_TIMEOUT_S)
+            connection.connect(str(proxy))
+            connection.sendall(f"{command}\n".encode())
+            while chunk := connection.recv(1 << 16):
+                chunks.append(chunk)
+    except OSError:
+        return ""
+    return b"".join(chunks).decode()

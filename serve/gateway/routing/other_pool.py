@@ -1,0 +1,80 @@
+"""Another pool of the server, as a replica sees it: a request for its models is forwarded to one of its replicas.
+
+The proxy sends most requests to the right pool. Those whose `model` it could not read, or does not know yet, arrive at
+any replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from starlette.types import Scope, Send
+
+from serve.adapters.reconcile import ReplicaReport
+from serve.errors import PoolUnavailable
+from serve.gateway.routing.forwarding import EPOCH_HEADER, Forwarder, ForwardLimits, ForwardTarget
+from serve.gateway.routing.peers import FetchReports, RecentReports, reachable_address
+from serve.settings import PoolSettings
+
+# Longer than for holders of an adapter, which a request can do without.
+_REPORT_TIMEOUT_S = 2.0
+_FIND_WITHIN_S = 2.0
+_FIND_PAUSE_S = 0.2
+
+
+class OtherPool:
+    """Finds the replicas of the pool by their reports, and remembers what does not change while the pool runs."""
+
+    def __init__(self, settings: PoolSettings, host: str, fetch_reports: FetchReports, forwarder: Forwarder) -> None:
+        """`host`: where others reach this machine."""
+        self.settings = settings
+        self.name = settings.engine.model_name
+        self.base = settings.engine.fingerprint
+        self._host = host
+        self._reports = RecentReports(fetch_reports, _REPORT_TIMEOUT_S)
+        self._forwarder = forwarder
+        self._context_tokens: int | None = None
+
+    async def is_ready(self) -> bool:
+        """Whether a replica of the pool answers."""
+        return bool(await self._reports.get())
+
+    async def context_tokens(self) -> int | None:
+        """The most tokens of a prompt and its answer together; None until a replica of the pool has said it."""
+        if self._context_tokens is None:
+            self._context_tokens = next((report.context_tokens for report in await self._reports.get()), None)
+        return self._context_tokens
+
+    async def forward(
+        self, model: str, scope: Scope, body: bytes, send: Send, limits: ForwardLimits, epoch: int
+    ) -> bool:
+        """Has a replica of the pool answer the request, the least busy one that holds the adapter first. `epoch`: how
+        far this replica has followed the catalogue. Returns True, or raises PoolUnavailable if none can be
+        reached, and what `Forwarder.forward` raises."""
+        headers = [(EPOCH_HEADER.encode(), str(epoch).encode())]
+        targets = await self._targets(model)
+        for target in targets:
+            is_last = target is targets[-1]
+            if await self._forwarder.forward(target, scope, body, send, limits, headers=headers, relays_503=is_last):
+                return True
+        raise PoolUnavailable(self.name)
+
+    async def _targets(self, model: str) -> Sequence[ForwardTarget]:
+        """The replicas that can be asked, the best one first. Waits a little for the first one to report."""
+        deadline = asyncio.get_running_loop().time() + _FIND_WITHIN_S
+        while not (reports := [report for report in await self._reports.get() if report.address]):
+            if asyncio.get_running_loop().time() > deadline:
+                raise PoolUnavailable(self.name)
+            await asyncio.sleep(_FIND_PAUSE_S)
+        prefix = self.settings.route_prefix.rstrip("/")
+        return [
+            ForwardTarget(report.replica, reachable_address(report.address or "", self._host), prefix)
+            for report in sorted(reports, key=lambda report: _preference(report, model))
+        ]
+
+
+def _preference(report: ReplicaReport, model: str) -> tuple[bool, int, str]:
+    name = model.partition("@")[0]
+    holds_it = any(resident.partition("@")[0] == name for resident in report.resident)
+    return not holds_it, report.running_requests + report.waiting_requests, report.replica

@@ -1,0 +1,79 @@
+"""Resolves the `model` of a request: to the pool that answers it, and there to the base model or to a revision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from serve.adapters.canary import RevisionChoice
+from serve.adapters.rollout import Rollouts
+from serve.callers.keys import Key
+from serve.catalogue.catalogue import Catalogue
+from serve.errors import ModelMissing, UnknownModel
+from serve.gateway.routing.other_pool import OtherPool
+from serve.names import AdapterRevision, RequestedModel
+
+
+class ModelResolver:
+    """Knows every name of the server: the base models of all pools, and the adapters of the catalogue."""
+
+    def __init__(
+        self,
+        base_model: str,
+        catalogue: Callable[[], Catalogue],
+        rollouts: Rollouts,
+        other_pools: Sequence[OtherPool] = (),
+    ) -> None:
+        """`base_model`: of this replica's own pool; `rollouts` choose the revision for callers of an adapter that has a
+        canary."""
+        self.base_model = base_model
+        self._catalogue = catalogue
+        self._rollouts = rollouts
+        self._by_name = {pool.name: pool for pool in other_pools}
+        self._by_base = {pool.base: pool for pool in other_pools}
+
+    def epoch(self) -> int:
+        """How far this replica has followed the catalogue."""
+        return self._catalogue().epoch
+
+    def other_pool(self, model: str | None, key: Key | None) -> OtherPool | None:
+        """The other pool that answers requests for `model`; None if this replica answers them, or says that there is
+        no such model. Raises UnknownModel for a model that the caller's key may not use, and ModelMissing: with several
+        pools every request must name its model."""
+        if not self._by_name:
+            return None
+        if model is None:
+            raise ModelMissing
+        pool = self._by_name.get(model)
+        name = RequestedModel.parse(model)
+        if pool is None and (adapter := self._catalogue().resolve(name)):
+            pool = self.pool_of(adapter)
+        if pool is not None and key is not None and not key.may_use(name.name):
+            raise UnknownModel(model, self.known(key))
+        return pool
+
+    def pool_of(self, adapter: AdapterRevision) -> OtherPool | None:
+        """The other pool whose base model an adapter of the catalogue is made for; None: this replica's own."""
+        return self._by_base.get(self._catalogue().candidate(adapter).base) if self._by_base else None
+
+    def resolve(self, model: str | None, caller: str, key: Key | None) -> RevisionChoice | None:
+        """The revision that answers a request for `model`; None for the base model. Raises UnknownModel, also for a
+        model of another pool, or that the caller's key may not use."""
+        catalogue = self._catalogue()
+        if model is None or model == self.base_model:
+            if key is None or key.may_use(self.base_model):
+                return None
+            raise UnknownModel(model or "", self.known(key))
+        requested = RequestedModel.parse(model)
+        adapter = catalogue.resolve(requested)
+        if adapter is None or self.pool_of(adapter) or (key is not None and not key.may_use(adapter.name)):
+            raise UnknownModel(model, self.known(key))
+        return RevisionChoice(adapter) if requested.revision else self._rollouts.choose(catalogue, adapter, caller)
+
+    def known(self, key: Key | None) -> set[str]:
+        """The model names that a caller with this key may see."""
+        return {name for name in self._names() if key is None or key.may_use(name)}
+
+    def _names(self) -> Iterator[str]:
+        yield self.base_model
+        yield from self._by_name
+        yield from (current.name for current in self._catalogue().current)
