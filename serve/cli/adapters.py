@@ -25,6 +25,7 @@ from serve.cli.console import (
     print_table,
     reported_errors,
 )
+from serve.cli.exporter import exporter_of_own
 from serve.cli.options import AdapterName, AnyRevision, ChangeOptions, OneRevision, QueryOptions, ServerOptions
 from serve.errors import ServeError
 from serve.follower import desired_state
@@ -209,6 +210,11 @@ def _print_steps(steps: Sequence[Step], failed: Mapping[Step, ServeError | Conve
 def follow(
     options: ServerOptions,
     file: Annotated[Path, typer.Argument(help="adapters.yaml: the adapters that the server should have.")],
+    metrics_host: Annotated[str, typer.Option(help="Address of the metrics; 0.0.0.0 for all.")] = "127.0.0.1",
+    metrics_port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="Port of the metrics, which tell whether the file was applied; 0: none."),
+    ] = 0,
 ) -> None:
     """Apply a file to the running server now, and again whenever it changes, until Ctrl-C or SIGTERM.
 
@@ -219,7 +225,12 @@ def follow(
         directory.prepare()
         client = AdminClient.of(directory, options.url)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt), watch_in_thread(FileWatcher(file, client, print_line)):
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        reported_errors(),
+        exporter_of_own(metrics_host, metrics_port) as metrics,
+        watch_in_thread(FileWatcher(file, client, print_line, metrics)),
+    ):
         signal.pause()
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -35,3 +39,19 @@ def metrics(
         server = listen(Exporter(directory, tuple(certificate or ()), timeout_s), host, port)
     print_line(f"Metrics of {directory} at http://{host}:{port}/metrics")
     server.serve_forever()
+
+
+@contextlib.contextmanager
+def exporter_of_own(host: str, port: int) -> Iterator[Path | None]:
+    """An exporter in this process; yields its directory, or None for port 0. Raises PortInUse."""
+    if not port:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="graft-") as directory:
+        server = listen(Exporter(Path(directory)), host, port)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield Path(directory)
+        finally:
+            server.shutdown()
+            server.server_close()

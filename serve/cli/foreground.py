@@ -40,11 +40,11 @@ def serve_until_stopped(
     scrape_address = metrics_address(*metrics)
     progress = StepProgress()
     try:
-        with local_server(pools, *address, progress.step, scrape_address) as url:
+        with local_server(pools, *address, progress.step, scrape_address) as server:
             progress.close()
-            state.announce(url, "http://{}:{}/metrics".format(*scrape_address) if scrape_address else None)
-            _print_ready(pools, state, url)
-            with _following(adapters, state):
+            state.announce(server.url, "http://{}:{}/metrics".format(*scrape_address) if scrape_address else None)
+            _print_ready(pools, state, server.url)
+            with _following(adapters, state, server.metrics):
                 wait_while_ray_runs(warn=print_line)
     except KeyboardInterrupt:
         err.print("Stopped.")
@@ -78,10 +78,10 @@ def _example_request(settings: ServeSettings, url: str) -> str:
     return shlex.join([*words, "-d", json.dumps(body)])
 
 
-def _following(adapters: Path | None, state: StateDir) -> contextlib.AbstractContextManager[None]:
+def _following(adapters: Path | None, state: StateDir, metrics: Path) -> contextlib.AbstractContextManager[None]:
     if adapters is None:
         return contextlib.nullcontext()
-    return watch_in_thread(FileWatcher(adapters, AdminClient.of(state), print_line))
+    return watch_in_thread(FileWatcher(adapters, AdminClient.of(state), print_line, metrics))
 
 
 def _stop(*_: object) -> NoReturn:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# HAProxy as Ray Serve starts it, with eight changes to the configuration that Ray Serve writes. The script ends with an
+# HAProxy as Ray Serve starts it, with nine changes to the configuration that Ray Serve writes. The script ends with an
 # error if a line that it changes is not there: then this version of Ray writes another configuration.
 #
 # 1. Splicing is off (-dS). With splicing HAProxy notices a client's disconnect only when the answer begins, if headers
@@ -19,10 +19,13 @@
 # 6. The page of statistics and the metrics for Prometheus are off. Everyone who reaches the machine could read them,
 #    nothing does, and a port that is taken would keep HAProxy from starting.
 #
-# 7. The fallback server is removed: Ray's proxy in Python, which keeps every request, also a health check, without an
+# 7. The exporter of metrics reads what HAProxy itself answered from a socket that only this user opens and that changes
+#    nothing (serve/observability/proxy.py). Requests that no replica saw are counted nowhere else.
+#
+# 8. The fallback server is removed: Ray's proxy in Python, which keeps every request, also a health check, without an
 #    answer until there is a replica again. That takes as long as a model needs to load.
 #
-# 8. With several pools, a request goes to the pool of its `model`, which is looked up in a map file. HAProxy reads it from
+# 9. With several pools, a request goes to the pool of its `model`, which is looked up in a map file. HAProxy reads it from
 #    what it holds of the body. Every other request goes to the first pool, or to another one while that has no replica.
 set -eu
 config='' before=''
@@ -49,6 +52,27 @@ reply() { # status, its name, a further header with its \r\n, type, code, messag
     body=$(printf '{"error":{"message":"%s","type":"%s","param":null,"code":"%s"}}' "$6" "$4" "$5")
     printf 'HTTP/1.1 %s %s\r\n%bcontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s' \
         "$1" "$2" "$3" "${#body}" "$body" >"$directory/$1.http"
+}
+
+tell_statistics_to_the_exporter() {
+    statistics=${GRAFT_METRICS:+$GRAFT_METRICS/haproxy.stats}
+    # A server without this metric is better than none: a path too long for a socket keeps HAProxy from starting.
+    if [ -n "$statistics" ] && [ "${#statistics}" -le 80 ] && mkdir -p "$GRAFT_METRICS" 2>/dev/null \
+        && [ -w "$GRAFT_METRICS" ]; then
+        change '^ *stats socket ' "i\    stats socket $statistics mode 600 level user"
+        refuse_health_checks_apart
+    fi
+}
+
+# Without a replica a health check gets its 503 from the frontend: a backend would count it with the requests of callers,
+# and a pod that starts is asked every few seconds.
+refuse_health_checks_apart() {
+    nobody=''
+    for backend in $(sed -n 's/^backend \([^ ]*\)$/\1/p' "$config"); do
+        if [ "$backend" != default_backend ]; then nobody="$nobody !{ nbsrv($backend) ge 1 }"; fi
+    done
+    refusal="http-request return status 503 content-type application/json file $directory/503.json hdr retry-after 1"
+    change '^frontend http_frontend$' "a\    $refusal if { path /health }$nobody"
 }
 
 answer_errors_as_the_api() {
@@ -126,6 +150,7 @@ if [ -w "$config" ]; then
         pass_on_whole_requests
         send_to_pools
         send_to_replicas_only
+        tell_statistics_to_the_exporter
         change '^frontend prometheus$' 'a\    disabled'
         change '^listen stats$' 'a\    disabled'
         sed -i -e '1i\# changed by haproxy.sh' "$config"

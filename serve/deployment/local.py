@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ _TEMPORARY_PREFIX = "graft-"
 
 logger = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True)
+class LocalServer:
+    """A server that runs: `metrics` is the directory of its exporter."""
+
+    url: str
+    metrics: Path
+
+
 # Called with the step that the start is at, in words.
 Progress = Callable[[str], None]
 
@@ -53,8 +63,8 @@ Progress = Callable[[str], None]
 @contextmanager
 def local_server(
     pools: Sequence[ServeSettings], host: str, port: int, progress: Progress, metrics: tuple[str, int] | None = None
-) -> Iterator[str]:
-    """Start Ray, Ray Serve and the replicas of all pools; yields the URL once every replica is ready. `metrics`: host
+) -> Iterator[LocalServer]:
+    """Start Ray, Ray Serve and the replicas of all pools; yields the server once every replica is ready. `metrics`: host
     and port that Prometheus can scrape. Everything is stopped and removed at the end. Raises PortInUse,
     EngineStartFailed, or NodeLost if Ray ends while the server runs."""
     check_port(host, port)
@@ -70,7 +80,7 @@ def local_server(
         ):
             _require_gpus(resources, pools)
             _deploy(pools, host, port, progress)
-            yield f"http://{host}:{port}"
+            yield LocalServer(f"http://{host}:{port}", directory / "metrics")
     except EngineStartFailed as error:
         source, logs = directory / "ray" / "session_latest" / "logs", pools[0].state_dir / "failed-start"
         if not source.is_dir():

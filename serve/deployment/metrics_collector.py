@@ -22,8 +22,9 @@ from serve.gateway.body import BodyBudget
 from serve.gateway.engine_queue import EngineQueue
 from serve.names import AdapterRevision
 from serve.observability import metrics
+from serve.observability.disk import Disk
 from serve.observability.memory import memory_left
-from serve.observability.metrics import MetricFamilies
+from serve.observability.metric_values import MetricFamilies
 from serve.observability.recorder import MetricsRecorder
 from serve.settings import ServeSettings
 
@@ -45,6 +46,7 @@ class MetricsCollector:
     forwarded: Callable[[], int] = int
     keys: Expiries = dict
     issuer_keys: SigningKeys | None = None
+    disk: Disk | None = None
     is_ready: bool = False
 
     def collect(self) -> Iterator[Metric]:
@@ -68,12 +70,15 @@ class MetricsCollector:
         families.gauges({
             metrics.ENGINE_UP: float(self.engine is not None and not self.engine.is_dead),
             metrics.READY: float(self.is_ready),
+            metrics.REPLICAS_DESIRED: self.settings.replicas,
             metrics.IN_FLIGHT: self.recorder.in_flight,
             metrics.FORWARDED: self.forwarded(),
             metrics.WAITING_LIMIT: self.settings.gateway.max_waiting_requests,
             metrics.MEMORY_AVAILABLE: memory.available,
             metrics.MEMORY_LIMIT: memory.limit,
         })  # fmt: skip
+        if self.disk:
+            families.gauges({metrics.DISK_AVAILABLE: self.disk.available, metrics.DISK_SIZE: self.disk.size})
         if self.bodies:
             families.gauges({
                 metrics.BODY_BYTES: self.bodies.held_bytes,

@@ -50,8 +50,9 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         **_proxy_environment(proxy_directory(directory), settings),
         **_proxy_program(),
         **_ports(),
-        # Graft's own variable: for `haproxy.sh`, and for the replicas (serve.deployment.uvicorn_patches).
+        # Graft's own variables: for `haproxy.sh`, and the sockets for the replicas (serve.deployment.uvicorn_patches).
         "GRAFT_SOCKETS": str(directory / "sockets"),
+        "GRAFT_METRICS": str(settings.metrics.directory or ""),
         "GRAFT_BODY_TIMEOUT_S": str(math.ceil(settings.gateway.body_timeout_s)),
         **({"GRAFT_POOLS": str(map_of_models(directory))} if settings.other_pools else {}),
         **_vllm_environment(replica_cpus=max(1, (os.cpu_count() or 1) // settings.all_engines)),

@@ -13,6 +13,7 @@ from convert.errors import ConvertError
 from serve.errors import EngineUnavailable, ReplicaUnreachable, ServeError, ServerNotRunning, StoreUnavailable
 from serve.follower.admin_client import AdminClient
 from serve.follower.applied_mark import AppliedMark
+from serve.follower.applied_metric import AppliedMetric
 from serve.follower.desired_state import DesiredState, apply, diff, manifests_named_in
 
 POLL_S = 1.0
@@ -32,11 +33,13 @@ class FileWatcher:
     made by hand; the next change of the file does.
     """
 
-    def __init__(self, path: Path, client: AdminClient, print_line: Print) -> None:
+    def __init__(self, path: Path, client: AdminClient, print_line: Print, metrics: Path | None = None) -> None:
+        """`metrics`: the directory of an exporter, which then shows whether the file was applied."""
         self._path = path
         self._client = client
         self._print = print_line
         self._applied = AppliedMark(client.state)
+        self._metric = AppliedMetric(metrics)
         self._watched: list[Path] = [path]
         self._last_stamps: list[tuple[int, int] | None] | None = None
         self._retry_at: float | None = None
@@ -63,6 +66,7 @@ class FileWatcher:
             self._report(str(self._path), error)
         except Exception as error:  # whatever it is, the next change of the file must still be seen
             logger.debug("could not apply %s", self._path, exc_info=True)
+            self._metric.tell(is_applied=False)
             self._say(f"{self._path} was not applied, trying again every {_RETRY_S:g} s: {error!r}")
             self._retry_at = time.monotonic() + _RETRY_S
 
@@ -80,6 +84,7 @@ class FileWatcher:
             self._succeed(", ".join(map(str, steps)) or "nothing to change", is_news=True)
 
     def _succeed(self, result: str, is_news: bool = False) -> None:
+        self._metric.tell(is_applied=True)
         failures = self._attempts - 1
         if is_news or failures:
             self._say(
@@ -89,6 +94,7 @@ class FileWatcher:
         self._said.clear()
 
     def _report(self, subject: str, error: ServeError | ConvertError) -> None:
+        self._metric.tell(is_applied=False)
         self._say(f"{subject} was not applied: error[{error.code}]: {error}")
         if error.code in _TRANSIENT or isinstance(error.__cause__, OSError):
             self._retry_at = time.monotonic() + _RETRY_S

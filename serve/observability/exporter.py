@@ -1,7 +1,8 @@
 """One scrape for all replicas of a node, in a process of its own, which outlives every replica, and Ray.
 
 Each replica serves its metrics on a Unix socket (serve/deployment/metrics_socket.py). The exporter reads all sockets at
-once, adds the label `replica` to every sample and groups the samples by metric. It merges texts: parsing them for an
+once, adds the label `replica` to every sample and groups the samples by metric. It also asks HAProxy, and reads the
+files `*.prom` of the same directory. It merges texts: parsing them for an
 application of prometheus_client would take ten times as long. If a replica does not answer in time, only its own series
 are missing, and its `graft_replica_up` is 0.
 """
@@ -9,7 +10,6 @@ are missing, and its `graft_replica_up` is 0.
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,13 +22,22 @@ from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 
 from serve.errors import PortInUse
-from serve.observability.metrics import EXPIRY, REPLICA_SCRAPE, REPLICA_UP, MetricFamilies
+from serve.observability.metric_values import MetricFamilies
+from serve.observability.metrics import (
+    EXPIRY,
+    PROXY_REQUESTS,
+    PROXY_UNANSWERED,
+    PROXY_UP,
+    REPLICA_SCRAPE,
+    REPLICA_UP,
+    Spec,
+)
+from serve.observability.proxy import FILE, ProxyStatistics, read
 
 DEFAULT_PORT = 9464  # the one that OpenTelemetry took for Prometheus exporters
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-SOCKET_SUFFIX, FINAL_SNAPSHOT_SUFFIX = ".sock", ".last"
-_READ_BYTES = 1 << 16
+SOCKET_SUFFIX, FINAL_SNAPSHOT_SUFFIX, TEXT_SUFFIX = ".sock", ".last", ".prom"
 _FORGET_S = 600.0  # for this long a replica that ended is reported as down
 _KEEP_FINAL_SNAPSHOT_S = 120.0  # and its final snapshot for this long: a few scrapes
 
@@ -52,6 +61,10 @@ class Exporter:
     timeout_s: float = 2.0
     _gone: dict[Path, float] = field(default_factory=dict)  # since when nothing listens
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _proxy: ProxyStatistics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._proxy = ProxyStatistics(self.directory / FILE)
 
     def scrape(self) -> bytes:
         """The metrics of the node in Prometheus' text format."""
@@ -62,17 +75,34 @@ class Exporter:
         for result in results:
             own.add(REPLICA_UP, (result.replica,), float(result.up))
             own.add(REPLICA_SCRAPE, (result.replica,), result.took_s)
+        if self._proxy.path.exists():
+            own.gauges(self._proxy_values())
         for path in self.certificates:
             if (end := not_after(path)) is not None:
                 own.add(EXPIRY, ("certificate", path.name), end)
         texts = {result.replica: result.text for result in results if result.text is not None}
-        return merge({**texts, "": generate_latest(_FamiliesRegistry(own)).decode()}).encode()
+        texts[""] = generate_latest(_FamiliesRegistry(own)).decode() + self._of_other_processes()
+        return merge(texts).encode()
+
+    def _proxy_values(self) -> dict[Spec, float]:
+        with self._lock:
+            is_up = self._proxy.update(self.timeout_s)
+            return {PROXY_UP: float(is_up), PROXY_REQUESTS: self._proxy.requests,
+                    PROXY_UNANSWERED: self._proxy.unanswered}  # fmt: skip
+
+    def _of_other_processes(self) -> str:
+        """What processes that serve no metrics wrote, in the text format."""
+        texts = []
+        for path in sorted(self.directory.glob(f"*{TEXT_SUFFIX}")):
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                texts.append(path.read_text())
+        return "".join(texts)
 
     def _read_replica(self, path: Path) -> ScrapeResult:
         began = time.monotonic()
         text, up = None, False
         try:
-            text, up = _read(path, began + self.timeout_s), True
+            text, up = read(path, b"", began + self.timeout_s), True
         except ConnectionRefusedError:
             text = final_snapshot(path)
             self._forget_later(path)
@@ -135,17 +165,6 @@ def _lines(text: str) -> Iterator[tuple[str, str, str]]:
             yield name, line, ""
         elif line and not line.startswith("#"):
             yield name, "", line
-
-
-def _read(path: Path, deadline: float) -> str:
-    chunks: list[bytes] = []
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(max(0.001, deadline - time.monotonic()))
-        connection.connect(str(path))
-        while chunk := connection.recv(_READ_BYTES):
-            chunks.append(chunk)
-            connection.settimeout(max(0.001, deadline - time.monotonic()))
-    return b"".join(chunks).decode()
 
 
 def not_after(path: Path) -> float | None:

@@ -7,12 +7,8 @@ public names of adapters.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
-
-from prometheus_client.core import Metric
 
 # No adapter can have these names (convert.artifact.Name).
 BASE, OTHER, UNKNOWN = "(base)", "(other)", "(unknown)"
@@ -41,6 +37,11 @@ class Spec:
 REQUESTS = Spec(
     "graft_requests_total", "counter", "Requests that were answered; code 499: the client disconnected.",
     ("adapter", "route", "code"),
+)  # fmt: skip
+FAILED = Spec(
+    "graft_failed_requests_total", "counter",
+    "Answers of 500 and more, and callers that left after 30 s without a byte of an answer.",
+    ("adapter",),
 )  # fmt: skip
 REQUEST_SECONDS = Spec(
     "graft_request_duration_seconds", "histogram", "From the request's arrival to the end of its answer.",
@@ -161,6 +162,9 @@ PROOF_FAILURES = Spec(
 # State.
 ENGINE_UP = Spec("graft_engine_up", "gauge", "1 while the engine can answer.")
 READY = Spec("graft_replica_ready", "gauge", "1 once the replica holds what the catalogue asks for.")
+REPLICAS_DESIRED = Spec(
+    "graft_replicas_desired", "gauge", "Replicas that the settings ask for; with autoscaling the fewest there shall be."
+)
 BUILD = Spec("graft_build_info", "gauge", "Always 1.", ("version", "vllm_version"))
 LINEAGE = Spec(
     "graft_adapter_info", "gauge",
@@ -177,6 +181,10 @@ MEMORY_AVAILABLE = Spec(
     "graft_memory_available_bytes", "gauge", "Memory that is left on the machine, or in the container if that is less."
 )
 MEMORY_LIMIT = Spec("graft_memory_limit_bytes", "gauge", "Memory of the machine, or the limit of the container.")
+DISK_AVAILABLE = Spec(
+    "graft_disk_available_bytes", "gauge", "Room that is left on the disk of the state directory, where adapters lie."
+)
+DISK_SIZE = Spec("graft_disk_size_bytes", "gauge", "Size of that disk.")
 EXPIRY = Spec(
     "graft_expiry_timestamp_seconds", "gauge", "When a certificate or a key expires; kind: certificate, key.",
     ("kind", "name"),
@@ -196,92 +204,22 @@ GATEWAY_GPU = Spec("vllm:num_gpu_loaded_lora_adapters", "gauge", "Adapters in sl
 GATEWAY_CPU = Spec("vllm:num_cpu_loaded_lora_adapters", "gauge", "Adapters in host memory.")
 GATEWAY_SLOTS = Spec("vllm:max_gpu_lora_adapters", "gauge", "Slots.")
 
-# Of the exporter: without `model_name`, because a replica that does not answer can't report it.
+# Of the exporter: without `model_name`, because a replica that does not answer can't report it, and the proxy and the
+# follower of adapters.yaml know none.
 REPLICA_UP = Spec("graft_replica_up", "gauge", "1 if the replica returned its metrics in time.", ("replica",))
 REPLICA_SCRAPE = Spec(
     "graft_replica_scrape_seconds", "gauge", "Time that reading the replica's metrics took.", ("replica",)
 )
 
+PROXY_UP = Spec("graft_proxy_up", "gauge", "1 if the HAProxy of this node told its statistics.")
+PROXY_REQUESTS = Spec("graft_proxy_requests_total", "counter", "Requests that this HAProxy had for replicas.")
+PROXY_UNANSWERED = Spec(
+    "graft_proxy_unanswered_total", "counter",
+    "Requests that this HAProxy itself answered with a 5xx, because no replica did: `graft_requests_total` lacks them.",
+)  # fmt: skip
+ADAPTERS_FILE_APPLIED = Spec(
+    "graft_adapters_file_applied", "gauge", "1 if adapters.yaml was applied as it is now, 0 if something of it was not."
+)
+
 ALL: tuple[Spec, ...] = tuple(spec for spec in list(globals().values()) if isinstance(spec, Spec))
-OF_EXPORTER = (REPLICA_UP, REPLICA_SCRAPE)
-
-
-class Buckets:
-    """The counts of one histogram."""
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def samples(self) -> Iterator[tuple[str, dict[str, str], float]]:
-        """Suffix, further labels, value."""
-        total = 0
-        for bound, count in zip((*map(str, self._bounds), "+Inf"), self._counts, strict=True):
-            total += count
-            yield "_bucket", {"le": bound}, total
-        yield "_count", {}, total
-        yield "_sum", {}, self._sum
-
-
-class MetricValues:
-    """Counters and histograms that are counted when something happens. Plain numbers: only one thread writes them."""
-
-    def __init__(self) -> None:
-        self._counts: dict[Spec, dict[Labels, float]] = {}
-        self._buckets: dict[Spec, dict[Labels, Buckets]] = {}
-
-    def add(self, spec: Spec, labels: Labels = (), by: float = 1) -> None:
-        values = self._counts.setdefault(spec, {})
-        values[labels] = values.get(labels, 0) + by
-
-    def observe(self, spec: Spec, value: float, labels: Labels = ()) -> None:
-        histograms = self._buckets.setdefault(spec, {})
-        if labels not in histograms:
-            histograms[labels] = Buckets(spec.buckets)
-        histograms[labels].observe(value)
-
-    def add_to(self, families: MetricFamilies, first: Labels = ()) -> None:
-        """Add all values. `first`: values of the labels that precede those that the values were counted with."""
-        for spec, values in self._counts.items():
-            for labels, value in values.items():
-                families.add(spec, (*first, *labels), value)
-        for spec, histograms in self._buckets.items():
-            for labels, buckets in histograms.items():
-                families.add_histogram(spec, (*first, *labels), buckets)
-
-
-class MetricFamilies:
-    """Samples of one scrape, grouped by metric."""
-
-    def __init__(self, constant: Mapping[str, str]) -> None:
-        """`constant`: labels of every sample."""
-        self._constant = dict(constant)
-        self._families: dict[Spec, Metric] = {}
-
-    def add(self, spec: Spec, labels: Labels, value: float) -> None:
-        self._of(spec).add_sample(spec.name, self._labels(spec, labels), value)
-
-    def add_histogram(self, spec: Spec, labels: Labels, buckets: Buckets) -> None:
-        family, common = self._of(spec), self._labels(spec, labels)
-        for suffix, further, value in buckets.samples():
-            family.add_sample(spec.name + suffix, common | further, value)
-
-    def gauges(self, values: Mapping[Spec, float]) -> None:
-        for spec, value in values.items():
-            self.add(spec, (), value)
-
-    def __iter__(self) -> Iterator[Metric]:
-        return iter(self._families.values())
-
-    def _of(self, spec: Spec) -> Metric:
-        if spec not in self._families:
-            self._families[spec] = Metric(spec.name.removesuffix("_total"), spec.help, spec.kind)
-        return self._families[spec]
-
-    def _labels(self, spec: Spec, values: Iterable[str]) -> dict[str, str]:
-        return self._constant | dict(zip(spec.labels, values, strict=True))
+OF_EXPORTER = (REPLICA_UP, REPLICA_SCRAPE, PROXY_UP, PROXY_REQUESTS, PROXY_UNANSWERED, ADAPTERS_FILE_APPLIED)

@@ -12,6 +12,8 @@ from serve.errors import (
     AdapterQueueFull,
     AdapterWaitTooLong,
     CallerQueueFull,
+    EngineQueueFull,
+    EngineWaitTooLong,
     PublishFailed,
     PublishUnconfirmed,
     ServeError,
@@ -19,10 +21,12 @@ from serve.errors import (
 from serve.names import AdapterRevision, RequestedModel
 from serve.observability.events import Drift, Events, UnloadReason
 from serve.observability.label_cap import LabelLimiter
+from serve.observability.metric_values import MetricFamilies, MetricValues
 from serve.observability.metrics import (
     BASE,
     CACHED_TOKENS,
     DRIFT,
+    FAILED,
     FIRST_TOKEN_SECONDS,
     FOLLOW_FAILURES,
     GENERATED_TOKENS,
@@ -43,13 +47,14 @@ from serve.observability.metrics import (
     UNKNOWN,
     UNLOADS,
     WAIT_SECONDS,
-    MetricFamilies,
-    MetricValues,
 )
 from serve.observability.request_record import CLIENT_CLOSED_REQUEST, RequestRecord
 
 _ALWAYS_NAMED = (BASE, UNKNOWN)
-_QUEUE_REASONS = (AdapterQueueFull.code, AdapterWaitTooLong.code, CallerQueueFull.code)
+_QUEUE_REASONS = (
+    *(AdapterQueueFull.code, AdapterWaitTooLong.code, CallerQueueFull.code),
+    *(EngineQueueFull.code, EngineWaitTooLong.code),
+)
 _KEPT_PER_LABEL = 10  # values of adapters that lost their label, in case they get it back
 
 logger = logging.getLogger(__name__)
@@ -88,12 +93,13 @@ class MetricsRecorder(Events):
             self.limiter.count_request(record.adapter)
         values = self._values_of(record.adapter)
         values.add(REQUESTS, (record.route, str(record.status)))
+        values.add(FAILED, by=float(record.has_failed))
         if record.level:
             values.add(HITS, (record.level,))
         if record.waited_s is not None:
             values.observe(WAIT_SECONDS, record.waited_s)
         if record.status < CLIENT_CLOSED_REQUEST:
-            values.observe(REQUEST_SECONDS, time.monotonic() - record.began_s)
+            values.observe(REQUEST_SECONDS, record.age_s)
         if record.streamed and record.first_s is not None:
             values.observe(FIRST_TOKEN_SECONDS, record.first_s - record.began_s)
 
@@ -107,8 +113,10 @@ class MetricsRecorder(Events):
             values.observe(TOKEN_SECONDS, finished.token_s)
 
     def loaded(self, adapter: AdapterRevision, fetch_s: float, engine_s: float) -> None:
-        self._values_of(adapter.name).add(LOADS, ("loaded",))
-        self._values_of(adapter.name).add(IDENTITY_VIOLATIONS, by=0)
+        values = self._values_of(adapter.name)
+        values.add(LOADS, ("loaded",))
+        for watched in (IDENTITY_VIOLATIONS, FAILED):
+            values.add(watched, by=0)  # see `_begin_at_zero`
         self._total.observe(LOAD_SECONDS, fetch_s, ("fetch",))
         self._total.observe(LOAD_SECONDS, engine_s, ("engine",))
         _log_event("adapter loaded", adapter, fetch_s=fetch_s, engine_s=engine_s)
@@ -170,6 +178,7 @@ class MetricsRecorder(Events):
         """Prometheus sees no increase in a counter that begins at 1, so counters that alerts watch begin at 0."""
         for spec in (FOLLOW_FAILURES, IDENTITY_CHECKS):
             self._total.add(spec, by=0)
+        self._values_of(BASE).add(FAILED, by=0)
         for kind in get_args(Drift):
             self._total.add(DRIFT, (kind,), 0)
         for reason in _QUEUE_REASONS:

@@ -13,6 +13,9 @@ from serve.observability.events import Level
 from serve.observability.metrics import UNKNOWN
 
 CLIENT_CLOSED_REQUEST = 499  # the client disconnected: nginx's status, HTTP has none
+# Who leaves without a byte after this long didn't change his mind: the shortest timeout in front of a server, a load
+# balancer's, is 30 s. Without this an engine that hangs would fail nobody, because every caller leaves it.
+ABANDONED_AFTER_S = 30.0
 
 _KEY = "graft.record"
 _ID_HEADER = b"x-request-id"
@@ -41,6 +44,16 @@ class RequestRecord:
     @property
     def waited_s(self) -> float | None:
         return None if self.queued_s is None or self.running_s is None else self.running_s - self.queued_s
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self.began_s
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the request counts against the objective of availability, asked at its end."""
+        is_abandoned = self.status == CLIENT_CLOSED_REQUEST and self.first_s is None and self.age_s >= ABANDONED_AFTER_S
+        return self.status >= 500 or is_abandoned
 
     def resolved_to(self, adapter: str, answered_by: str, caller: str) -> None:
         self.adapter, self.answered_by, self.caller = adapter, answered_by, caller

@@ -19,6 +19,7 @@ CONTRACT: Contract = {
     "ray.serve._private.haproxy_templates": ("HAPROXY_CONFIG_TEMPLATE",),
 }
 REPLICA = "abc12345"
+METRICS = "/tmp"
 # As Ray writes SERVE_REPLICA::graft#EngineReplica#abc12345.
 SERVER = f"SERVE_REPLICA_graft-EngineReplica-{REPLICA}"
 FALLBACK = "SERVE_PROXY_ACTOR-fallback-1"
@@ -34,6 +35,7 @@ NEEDED = {
     "default backend": r"^ *default_backend .*\n",
     "path of a pool": r"^ *acl is_http-graft-ticket path_beg /pools/ticket/\n",
     "rule of a pool": r"^ *use_backend http-graft-ticket if is_http-graft-ticket\n",
+    "stats socket": r"^ *stats socket .*\n",
 }
 
 
@@ -57,7 +59,7 @@ def written_by_ray() -> str:
     )
 
 
-def changed(directory: Path, text: str) -> tuple[subprocess.CompletedProcess[str], str]:
+def changed(directory: Path, text: str, metrics: str = METRICS) -> tuple[subprocess.CompletedProcess[str], str]:
     """What the script says and does, with a program that ends at once in the place of HAProxy."""
     config = directory / "haproxy.cfg"
     config.write_text(text)
@@ -66,6 +68,7 @@ def changed(directory: Path, text: str) -> tuple[subprocess.CompletedProcess[str
         env={
             "GRAFT_HAPROXY": "/bin/true",
             "GRAFT_SOCKETS": str(directory),
+            "GRAFT_METRICS": metrics,
             "GRAFT_POOLS": "/pools.map",
             "PATH": "/usr/bin:/bin",
         },
@@ -95,6 +98,17 @@ def test_every_change_finds_its_lines(tmp_path: Path) -> None:
     ], "by its model; or to another pool only while the first has no replica; no pool by its path"
     assert "backend http-graft-ticket\n    http-request set-path /pools/ticket%[path]\n" in text
     assert "http-request wait-for-body time 30s if METH_POST\n" in text
+
+
+def test_statistics_are_told_to_the_exporter_where_there_is_one(tmp_path: Path) -> None:
+    _, text = changed(tmp_path, written_by_ray())
+    (told,) = [line for line in text.splitlines() if "stats socket" in line and "level admin" not in line]
+    assert told == f"    stats socket {METRICS}/haproxy.stats mode 600 level user"
+
+    for nowhere in ("", "/proc/nowhere", f"/tmp/{'long' * 25}"):
+        result, text = changed(tmp_path, written_by_ray(), nowhere)
+        assert (result.returncode, result.stderr) == (0, ""), nowhere
+        assert "haproxy.stats" not in text, nowhere
 
 
 @pytest.mark.parametrize("name", NEEDED)

@@ -182,6 +182,8 @@ def test_pods_run_with_the_environment_of_the_local_server(tmp_path: Path) -> No
     local |= {
         "RAY_SERVE_HAPROXY_BINARY_PATH": "/opt/graft/bin/graft-haproxy",
         "GRAFT_HAPROXY": "/opt/graft/bin/haproxy",
+        # Of the component for monitoring; where it is missing the directory can't be made, and nothing is told.
+        "GRAFT_METRICS": "/srv/graft/metrics",
     }
 
     for overlay in RAY:

@@ -28,6 +28,8 @@ from serve.deployment.ray_environment import HAPROXY_SCRIPT
 from serve.errors import BodyTooSlow
 
 CONFIG = """
+global
+    {stats_socket}
 defaults
     mode http
     timeout connect 1s
@@ -108,16 +110,19 @@ def proxy(tmp_path: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def running_proxy(tmp_path: Path, dying: int, living: int) -> Iterator[str]:
+def running_proxy(tmp_path: Path, dying: int, living: int, text: str = CONFIG) -> Iterator[str]:
     port = free_port()
     lines = vars(haproxy_templates)["HAPROXY_CONFIG_TEMPLATE"].splitlines()
     template_parts = {
         "not_found": next(line.strip() for line in lines if "return status 404" in line),
+        "stats_socket": next(line.strip() for line in lines if "stats socket" in line).replace(
+            "{{ config.socket_path }}", str(tmp_path / "admin.sock")
+        ),
         "prometheus": section(lines, "frontend prometheus", dying),
         "stats": section(lines, "listen stats", living),
     }
     config = tmp_path / "haproxy.cfg"
-    config.write_text(CONFIG.format(port=port, dying=dying, living=living, **template_parts))
+    config.write_text(text.format(port=port, dying=dying, living=living, **template_parts))
     environment = os.environ | {"GRAFT_HAPROXY": get_haproxy_binary(), "GRAFT_BODY_TIMEOUT_S": "1"}
     process = subprocess.Popen([str(HAPROXY_SCRIPT), "-db", "-f", str(config)], env=environment)
     try:

@@ -57,6 +57,50 @@ async def test_only_streams_have_a_first_token(server: Server) -> None:
     assert server.samples("graft_request_duration_seconds_count") == {("pirate",): 2}
 
 
+async def leave(server: Server, first: bytes = b"") -> None:
+    """Ask an engine that says nothing, or nothing after its first bytes, and leave it."""
+    begun = asyncio.Event()
+
+    async def for_ever(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        if first:
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+        begun.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    server.engine.handler = for_ever
+    asking = asyncio.create_task(server.ask("pirate"))
+    await begun.wait()
+    asking.cancel()
+    await asyncio.wait({asking})
+
+
+@pytest.mark.parametrize(
+    ("abandoned_after_s", "first", "failed"), [(0, b"", 1), (0, b"data: 1\n\n", 0), (60, b"", 0)],
+    ids=["it-hangs", "the-answer-had-begun", "the-caller-changed-its-mind"],
+)  # fmt: skip
+async def test_who_leaves_an_engine_that_hangs_got_no_answer_and_who_changes_his_mind_asked_for_none(
+    server: Server, monkeypatch: pytest.MonkeyPatch, abandoned_after_s: float, first: bytes, failed: int
+) -> None:
+    monkeypatch.setattr("serve.observability.request_record.ABANDONED_AFTER_S", abandoned_after_s)
+
+    await leave(server, first)
+
+    assert server.samples("graft_requests_total") == {("pirate", "499"): 1}
+    assert server.samples("graft_failed_requests_total")[("pirate",)] == failed
+
+
+async def test_failures_can_be_seen_to_increase_from_the_first_one_on(server: Server) -> None:
+    """A counter that is born as 1 has no increase."""
+    failed = server.samples("graft_failed_requests_total")
+
+    assert set(failed.values()) == {0}
+    assert failed.keys() > {("(base)",)}, "also of an adapter that was loaded, and not yet asked"
+
+
 async def test_a_caller_that_leaves_is_no_failure(server: Server) -> None:
     begun = asyncio.Event()
 
@@ -99,6 +143,7 @@ async def test_an_answer_of_the_engine_that_fails_is_counted_under_its_adapter(s
     await server.ask("pirate")
 
     assert server.samples("graft_requests_total") == {("pirate", "500"): 1}
+    assert server.samples("graft_failed_requests_total")[("pirate",)] == 1
 
 
 async def test_an_engine_that_dies_under_a_request_is_the_reason_of_its_503(server: Server) -> None:

@@ -7,7 +7,8 @@ import pytest
 from serve.names import AdapterRevision
 from serve.observability.events import NO_EVENTS, Events
 from serve.observability.label_cap import LEAVES_AFTER_S, LabelLimiter
-from serve.observability.metrics import LOADS, OTHER, REQUESTS, MetricFamilies
+from serve.observability.metric_values import MetricFamilies
+from serve.observability.metrics import LOADS, OTHER, REQUESTS
 from serve.observability.recorder import Finished, MetricsRecorder
 from serve.observability.request_record import RequestRecord
 
