@@ -9,6 +9,7 @@ from deploy.dashboards.panels import (
     OF_MODEL,
     OF_NODE,
     RATE,
+    TOKENS_A_SECOND,
     Parts,
     board,
     filled,
@@ -18,6 +19,10 @@ from deploy.dashboards.panels import (
     row,
     share,
 )
+
+# Of a process, which knows no base model: of the replicas that have the chosen one.
+_OF_REPLICAS = f"on (namespace, replica) graft_engine_up{{{OF_MODEL}}}"
+_CPU = f"process_cpu_seconds_total{{{OF_NODE}}}"
 
 
 def capacity() -> Dashboard:
@@ -44,7 +49,7 @@ def _used() -> Parts:
                share(f'sum(rate(graft_adapter_hits_total{{{OF_ADAPTER},level="disk"}}[5m])) or vector(0)',
                      f"sum(rate(graft_adapter_hits_total{{{OF_ADAPTER}}}[5m]))"), "percentunit",
                "Of those that want an adapter: they waited for a load.", warns=0.05, alarms=0.3, width=4),
-        number("Replicas", f"count(graft_replica_up{{{OF_NODE}}} == 1)", "short", "That tell their metrics.", width=4),
+        number("Replicas", f"count(graft_engine_up{{{OF_MODEL}}})", "short", "That tell their metrics.", width=4),
     )  # fmt: skip
 
 
@@ -73,10 +78,16 @@ def _work() -> Parts:
         row("Work by replica"),
         lines("Requests", [(rate("graft_requests_total", OF_MODEL, "replica"), "{{replica}}")], "reqps",
               "Uneven: see the requests that were passed on.", stacked=True),
+        lines("Through HAProxy",
+              [(f'sum by (instance) (rate(graft_proxy_requests_total{{namespace=~"$namespace"}}[{RATE}]))',
+                "{{instance}}")], "reqps", "By node, for every base model of the namespace.", stacked=True),
         lines("Passed on to a holder", [(rate("graft_forwarded_requests_total", OF_MODEL, "replica"), "{{replica}}")],
               "reqps", "Another replica had the adapter."),
-        lines("Generated tokens", [(rate("vllm:generation_tokens_total", OF_MODEL, "replica"), "{{replica}}")], "short",
-              "A second.", stacked=True),
+        lines("Generated tokens", [(rate("vllm:generation_tokens_total", OF_MODEL, "replica"), "{{replica}}")],
+              TOKENS_A_SECOND, "By vLLM's own count.", stacked=True),
+        lines("Replicas", [(f"sum(graft_replica_ready{{{OF_MODEL}}})", "ready"),
+                           (f"sum(max by (namespace, model_name) (graft_replicas_desired{{{OF_MODEL}}}))", "desired")],
+              "short", "With autoscaling, desired are the fewest there shall be."),
         lines("In flight", [(f"sum by (replica) (graft_requests_in_flight{{{OF_MODEL}}})", "{{replica}}")], "short",
               "Arrived and not answered yet.", stacked=True),
         lines("Request bodies", [(share(f"max by (replica) (graft_request_body_bytes{{{OF_MODEL}}})",
@@ -85,9 +96,12 @@ def _work() -> Parts:
               "percentunit", "Of the memory for them; near 1 requests are refused.", highest=1),
         lines("KV cache", [(f"max by (replica) (vllm:kv_cache_usage_perc{{{OF_MODEL}}})", "{{replica}}")],
               "percentunit", "Of each replica.", highest=1),
-        lines("CPU", [(f"sum by (replica) (rate(process_cpu_seconds_total{{{OF_NODE}}}[{RATE}]))", "{{replica}}")],
+        lines("CPU", [(f"sum by (replica) (rate({_CPU}[{RATE}]) and {_OF_REPLICAS})", "{{replica}}")],
               "short", "Cores of each replica's process."),
         lines("Memory left", [(share(f"min by (replica) (graft_memory_available_bytes{{{OF_MODEL}}})",
                                      f"min by (replica) (graft_memory_limit_bytes{{{OF_MODEL}}})"), "{{replica}}")],
               "percentunit", "Of the machine, or of the container's limit. Below 5 % an alert fires.", highest=1),
+        lines("Disk left", [(share(f"min by (replica) (graft_disk_available_bytes{{{OF_MODEL}}})",
+                                   f"min by (replica) (graft_disk_size_bytes{{{OF_MODEL}}})"), "{{replica}}")],
+              "percentunit", "Where adapters lie. Below 10 % an alert fires.", highest=1),
     )  # fmt: skip

@@ -5,9 +5,12 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from deploy.dashboards.panels import (
+    OF_GPU,
     OF_MODEL,
     OF_NODE,
     RATE,
+    TOKENS,
+    TOKENS_A_SECOND,
     Parts,
     board,
     filled,
@@ -20,11 +23,16 @@ from deploy.dashboards.panels import (
 
 _PHASES = {"queue": "vllm:request_queue_time_seconds", "prefill": "vllm:request_prefill_time_seconds",
            "decode": "vllm:request_decode_time_seconds"}  # fmt: skip
+# Of a process, which knows no base model: of the replicas that have the chosen one.
+_OF_REPLICAS = f"on (namespace, replica) graft_engine_up{{{OF_MODEL}}}"
+_CPU, _MEMORY = f"process_cpu_seconds_total{{{OF_NODE}}}", f"process_resident_memory_bytes{{{OF_NODE}}}"
+_SCRAPE = f"graft_replica_scrape_seconds{{{OF_NODE}}}"
+_GPU = "{{Hostname}} {{gpu}}"
 
 
 def engine() -> Dashboard:
     empty = board("graft-engine", "Graft / Engine", "vLLM's own metrics: batch, caches, and where the time goes.")
-    return filled(empty, (*_load(), *_caches(), *_times(), *_processes()))
+    return filled(empty, (*_load(), *_caches(), *_times(), *_processes(), *_gpus()))
 
 
 def _load() -> Parts:
@@ -36,13 +44,17 @@ def _load() -> Parts:
               [(f"sum by (replica) (vllm:num_requests_waiting{{{OF_MODEL}}})", "{{replica}}")], "short",
               "For room in the batch or in the KV cache.", stacked=True),
         lines("Tokens of a step", [(quantile(q, "vllm:iteration_tokens_total", OF_MODEL), f"p{q * 100:g}")
-                                   for q in (0.5, 0.95)], "short", "Prefill and decode together."),
+                                   for q in (0.5, 0.95)], TOKENS, "Prefill and decode together."),
         lines("Tokens", [(rate("vllm:generation_tokens_total", OF_MODEL), "generated"),
-                         (rate("vllm:prompt_tokens_total", OF_MODEL), "prompt")], "short", "A second."),
+                         (rate("vllm:prompt_tokens_total", OF_MODEL), "prompt")], TOKENS_A_SECOND, "As vLLM counts."),
         lines("Finished, by reason", [(rate("vllm:request_success_total", OF_MODEL, "finished_reason"),
                                        "{{finished_reason}}")], "reqps", "stop, length, abort, error.", stacked=True),
         lines("Preemptions", [(rate("vllm:num_preemptions_total", OF_MODEL, "replica"), "{{replica}}")], "ops",
               "Requests that lost their KV cache to others: there is too little of it."),
+        lines("Length of prompts", [(quantile(q, "vllm:request_prompt_tokens", OF_MODEL), f"p{q * 100:g}")
+                                    for q in (0.5, 0.95, 0.99)], TOKENS, "Of finished requests."),
+        lines("Length of answers", [(quantile(q, "vllm:request_generation_tokens", OF_MODEL), f"p{q * 100:g}")
+                                    for q in (0.5, 0.95, 0.99)], TOKENS, "Of finished requests."),
     )  # fmt: skip
 
 
@@ -77,10 +89,29 @@ def _times() -> Parts:
 def _processes() -> Parts:
     return (
         row("Processes"),
-        lines("Memory", [(f"sum by (replica) (process_resident_memory_bytes{{{OF_NODE}}})", "{{replica}}")], "bytes",
+        lines("Memory", [(f"sum by (replica) ({_MEMORY} and {_OF_REPLICAS})", "{{replica}}")], "bytes",
               "Of the replica's process; the engine core has one of its own."),
-        lines("CPU", [(f"sum by (replica) (rate(process_cpu_seconds_total{{{OF_NODE}}}[{RATE}]))", "{{replica}}")],
+        lines("CPU", [(f"sum by (replica) (rate({_CPU}[{RATE}]) and {_OF_REPLICAS})", "{{replica}}")],
               "short", "Cores of the replica's process: gateway, tokenizer, streams."),
-        lines("Time to tell the metrics", [(f"max by (replica) (graft_replica_scrape_seconds{{{OF_NODE}}})",
+        lines("Time to tell the metrics", [(f"max by (replica) ({_SCRAPE} and {_OF_REPLICAS})",
                                             "{{replica}}")], "s", "Long: the replica's event loop is busy."),
     )  # fmt: skip
+
+
+def _gpus() -> Parts:
+    """Where NVIDIA's DCGM exporter is scraped."""
+    return (
+        row("GPUs, by NVIDIA's DCGM exporter"),
+        lines("GPU use", [(_gpu("DCGM_FI_DEV_GPU_UTIL"), _GPU)], "percent", "Of the time a kernel ran.", highest=100),
+        lines("GPU memory in use", [(_gpu("DCGM_FI_DEV_FB_USED"), _GPU)], "mbytes", "vLLM takes its share at once."),
+        lines("GPU temperature", [(_gpu("DCGM_FI_DEV_GPU_TEMP"), _GPU)], "celsius", "Too hot, it becomes slower."),
+        lines("GPU power", [(_gpu("DCGM_FI_DEV_POWER_USAGE"), _GPU)], "watt", "Little under load: the GPU waits."),
+        lines("GPU errors (Xid)", [(_gpu("DCGM_FI_DEV_XID_ERRORS"), _GPU)], "none",
+              "The number of the last one; see the runbook of GraftGpuSick."),
+        lines("GPU memory rows replaced", [(_gpu("DCGM_FI_DEV_UNCORRECTABLE_REMAPPED_ROWS"), _GPU)], "short",
+              "After errors that could not be corrected. More and more: the GPU should be replaced."),
+    )  # fmt: skip
+
+
+def _gpu(metric: str) -> str:
+    return f"max by (Hostname, gpu) ({metric}{{{OF_GPU}}})"

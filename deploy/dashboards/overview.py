@@ -6,10 +6,12 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from deploy.dashboards.panels import (
     OF_ADAPTER,
+    OF_ALERT,
     OF_MODEL,
-    OF_NODE,
+    TOKENS_A_SECOND,
     Parts,
     board,
+    busiest,
     failed_share,
     filled,
     lines,
@@ -17,8 +19,11 @@ from deploy.dashboards.panels import (
     quantile,
     rate,
     row,
+    share,
 )
 
+# Each replica tells it; of every base model and namespace once.
+_DESIRED = f"sum(max by (namespace, model_name) (graft_replicas_desired{{{OF_MODEL}}}))"
 _TTFT = "graft_time_to_first_token_seconds"
 
 
@@ -30,20 +35,21 @@ def overview() -> Dashboard:
 def _now() -> Parts:
     return (
         row("Now"),
-        number("Replicas up", f"sum(graft_replica_up{{{OF_NODE}}}) / count(graft_replica_up{{{OF_NODE}}})",
-               "percentunit", "Replicas that tell their metrics.", warns=1, alarms=0.5, falling=True),
         number("Replicas ready", f"sum(graft_replica_ready{{{OF_MODEL}}})", "short",
                "They hold what the catalogue asks for.", warns=1, alarms=1, falling=True),
-        number("Alerts", 'count(ALERTS{alertstate="firing",alertname=~"Graft.*"}) or vector(0)', "short",
+        number("Of desired", share(f"sum(graft_replica_ready{{{OF_MODEL}}})", _DESIRED), "percentunit",
+               "Ready replicas of those that the settings ask for; with autoscaling of the fewest there shall be.",
+               warns=1, alarms=0.5, falling=True),
+        number("Alerts", f'count(ALERTS{{{OF_ALERT},alertstate="firing",alertname=~"Graft.*"}}) or vector(0)', "short",
                "Firing now.", warns=1, alarms=1),
         number("Requests", rate("graft_requests_total", OF_ADAPTER), "reqps", "Answered, of every code."),
         number("Failed", failed_share(window="5m"), "percentunit",
-               "Answers of 500 and more, of the last five minutes.", warns=0.001, alarms=0.01),
+               "Answers of 500 and more, and callers that gave up, in five minutes.", warns=0.001, alarms=0.01),
         number("First token, p95", quantile(0.95, _TTFT, OF_ADAPTER), "s",
                "Of streams: queue, load and prefill included.", warns=1, alarms=2),
         number("Waiting", f"sum(graft_requests_waiting{{{OF_MODEL}}})", "short",
                "Requests that wait for an adapter slot.", warns=1, alarms=64),
-        number("Generated", rate("graft_generated_tokens_total", OF_ADAPTER), "short", "Tokens a second."),
+        number("Generated", rate("graft_generated_tokens_total", OF_ADAPTER), TOKENS_A_SECOND, "Of finished answers."),
     )  # fmt: skip
 
 
@@ -53,8 +59,8 @@ def _callers() -> Parts:
         lines("Requests by code", [(rate("graft_requests_total", OF_ADAPTER, "code"), "{{code}}")], "reqps",
               "499: the caller left.", stacked=True),
         lines("Failed share by adapter",
-              [(f"topk(10, {failed_share('adapter')})", "{{adapter}}"), (failed_share(), "all")],
-              "percentunit", "Answers of 500 and more; the ten worst."),
+              [busiest(failed_share("adapter")), (failed_share(), "all")],
+              "percentunit", "Answers of 500 and more, and callers that gave up after 30 s; the ten worst."),
         lines("Refused by Graft, by reason",
               [(rate("graft_rejected_requests_total", OF_MODEL, "reason"), "{{reason}}")], "reqps",
               "Error codes of docs/reference/errors.md."),
@@ -71,7 +77,7 @@ def _queues() -> Parts:
     return (
         row("What waits"),
         lines("Waiting for a slot, by adapter",
-              [(f"topk(10, sum by (adapter) (graft_requests_waiting{{{OF_ADAPTER}}}))", "{{adapter}}")], "short",
+              [busiest(f"sum by (adapter) (graft_requests_waiting{{{OF_ADAPTER}}})")], "short",
               "The ten longest queues.", stacked=True),
         lines("Wait for a slot", [(quantile(q, "graft_queue_wait_seconds", OF_ADAPTER), f"p{q * 100:g}")
                                   for q in (0.5, 0.95, 0.99)], "s", "Its turn, and the load if there is one."),
@@ -93,9 +99,14 @@ def _changes() -> Parts:
         lines("Loads and evictions", [(rate("graft_adapter_loads_total", OF_MODEL, "outcome"), "{{outcome}}"),
                                       (rate("graft_adapter_unloads_total", OF_MODEL, "reason"), "{{reason}}")], "ops",
               "Many of both: more adapters are in use than fit."),
-        lines("Drift, identity, catalogue",
+        lines("Drift and identity",
               [(f"sum by (kind) (increase(graft_drift_repairs_total{{{OF_MODEL}}}[5m]))", "drift: {{kind}}"),
-               (f"sum(increase(graft_identity_violations_total{{{OF_MODEL}}}[5m]))", "identity violations"),
-               (f"max(graft_catalogue_age_seconds{{{OF_MODEL}}})", "catalogue age, s")], "short",
-              "All near zero; the age grows when the catalogue can't be read."),
+               (f"sum(increase(graft_identity_violations_total{{{OF_MODEL}}}[5m]))", "identity violations")], "short",
+              "Of five minutes; all zero."),
+        lines("Age of the catalogue",
+              [(f"max by (replica) (graft_catalogue_age_seconds{{{OF_MODEL}}})", "{{replica}}")], "s",
+              "Since a replica read it. It grows while the catalogue can't be read."),
+        lines("Answered by HAProxy itself",
+              [('sum(rate(graft_proxy_unanswered_total{namespace=~"$namespace"}[5m]))', "no replica answered")],
+              "reqps", "503 `engine_unavailable`, of every base model of the namespace: no replica saw them."),
     )  # fmt: skip

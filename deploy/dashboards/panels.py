@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, table, timeseries
@@ -17,7 +17,12 @@ _SOURCE = models.DataSourceRef(type_val="prometheus", uid="$datasource")
 OF_NODE = 'namespace=~"$namespace",replica=~"$replica"'
 OF_MODEL = f'{OF_NODE},model_name=~"$model"'
 OF_ADAPTER = f'{OF_MODEL},adapter=~"$adapter"'
+# Of what may have no namespace or base model at all: alerts, and NVIDIA's exporter, which gives the pod's a prefix.
+OF_ALERT = 'namespace=~"$namespace|",model_name=~"$model|"'
+OF_GPU = 'exported_namespace=~"$namespace|"'
 RATE = "$__rate_interval"
+
+TOKENS, TOKENS_A_SECOND = "suffix: tokens", "suffix: tok/s"  # units of our own, as Grafana writes them
 
 Query = tuple[str, str]  # expression, legend
 Parts = tuple[Any, ...]  # rows and panels, in their order
@@ -42,6 +47,8 @@ def board(uid: str, title: str, description: str) -> dashboard.Dashboard:
             .keep_time(True)
         )
         .with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+        .annotation(_Changes("Published", "blue", 'verb=~"publish|promote",outcome="done"'))
+        .annotation(_Changes("Rolled back", "orange", 'verb="rollback",outcome="done"'))
     )
     for name, label, query in (
         ("namespace", "Namespace", "label_values(graft_replica_up, namespace)"),
@@ -51,6 +58,29 @@ def board(uid: str, title: str, description: str) -> dashboard.Dashboard:
     ):
         built = built.with_variable(_variable(name, label, query))
     return built
+
+
+class _Changes(dashboard.AnnotationQuery):
+    """Marks in every panel the minutes in which the catalogue was changed."""
+
+    def __init__(self, name: str, color: str, changes: str) -> None:
+        super().__init__()
+        expression = (
+            f"sum by (namespace, model_name, verb) (increase(graft_changes_total{{{OF_MODEL},{changes}}}[1m])) > 0"
+        )
+        self._internal = _ChangesModel(name, _SOURCE, icon_color=color, expr=expression)
+
+
+class _ChangesModel(models.AnnotationQuery):
+    """With what Grafana's data source for Prometheus reads, and its SDK does not know."""
+
+    def to_json(self) -> dict[str, object]:
+        # A step as long as the window: each change falls into one.
+        return super().to_json() | {
+            "step": "60s",
+            "titleFormat": "{{verb}}",
+            "textFormat": "{{model_name}} {{namespace}}",
+        }
 
 
 def filled(empty: dashboard.Dashboard, parts: Iterable[Any]) -> dashboard.Dashboard:
@@ -140,19 +170,33 @@ def number(
     )
 
 
-def rows_of(title: str, expression: str, description: str, hidden: Sequence[str], *, width: int = 12) -> table.Panel:
-    """The labels of each series as a row of a table, without the `hidden` ones."""
-    hide: dict[str, Any] = {"excludeByName": dict.fromkeys(("Time", "Value", "__name__", *hidden), True)}
-    return (
+def rows_of(
+    title: str, expression: str, description: str, columns: Mapping[str, int], *, width: int = 12
+) -> table.Panel:
+    """The labels of each series as a row of a table, the `columns` with their widths in pixels, 0: what is left. More
+    rows than fit are on further pages; what is too long for its cell is cut off, and shown whole by a click."""
+    order: dict[str, Any] = {
+        "excludeByName": dict.fromkeys(("Time", "Value", "__name__"), True),
+        "indexByName": {name: number for number, name in enumerate(columns)},
+    }
+    panel = (
         table.Panel()
         .title(title)
         .description(description)
         .datasource(_SOURCE)
         .height(8)
         .span(width)
+        .cell_height(common_models.TableCellHeight.SM)
+        .footer(common.TableFooterOptions().enable_pagination(True))
         .with_target(_query(expression, "", 0).instant().format(_table_format()))
-        .with_transformation(models.DataTransformerConfig(id_val="organize", options=hide))
+        .with_transformation(models.DataTransformerConfig(id_val="organize", options=order))
     )
+    for name, pixels in columns.items():
+        values = [models.DynamicConfigValue(id_val="custom.inspect", value=True)]
+        if pixels:
+            values.append(models.DynamicConfigValue(id_val="custom.width", value=pixels))
+        panel = panel.override_by_name(name, values)
+    return panel
 
 
 def quantile(q: float, histogram: str, selector: str, by: str = "") -> str:
@@ -165,15 +209,20 @@ def rate(counter: str, selector: str, by: str = "") -> str:
     return f"sum by ({by}) (rate({counter}{{{selector}}}[{RATE}]))"
 
 
+def busiest(expression: str, legend: str = "{{adapter}}") -> Query:
+    """Of an expression by adapter: more than ten lines can't be told apart, and there may be a hundred."""
+    return f"topk(10, {expression})", legend
+
+
 def share(part: str, whole: str) -> str:
     """0 where there is nothing of the whole."""
     return f"({part}) / ({whole} > 0)"
 
 
 def failed_share(by: str = "", window: str = RATE) -> str:
-    """Answers of 500 and more of all, by a label or of all together; 0 where all is well."""
+    """Failed requests of all, by a label or of all together; 0 where all is well."""
     all_of = f"sum by ({by}) (rate(graft_requests_total{{{OF_ADAPTER}}}[{window}]))"
-    failed = f'sum by ({by}) (rate(graft_requests_total{{{OF_ADAPTER},code=~"5.."}}[{window}]))'
+    failed = f"sum by ({by}) (rate(graft_failed_requests_total{{{OF_ADAPTER}}}[{window}]))"
     return share(f"{failed} or 0 * {all_of}", all_of)
 
 

@@ -39,11 +39,38 @@ function frames(panel, { shown, rate, start, end, step }) {
   }));
 }
 
-function Lines({ panel, data, range, width, height }) {
+// When each mark begins: Prometheus shows a change for as long as its window.
+function marks(board, { shown, rate, step }) {
+  return board.annotations.list.flatMap((mark) => (shown[plain(mark.expr, rate)] ?? []).flatMap((series) =>
+    series.values.filter((it, at, all) => at === 0 || it[0] - all[at - 1][0] > 1.5 * step)
+      .map((it) => ({ time: it[0] * 1000, color: theme.visualization.getColorByName(mark.iconColor) }))));
+}
+
+const marked = new WeakSet();
+// A dashed line through the panel and a triangle below it, as Grafana draws a mark.
+function drawMarks(builder, all) {
+  if (marked.has(builder)) return;
+  marked.add(builder);
+  builder.addHook('draw', (plot) => {
+    const { ctx, bbox } = plot;
+    for (const { time, color } of all) {
+      const x = plot.valToPos(time, 'x', true), bottom = bbox.top + bbox.height;
+      if (x < bbox.left || x > bbox.left + bbox.width) continue;
+      ctx.save();
+      ctx.strokeStyle = ctx.fillStyle = color;
+      ctx.setLineDash([5, 5]);
+      ctx.beginPath(); ctx.moveTo(x, bbox.top); ctx.lineTo(x, bottom); ctx.stroke();
+      ctx.beginPath(); ctx.moveTo(x - 5, bottom + 6); ctx.lineTo(x + 5, bottom + 6); ctx.lineTo(x, bottom); ctx.fill();
+      ctx.restore();
+    }
+  });
+}
+
+function Lines({ panel, data, range, width, height, marked: all }) {
   return data.length === 0 ? <NoData /> : (
     <TimeSeries frames={data} structureRev={1} timeRange={range} timeZone="utc" width={width} height={height}
       legend={{ calcs: [], displayMode: 'list', placement: 'bottom', showLegend: true }} options={panel.options ?? {}}>
-      {() => null}
+      {(builder) => { drawMarks(builder, all); return null; }}
     </TimeSeries>
   );
 }
@@ -62,22 +89,36 @@ function Figure({ data, width, height }) {
     sparkline={{ y: field, x: data[0].fields[0] }} />;
 }
 
-// The labels of each series that is there at the end, a row each. Grafana's own table wants more of Grafana than this.
-function Rows({ panel, shown, rate, end, width }) {
-  const hidden = panel.transformations[0].options.excludeByName;
+// The labels of each series that is there at the end, a row each, with the widths, the order and the pages that the
+// panel asks for. Grafana's own table wants more of Grafana than this.
+const ROW_OF_TABLE = 31;
+function Rows({ panel, shown, rate, end, width, height }) {
+  const { excludeByName: hidden, indexByName: order } = panel.transformations[0].options;
   const series = panel.targets.flatMap((it) => shown[plain(it.expr, rate)] ?? [])
     .filter((it) => it.values.at(-1)[0] > end - 30);
-  const labels = [...new Set(series.flatMap((it) => Object.keys(it.metric)))].filter((it) => !hidden[it]);
-  const cell = { textAlign: 'left', padding: '6px 10px', borderBottom: `1px solid ${theme.colors.border.weak}` };
+  const labels = [...new Set(series.flatMap((it) => Object.keys(it.metric)))].filter((it) => !hidden[it])
+    .sort((one, other) => (order[one] ?? 99) - (order[other] ?? 99));
+  const widthOf = (label) => panel.fieldConfig.overrides.find((it) => it.matcher.options === label)
+    ?.properties.find((it) => it.id === 'custom.width')?.value;
+  const cell = { textAlign: 'left', padding: '6px 10px', borderBottom: `1px solid ${theme.colors.border.weak}`,
+    overflow: 'hidden', textOverflow: 'ellipsis', whiteSpace: 'nowrap' };
+  const page = Math.floor(height / ROW_OF_TABLE) - 2;
   return (
-    <table style={{ width, fontSize: 13 }}>
-      <thead><tr>{labels.map((it) => <th key={it} style={{ ...cell, color: theme.colors.text.link }}>{it}</th>)}</tr></thead>
-      <tbody>
-        {series.map((it, row) => (
-          <tr key={row}>{labels.map((label) => <td key={label} style={cell}>{it.metric[label]}</td>)}</tr>
-        ))}
-      </tbody>
-    </table>
+    <>
+      <table style={{ width, fontSize: 13, tableLayout: 'fixed' }}>
+        <thead><tr>{labels.map((it) => (
+          <th key={it} style={{ ...cell, width: widthOf(it), color: theme.colors.text.link }}>{it}</th>
+        ))}</tr></thead>
+        <tbody>
+          {series.slice(0, page).map((it, row) => (
+            <tr key={row}>{labels.map((label) => <td key={label} style={cell}>{it.metric[label]}</td>)}</tr>
+          ))}
+        </tbody>
+      </table>
+      <div style={{ fontSize: 12, padding: 8, textAlign: 'right', color: theme.colors.text.secondary }}>
+        1 - {Math.min(page, series.length)} of {series.length} rows
+      </div>
+    </>
   );
 }
 
@@ -103,7 +144,7 @@ function Panel({ panel, ...rest }) {
 
 function Board({ board, shown, rate, start, end, step }) {
   const range = { from: dateTime(start * 1000), to: dateTime(end * 1000), raw: { from: 'now-1h', to: 'now' } };
-  const top = 56;
+  const top = 56, all = marks(board, { shown, rate, step });
   const bottom = Math.max(...board.panels.map((it) => it.gridPos.y + it.gridPos.h)) * (ROW + GAP) + top + GAP;
   return (
     <ThemeContext.Provider value={theme}>
@@ -111,7 +152,7 @@ function Board({ board, shown, rate, start, end, step }) {
       <div id="board" style={{ position: 'relative', width: WIDTH + GAP, height: bottom, background: theme.colors.background.canvas }}>
         <div style={{ padding: '14px 12px', fontSize: 18, fontWeight: 500 }}>{board.title}</div>
         {board.panels.map((panel, index) => (
-          <Panel key={index} {...{ panel, shown, rate, range, start, end, step, top }} />
+          <Panel key={index} {...{ panel, shown, rate, range, start, end, step, top, marked: all }} />
         ))}
       </div>
     </ThemeContext.Provider>

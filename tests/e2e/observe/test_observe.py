@@ -33,11 +33,12 @@ NOT_WITHOUT_A_FAULT = {
     "graft_expiry_timestamp_seconds",  # tests/serve/observability/test_exporter.py
     "graft_proof_failures_total",  # tests/serve/gateway/test_telemetry_middleware.py
     "vllm:lora_requests_info",  # only with `requests_info`
+    "graft_adapters_file_applied",  # only with an adapters.yaml: tests/serve/follower/test_applied_metric.py
     "graft_split_share",
     "graft_split_error_ratio",
     "graft_adapter_conversion_kl_nats",  # of measured conversions only
 }
-NO_DATA_WITHOUT_A_FAULT = ("graft_split", "ALERTS")
+NO_DATA_WITHOUT_A_FAULT = ("graft_split", "ALERTS", "DCGM_", "rollback")
 
 needs_prometheus = pytest.mark.skipif(
     not is_installed(), reason="Prometheus is a package of the system (apt-get install prometheus), not of PyPI"
