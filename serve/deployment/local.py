@@ -64,8 +64,8 @@ Progress = Callable[[str], None]
 def local_server(
     pools: Sequence[ServeSettings], host: str, port: int, progress: Progress, metrics: tuple[str, int] | None = None
 ) -> Iterator[LocalServer]:
-    """Start Ray, Ray Serve and the replicas of all pools; yields the server once every replica is ready. `metrics`: host
-    and port that Prometheus can scrape. Everything is stopped and removed at the end. Raises PortInUse,
+    """Start Ray, Ray Serve and the replicas of all pools; yields the server once every replica is ready. `metrics`:
+    host and port that Prometheus can scrape. Everything is stopped and removed at the end. Raises PortInUse,
     EngineStartFailed, or NodeLost if Ray ends while the server runs."""
     check_port(host, port)
     directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX))

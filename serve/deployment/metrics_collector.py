@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,16 +18,19 @@ from serve.adapters.reconcile import Reconciler
 from serve.adapters.rollout import Rollouts
 from serve.callers.signing_keys import SigningKeys
 from serve.catalogue.catalogue import Catalogue
+from serve.catalogue.file_threads import to_file_thread
 from serve.engine.protocol import Engine
 from serve.gateway.body import BodyBudget
 from serve.gateway.engine_queue import EngineQueue
 from serve.names import AdapterRevision
 from serve.observability import metrics
-from serve.observability.disk import Disk
+from serve.observability.disk import Disk, disk_of
 from serve.observability.memory import memory_left
 from serve.observability.metric_values import MetricFamilies
 from serve.observability.recorder import MetricsRecorder
 from serve.settings import ServeSettings
+
+_DISK_POLL_S = 15.0
 
 Expiries = Callable[[], dict[str, float]]  # name of a key → when it expires, seconds since the epoch
 
@@ -64,6 +68,12 @@ class MetricsCollector:
         for name, when in self.keys().items():
             families.add(metrics.EXPIRY, ("key", name), when)
         return iter(families)
+
+    async def watch_disk(self) -> None:
+        """In a thread, and not when metrics are collected: a volume of the network may answer late, or never."""
+        while True:
+            self.disk = await to_file_thread("admin", disk_of, self.settings.state_dir)
+            await asyncio.sleep(_DISK_POLL_S)
 
     def _add_replica_state(self, families: MetricFamilies) -> None:
         memory = memory_left()

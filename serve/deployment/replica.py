@@ -25,7 +25,6 @@ from serve.callers.ledger_ray import ActorLedger
 from serve.callers.ledger_redis import RedisLedger
 from serve.callers.usage import Meter
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.file_threads import to_file_thread
 from serve.catalogue.state_dir import StateDir
 from serve.deployment.metrics_collector import MetricsCollector
 from serve.deployment.metrics_socket import MetricsSocket
@@ -38,7 +37,6 @@ from serve.gateway.request_policy import RequestPolicy
 from serve.gateway.routing.other_pool import OtherPool
 from serve.gateway.routing.peers import Peers
 from serve.observability import logs
-from serve.observability.disk import disk_of
 from serve.observability.events import NO_EVENTS, Events
 from serve.observability.recorder import MetricsRecorder
 from serve.observability.tracing import tracer_of
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
     from serve.engine.vllm_engine import VllmEngine
 
 _ENGINE_POLL_S = 0.1
-_DISK_POLL_S = 15.0
 # Of the time after which a publish gives up on a replica: the replica itself can say what it waits for.
 _OWN_SHARE_OF_TIMEOUT = 0.9
 # Time to send the last event of the streams that the death of the engine has ended.
@@ -94,7 +91,7 @@ class EngineReplica:
         await self._reconciler.start()
         self._meter.start()
         self._report_ready()
-        tasks = (self._follow(), self._watch_identity(), self._watch_disk(), self._end_with_engine())
+        tasks = (self._follow(), self._watch_identity(), self._metrics.watch_disk(), self._end_with_engine())
         self._tasks = [asyncio.create_task(task) for task in tasks]
 
     async def __serve_build_asgi_app__(self) -> Gateway:
@@ -238,12 +235,6 @@ class EngineReplica:
                 await identity_checker.check()
             except Exception:  # the engine and the queue report their faults themselves
                 logger.debug("could not check the identity of an adapter", exc_info=True)
-
-    async def _watch_disk(self) -> None:
-        """In a thread, and not when metrics are collected: a volume of the network may answer late, or never."""
-        while True:
-            self._metrics.disk = await to_file_thread("admin", disk_of, self._settings.state_dir)
-            await asyncio.sleep(_DISK_POLL_S)
 
     async def _end_with_engine(self) -> None:
         """Ends the process when its engine has died. The proxy then sends the requests that were not answered yet to
