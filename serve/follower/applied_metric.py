@@ -13,15 +13,15 @@ logger = logging.getLogger(__name__)
 
 
 class AppliedMetric:
-    """A file in the exporter's `directory`; nothing is told where there is none."""
+    """A file in the exporter's `directory`; nothing is written where there is none."""
 
     def __init__(self, directory: Path | None) -> None:
         self._path = directory / f"adapters-file{TEXT_SUFFIX}" if directory else None
-        self._told: bool | None = None
+        self._written: bool | None = None
 
-    def tell(self, is_applied: bool) -> None:
-        """Raises nothing: a metric that can't be told is no reason not to follow the file."""
-        if self._path is None or self._told is is_applied:
+    def write(self, is_applied: bool) -> None:
+        """Raises nothing: a metric that can't be written is no reason not to follow the file."""
+        if self._path is None or self._written is is_applied:
             return
         spec = ADAPTERS_FILE_APPLIED
         text = f"# HELP {spec.name} {spec.help}\n# TYPE {spec.name} {spec.kind}\n{spec.name} {float(is_applied)}\n"
@@ -31,4 +31,4 @@ class AppliedMetric:
         except OSError:
             logger.debug("could not write %s", self._path, exc_info=True)
         else:
-            self._told = is_applied
+            self._written = is_applied

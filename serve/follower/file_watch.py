@@ -66,7 +66,7 @@ class FileWatcher:
             self._report(str(self._path), error)
         except Exception as error:  # whatever it is, the next change of the file must still be seen
             logger.debug("could not apply %s", self._path, exc_info=True)
-            self._metric.tell(is_applied=False)
+            self._metric.write(is_applied=False)
             self._say(f"{self._path} was not applied, trying again every {_RETRY_S:g} s: {error!r}")
             self._retry_at = time.monotonic() + _RETRY_S
 
@@ -84,7 +84,7 @@ class FileWatcher:
             self._succeed(", ".join(map(str, steps)) or "nothing to change", is_news=True)
 
     def _succeed(self, result: str, is_news: bool = False) -> None:
-        self._metric.tell(is_applied=True)
+        self._metric.write(is_applied=True)
         failures = self._attempts - 1
         if is_news or failures:
             self._say(
@@ -94,7 +94,7 @@ class FileWatcher:
         self._said.clear()
 
     def _report(self, subject: str, error: ServeError | ConvertError) -> None:
-        self._metric.tell(is_applied=False)
+        self._metric.write(is_applied=False)
         self._say(f"{subject} was not applied: error[{error.code}]: {error}")
         if error.code in _TRANSIENT or isinstance(error.__cause__, OSError):
             self._retry_at = time.monotonic() + _RETRY_S

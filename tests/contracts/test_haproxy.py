@@ -102,8 +102,8 @@ def test_every_change_finds_its_lines(tmp_path: Path) -> None:
 
 def test_statistics_are_told_to_the_exporter_where_there_is_one(tmp_path: Path) -> None:
     _, text = changed(tmp_path, written_by_ray())
-    (told,) = [line for line in text.splitlines() if "stats socket" in line and "level admin" not in line]
-    assert told == f"    stats socket {METRICS}/haproxy.stats mode 600 level user"
+    (line,) = [line for line in text.splitlines() if "stats socket" in line and "level admin" not in line]
+    assert line == f"    stats socket {METRICS}/haproxy.stats mode 600 level user"
 
     for nowhere in ("", "/proc/nowhere", f"/tmp/{'long' * 25}"):
         result, text = changed(tmp_path, written_by_ray(), nowhere)

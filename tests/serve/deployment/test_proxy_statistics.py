@@ -96,9 +96,9 @@ def test_counts_go_on_where_ray_replaces_the_process_and_nothing_is_lost_when_it
     for times in (4, 1, 6):
         with replica(Living) as living, running_proxy(tmp_path, living, living) as url:
             ask(url, "/v1/models", times)
-            told = proxy_samples(exporter)
-            assert told["graft_proxy_up"] == 1
-            counts.append(told["graft_proxy_unanswered_total"])
+            samples = proxy_samples(exporter)
+            assert samples["graft_proxy_up"] == 1
+            counts.append(samples["graft_proxy_unanswered_total"])
         (tmp_path / "haproxy.cfg").unlink()
     gone = proxy_samples(exporter)
 
