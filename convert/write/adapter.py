@@ -1,8 +1,8 @@
-"""Writes the separate adapter in a form that PEFT and vLLM read alike: with one rank and one scale.
+"""Writes the separate adapter in a form that every engine reads alike: with one rank and one scale.
 
-vLLM scales every module by the one lora_alpha / r of adapter_config.json, and ignores rank_pattern and alpha_pattern
-silently. Where the modules of a checkpoint have several scales, each module's scale is multiplied into its B; where
-they have several ranks, A and B are filled up with zeros.
+Not every engine, and not every version of vLLM, reads rank_pattern and alpha_pattern: one that does not scales each
+module by the one lora_alpha / r of adapter_config.json, without a word. Where the modules of a checkpoint have several
+scales, each module's scale is multiplied into its B; where they have several ranks, A and B are filled up with zeros.
 """
 
 from __future__ import annotations
