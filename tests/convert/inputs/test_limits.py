@@ -101,7 +101,7 @@ TEMPLATES: dict[str, str] = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i * j %}{% endfor %}{% endfor %}",
     "computes": "{{ 10 ** (10 ** 9) }}",
     "fills the memory": "{% set x = 'a' * 10 ** 10 %}{{ messages[0]['content'] }}",
-    "writes much": "{{ 'ab' * 9000000 }}",
+    "writes much": "{{ 'ab' * 1000000 }}",
 }
 
 
