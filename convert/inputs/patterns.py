@@ -90,8 +90,10 @@ def unmatched_patterns(adapter_config: Mapping[str, Any], paths: Iterable[str]) 
 def _expressions(adapter_config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Setting, pattern, and the expression in which PEFT uses the pattern."""
     for setting, kind, use in _PEFT_USES:
-        if type(value := adapter_config.get(setting)) is kind:
-            for pattern in [value] if kind is str else value:
+        value: Any = adapter_config.get(setting)
+        patterns: Iterable[Any] = [value] if kind is str else value
+        if type(value) is kind:
+            for pattern in patterns:
                 if isinstance(pattern, str):
                     yield setting, pattern, use.replace("{}", pattern)
 
