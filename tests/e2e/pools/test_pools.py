@@ -31,7 +31,7 @@ MERGE = ("--route", "merge", "--quantize", "none")
 
 
 @pytest.fixture(scope="module")
-def server(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def two_pools(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("pools")
     convert(story.checkpoints["german"], story.base, home / "merged", "--name", MERGED, *MERGE)
     served = [story.artifacts["french"], home / "merged"]
@@ -50,8 +50,8 @@ def trained(story: Story) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(two_pools: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{two_pools.url}/v1", api_key="none", max_retries=0)
 
 
 def body_of(model: str, **fields: Any) -> dict[str, Any]:
@@ -90,9 +90,9 @@ def test_a_stream_of_the_other_pool_arrives_whole(client: openai.OpenAI) -> None
 
 
 def test_an_adapter_is_published_to_the_pool_of_its_base_model(
-    server: Server, story: Story, client: openai.OpenAI
+    two_pools: Server, story: Story, client: openai.OpenAI
 ) -> None:
-    published = server.command("publish", story.artifacts["french-2"])
+    published = two_pools.command("publish", story.artifacts["french-2"])
     assert published.returncode == 0, published.stderr
     revision = Artifact.open(story.artifacts["french-2"]).manifest.adapter
     assert revision is not None
@@ -100,23 +100,23 @@ def test_an_adapter_is_published_to_the_pool_of_its_base_model(
     answer = client.completions.create(**body_of("french"))
 
     assert answer.model == f"french@{revision.revision[:12]}"
-    reports = AdminClient.of(StateDir(server.state)).replicas()
+    reports = AdminClient.of(StateDir(two_pools.state)).replicas()
     assert {report["pool"]: len(report["resident"]) for report in reports} == {BASE: 2, MERGED: 0}
 
 
-def test_a_start_with_one_name_in_two_pools_is_refused(server: Server, story: Story, tmp_path: Path) -> None:
+def test_a_start_with_one_name_in_two_pools_is_refused(two_pools: Server, story: Story, tmp_path: Path) -> None:
     clash = tmp_path / "clash"
     convert(story.checkpoints["french"], story.base, clash, "--name", "french", *MERGE)
 
-    result = Server(server.url, tmp_path / "state").command("run", story.artifacts["french"], clash)
+    result = Server(two_pools.url, tmp_path / "state").command("run", story.artifacts["french"], clash)
 
     assert result.returncode == 1
     assert "error[artifact_refused]" in result.stderr
     assert "the name 'french' is taken already" in result.stderr
 
 
-def test_a_pool_whose_engine_is_killed_takes_no_request_of_the_other_one_with_it(server: Server) -> None:
-    statuses = asyncio.run(ask_while_killed(server))
+def test_a_pool_whose_engine_is_killed_takes_no_request_of_the_other_one_with_it(two_pools: Server) -> None:
+    statuses = asyncio.run(ask_while_killed(two_pools))
 
     assert set(statuses["french"]) == {200}
     assert set(statuses[MERGED]) <= {200, 503, LOST}
@@ -124,16 +124,16 @@ def test_a_pool_whose_engine_is_killed_takes_no_request_of_the_other_one_with_it
     assert statuses[MERGED][-1] == 200, "it came back"
 
 
-async def ask_while_killed(server: Server) -> dict[str, list[int]]:
+async def ask_while_killed(two_pools: Server) -> dict[str, list[int]]:
     """The statuses of requests to both pools, from a kill of the merged model's engine until it answers again."""
     statuses: dict[str, list[int]] = {"french": [], MERGED: []}
-    (replica,) = server.actors(f"graft-{MERGED}:EngineReplica")
+    (replica,) = two_pools.actors(f"graft-{MERGED}:EngineReplica")
     is_back = asyncio.Event()
 
     async def ask(client: httpx.AsyncClient, model: str) -> None:
         while not is_back.is_set():
             try:
-                response = await client.post(f"{server.url}/v1/completions", json=body_of(model))
+                response = await client.post(f"{two_pools.url}/v1/completions", json=body_of(model))
                 statuses[model].append(response.status_code)
             except httpx.TransportError:
                 statuses[model].append(LOST)
