@@ -18,7 +18,7 @@ from serve.catalogue.state_dir import StateDir
 from serve.deployment.ports import free_port
 from serve.errors import ServerNotRunning
 
-START_TIMEOUT_S = 300
+START_TIMEOUT_S = 900  # several servers may start on two busy cores
 STOP_TIMEOUT_S = 90
 
 
