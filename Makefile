@@ -9,8 +9,10 @@ SECRETS_OPTIONS = --disable-plugin Base64HighEntropyString --disable-plugin HexH
 
 # On several cores, a file's tests on one of them: a file shares what it has made. Tiny models gain nothing from threads.
 UNIT_TESTS = OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not engine" --numprocesses auto --maxprocesses 4 --dist loadfile
-# Engines leave most of a core idle while they start. Three at a time need some 12 GB (tests/engine_scheduling.py).
-ENGINE_TESTS = $(RUN) -m pytest -m engine --numprocesses 3 --dist loadscope --no-loadscope-reorder
+# One after the other. `make test ENGINES=2` runs two servers' tests side by side (tests/engine_scheduling.py): for more
+# than two cores, and some 8 GB.
+ENGINES ?= 0
+ENGINE_TESTS = $(RUN) -m pytest -m engine --numprocesses $(ENGINES) --dist loadscope --no-loadscope-reorder
 
 # Compiled modules are kept even where the surroundings forbid it: without them every start takes twice as long.
 export PYTHONDONTWRITEBYTECODE =
