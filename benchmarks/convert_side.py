@@ -31,10 +31,9 @@ def main() -> None:
 def graft(checkpoint: Path, base: Path, out: Path, side: str) -> Callable[[], object]:
     """The work of `python -m convert run --no-measure`: checks, merge, digests, manifest, fsync, rename."""
     import bitsandbytes.functional  # noqa: F401
+    import peft  # noqa: F401
     import torch  # noqa: F401
-    from transformers import AutoConfig, AutoTokenizer  # noqa: F401
-
-    AutoConfig.for_model("llama")  # imports what reading a tokenizer imports
+    from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     from convert.detection.training import Training
     from convert.pipeline.convert import Destination, convert

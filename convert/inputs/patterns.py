@@ -21,6 +21,7 @@ _MAX_S = 30.0
 
 _BY_VALUE = r"(.*\.)?({})$"
 _PART_OF_PATH = r"(^|.*\.){}($|\..*)"
+_BEFORE_LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 # How peft 0.21 uses a setting of each type; `{}` is a pattern of it. An expression that is nothing else must match the
 # whole path.
 _PEFT_USES: tuple[tuple[str, type[object], str], ...] = (
@@ -30,8 +31,8 @@ _PEFT_USES: tuple[tuple[str, type[object], str], ...] = (
     ("target_modules", list, _PART_OF_PATH),
     ("exclude_modules", str, "{}"),
     ("modules_to_save", list, _PART_OF_PATH),
-    ("layers_pattern", str, r"(?:^|.*?\.){}\.(?P<idx>\d+)\."),
-    ("layers_pattern", list, r"(?:^|.*?\.){}\.(?P<idx>\d+)\."),
+    ("layers_pattern", str, _BEFORE_LAYER),
+    ("layers_pattern", list, _BEFORE_LAYER),
 )
 
 

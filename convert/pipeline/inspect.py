@@ -10,7 +10,7 @@ from convert.detection.training import Training
 from convert.errors import CheckpointUnsupported, ConvertError
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel, public_name
-from convert.pipeline.request import quantization_format, require_usable, run_command
+from convert.pipeline.request import quantization_format, run_command, usable_tokenizer
 from convert.plan.conversion_plan import plan_model
 from convert.plan.weight_updates import WeightUpdates
 from convert.routes.choose import RouteOptions, choose, with_weight_updates
@@ -73,7 +73,7 @@ def inspect(root: Path, base_root: Path | None) -> Inspection:
 
 def _common_obstacle(checkpoint: Checkpoint, base: BaseModel) -> ConvertError | None:
     try:
-        require_usable(checkpoint, base)
+        usable_tokenizer(checkpoint, base)
     except ConvertError as error:
         return error
     return None

@@ -107,6 +107,7 @@ class PreparedRequest:
     checkpoint: Checkpoint
     detection: Detection
     base: BaseModel
+    tokenizer: Tokenizer  # with the chat template that the fine-tune used
 
     @property
     def quantizer(self) -> Nf4 | None:
@@ -121,11 +122,6 @@ class PreparedRequest:
     @property
     def _trained_rank(self) -> int:
         return max(self.checkpoint.ranks, default=0)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer with the chat template that the fine-tune used."""
-        return open_tokenizer(self.checkpoint, self.base)
 
     @property
     def base_source(self) -> str:
@@ -185,19 +181,24 @@ def prepare(request: Request, progress: Progress) -> PreparedRequest:
     checkpoint = Checkpoint.open(request.checkpoint)
     checkpoint.require_supported()
     base = BaseModel.open(request.base)
-    require_usable(checkpoint, base)
-    detection = _detect_training(request, checkpoint, base, text, progress)
+    tokenizer = usable_tokenizer(checkpoint, base)
+    detection = _detect_training(request, checkpoint, base, tokenizer, text, progress)
     target = request.target or target_here()
     require_known(target)
-    return PreparedRequest(request, target, text, calibration, canaries, checkpoint, detection, base)
+    return PreparedRequest(request, target, text, calibration, canaries, checkpoint, detection, base, tokenizer)
 
 
-def require_usable(checkpoint: Checkpoint, base: BaseModel) -> None:
-    """Raises ConvertError where no variant can be made of this pair: the adapter was not trained on this base, the
-    libraries make no model of them, or the tokenizer or its chat template can't be used. Reads no weights."""
+def usable_tokenizer(checkpoint: Checkpoint, base: BaseModel) -> Tokenizer:
+    """The tokenizer with the chat template that the fine-tune used. Reads no weights.
+
+    Raises ConvertError where no variant can be made of this pair: the adapter was not trained on this base, the
+    libraries make no model of them, or the tokenizer or its chat template can't be used.
+    """
     require_compatible(checkpoint, base)
     require_applicable(checkpoint, base)
-    AnswerFormat.of(open_tokenizer(checkpoint, base))
+    tokenizer = open_tokenizer(checkpoint, base)
+    AnswerFormat.of(tokenizer)
+    return tokenizer
 
 
 def _output_quantization(choice: Choice) -> QuantizationName:
@@ -219,22 +220,32 @@ def quantization_format(storage: Storage, base: BaseModel) -> QuantizationFormat
 
 
 def _detect_training(
-    request: Request, checkpoint: Checkpoint, base: BaseModel, text: Text, progress: Progress
+    request: Request,
+    checkpoint: Checkpoint,
+    base: BaseModel,
+    tokenizer: Tokenizer,
+    text: Text,
+    progress: Progress,
 ) -> Detection:
     """The user's statement, else the trainer's files, else a measurement of the weights and on the user's text."""
     detection = detect(checkpoint)
     if request.trained_on:
         detection = stated_by_user(request.trained_on, detection)
     elif detection.training is Training.UNKNOWN and request.measure and not base.is_quantized:
-        detection = _measured_training(request, checkpoint, base, text, progress)
+        detection = _measured_training(request, checkpoint, base, tokenizer, text, progress)
     return detection.require_known(request.checkpoint)
 
 
 def _measured_training(
-    request: Request, checkpoint: Checkpoint, base: BaseModel, text: Text, progress: Progress
+    request: Request,
+    checkpoint: Checkpoint,
+    base: BaseModel,
+    tokenizer: Tokenizer,
+    text: Text,
+    progress: Progress,
 ) -> Detection:
     """Losses can decide only on the user's own text: an adapter fits its base on what it was trained on."""
-    tokens = tokenize(text, open_tokenizer(checkpoint, base)) if request.text else None
+    tokens = tokenize(text, tokenizer) if request.text else None
     measurement = measure_training(checkpoint, base, tokens, progress)
     return Detection(measurement.training, measurement.sources, None, measurement.confidence)
 

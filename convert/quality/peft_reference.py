@@ -63,8 +63,11 @@ def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
 
 def require_applicable(checkpoint: Checkpoint, base: BaseModel) -> None:
     """Raises what `load` and `with_adapter` would raise for this pair, without reading a weight."""
+    import torch
+
     shapes = replace(checkpoint, tensors=_Shapes(**vars(checkpoint.tensors)))
-    with_adapter(skeleton(base), shapes)
+    with torch.device("meta"):  # PEFT would make its own weights in memory
+        with_adapter(skeleton(base), shapes)
 
 
 class _Shapes(Tensors):
