@@ -21,7 +21,7 @@ from serve.catalogue.bucket_store import BucketStore
 from serve.catalogue.log import CatalogueLog
 from serve.catalogue.object_store import DirectoryStore, ObjectStore
 from serve.errors import ServerNotRunning, StateInvalid
-from serve.settings import LOCAL_ADAPTER_BYTES
+from serve.settings import LOCAL_ADAPTER_BYTES, ServeSettings
 from serve.settings.admin_tokens import read_token, token_digests
 
 _TOKEN = "admin.token"  # noqa: S105  (a file name)
@@ -51,6 +51,12 @@ class StateDir:
         self.url = str(place) if "://" in str(place) else None
         self.root = (local or _DEFAULT_LOCAL if self.url else Path(place)).absolute()
         self._local_adapter_bytes = local_adapter_bytes
+
+    @classmethod
+    def of_server(cls, settings: ServeSettings) -> StateDir:
+        """That of a server with these settings."""
+        place = settings.state_url or settings.state_dir
+        return cls(place, settings.state_dir, settings.local_adapter_bytes)
 
     @property
     def place(self) -> str:

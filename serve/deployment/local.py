@@ -111,8 +111,8 @@ def _proxy_map(directory: Path, pools: Sequence[ServeSettings]) -> contextlib.Ab
     """The map by which the proxy finds the pool of a request; needed with several pools only."""
     if len(pools) == 1:
         return contextlib.nullcontext()
-    state = StateDir(pools[0].state_url or pools[0].state_dir, pools[0].state_dir)
-    return followed(ProxyMap(map_of_models(directory), proxy_directory(directory), pools, state.log))
+    log = StateDir.of_server(pools[0]).log
+    return followed(ProxyMap(map_of_models(directory), proxy_directory(directory), pools, log))
 
 
 @contextmanager

@@ -8,7 +8,6 @@ gets the request forwards it (serve/gateway/routing/relay.py).
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from convert.artifact.durable_files import replace_file
 from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.log import CatalogueLog
+from serve.observability.proxy import read
 from serve.settings import PoolSettings
 
 _POLL_S = 0.5
@@ -109,14 +109,7 @@ def _follow(proxy_map: ProxyMap, ended: threading.Event) -> None:
 
 def _ask(proxy: Path, command: str) -> str:
     """The answer to a command of HAProxy's runtime API; nothing if the proxy is being replaced."""
-    chunks = []
     try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(_TIMEOUT_S)
-            connection.connect(str(proxy))
-            connection.sendall(f"{command}\n".encode())
-            while chunk := connection.recv(1 << 16):
-                chunks.append(chunk)
+        return read(proxy, f"{command}\n".encode(), time.monotonic() + _TIMEOUT_S)
     except OSError:
         return ""
-    return b"".join(chunks).decode()

@@ -131,7 +131,7 @@ class EngineReplica:
     async def _open_state(self) -> None:
         """Open the catalogue, the adapters of the state directory, and the usage of callers."""
         settings = self._settings
-        state = StateDir(settings.state_url or settings.state_dir, settings.state_dir, settings.local_adapter_bytes)
+        state = StateDir.of_server(settings)
         self._log, self._store = state.log, state.store
         self._rate_limits = await rate_limit_backend_of(settings)
         self._meter = Meter(state.objects, settings.gateway.usage_flush_s)
