@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -94,8 +95,10 @@ async def nothing(*_: Any) -> None:
 
 
 @contextlib.contextmanager
-def local_server(pools: Sequence[Any], host: str, port: int, progress: Any, metrics: Any = None) -> Iterator[str]:
+def local_server(pools: Sequence[Any], host: str, port: int, progress: Any, metrics: Any = None) -> Iterator[Any]:
     """In place of serve.deployment.local's; for one pool."""
+    from serve.deployment.local import LocalServer
+
     (settings,) = pools
     ready, stopped = threading.Event(), threading.Event()
 
@@ -109,7 +112,8 @@ def local_server(pools: Sequence[Any], host: str, port: int, progress: Any, metr
     while not ready.wait(0.1):
         assert thread.is_alive()
     try:
-        yield f"http://{host}:{port}"
+        with tempfile.TemporaryDirectory() as metrics_directory:
+            yield LocalServer(f"http://{host}:{port}", Path(metrics_directory))
     finally:
         stopped.set()
         thread.join()

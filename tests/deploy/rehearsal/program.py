@@ -63,4 +63,5 @@ def main() -> int:
     return 1 if reply["error"] else 0
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

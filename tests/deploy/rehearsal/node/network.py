@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.deploy.rehearsal.program import pump
+
 # One for each process that has pods: two rehearsals at a time are in nobody's way.
 _NETWORK = ipaddress.ip_network(f"10.232.{os.getpid() % 250}.0/24")
 _PREFIX = "rh"
@@ -132,21 +134,13 @@ def _remove_abandoned() -> None:
 
 def join(one: socket.socket, other: socket.socket) -> None:
     """Pass on what both say until both have ended."""
-    threads = [threading.Thread(target=_pump, args=pair, daemon=True) for pair in ((one, other), (other, one))]
+    threads = [threading.Thread(target=pump, args=pair, daemon=True) for pair in ((one, other), (other, one))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for end in (one, other):
         end.close()
-
-
-def _pump(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(65536):
-            sink.sendall(data)
-    with contextlib.suppress(OSError):
-        sink.shutdown(socket.SHUT_WR)
 
 
 def _forward(listener: socket.socket, endpoint: Callable[[], Endpoint | None]) -> None:
