@@ -32,6 +32,7 @@ from serve.catalogue.log import CatalogueLog
 from serve.catalogue.object_store import DirectoryStore
 from serve.gateway.app import Gateway
 from serve.names import AdapterRevision
+from tests.object_store import bucket_url, s3_server
 from tests.recording_proxy import RecordingProxy, recording_proxy
 from tests.serve.fakes import FakeEngine
 from tests.serve.virtual_time import SkippableLoop, VirtualTimeLoop
@@ -56,6 +57,19 @@ def revision(name: str, content: str) -> AdapterRevision:
 
 def candidate(name: str, content: str) -> Candidate:
     return Candidate(name=name, revision=revision(name, content).revision, base=BASE, rank=8)
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """The address of a real S3 API server."""
+    with s3_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def url(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """A new bucket of that server, which the environment reaches."""
+    return bucket_url(endpoint, request.node.name, monkeypatch)
 
 
 @pytest.fixture

@@ -23,21 +23,9 @@ from serve.catalogue.object_store import DirectoryStore
 from serve.catalogue.state_dir import StateDir
 from serve.errors import AdapterUnavailable
 from serve.names import AdapterRevision
-from tests.object_store import bucket_url, s3_server
 from tests.serve.catalogue.publishing import published
 from tests.serve.conftest import MakeArtifact
 from tests.serve.fakes import FakeEngine
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def url(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    return bucket_url(endpoint, request.node.name, monkeypatch)
 
 
 @pytest.fixture

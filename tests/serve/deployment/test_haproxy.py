@@ -27,9 +27,7 @@ from serve.deployment.ports import free_port
 from serve.deployment.ray_environment import HAPROXY_SCRIPT
 from serve.errors import BodyTooSlow
 
-CONFIG = """
-global
-    {stats_socket}
+DEFAULTS = """
 defaults
     mode http
     timeout connect 1s
@@ -41,6 +39,13 @@ defaults
     option redispatch 1
     retry-on conn-failure empty-response 503
     retries 3
+"""
+CONFIG = (
+    """
+global
+    {stats_socket}"""
+    + DEFAULTS
+    + """\
 {prometheus}
 frontend http_frontend
     bind 127.0.0.1:{port}
@@ -58,6 +63,7 @@ backend default_backend
     {not_found}
 {stats}
 """
+)
 
 
 BODY = b'{"model": "french"}'

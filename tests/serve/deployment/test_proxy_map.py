@@ -24,24 +24,16 @@ from serve.deployment.proxy_map import ProxyMap, followed
 from serve.deployment.ray_environment import HAPROXY_SCRIPT
 from serve.settings import EngineSettings, PoolSettings
 from tests.serve.conftest import BASE, candidate
-from tests.serve.deployment.test_haproxy import replica
+from tests.serve.deployment.test_haproxy import DEFAULTS, replica
 
 # As serve/_private/haproxy_templates.py writes it.
-CONFIG = """
+CONFIG = (
+    """
 global
     stats socket {directory}/node/admin.sock mode 600 level admin
-    tune.bufsize 65536
-defaults
-    mode http
-    timeout connect 1s
-    timeout client 5s
-    timeout server 5s
-    errorfile 502 /nowhere/500.http
-    errorfile 503 /nowhere/500.http
-    errorfile 504 /nowhere/500.http
-    option redispatch 1
-    retry-on conn-failure empty-response 503
-    retries 3
+    tune.bufsize 65536"""
+    + DEFAULTS
+    + """\
 frontend prometheus
     bind 127.0.0.1:{spare}
 frontend http_frontend
@@ -63,6 +55,7 @@ backend http-graft
 listen stats
   bind *:{spare}
 """
+)
 LARGE = 100_000  # bytes; HAProxy holds 64 KiB
 
 

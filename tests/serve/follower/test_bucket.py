@@ -15,19 +15,7 @@ from serve.catalogue.state_dir import StateDir
 from serve.follower.admin_client import AdminClient
 from serve.follower.file_watch import FileWatcher
 from serve.names import AdapterRevision
-from tests.object_store import bucket_url, s3_server
 from tests.serve.conftest import MakeArtifact
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    with s3_server() as endpoint:
-        yield endpoint
-
-
-@pytest.fixture
-def url(endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    return bucket_url(endpoint, request.node.name, monkeypatch)
 
 
 class Server(ThreadingHTTPServer):
