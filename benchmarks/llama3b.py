@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from convert.artifact.file_names import ADAPTER_CONFIG, ADAPTER_STEM, MODEL_STEM
-from convert.inputs.architecture import EMBEDDING
+from convert.inputs.architecture import FAMILIES
 from convert.inputs.keys import lora_key
 from convert.quantization.nf4 import Nf4
 from convert.safetensors_io.shards import Shard, ShardWriter, index, split
@@ -22,6 +22,7 @@ from convert.safetensors_io.tensors import TensorSpec
 
 HIDDEN, LAYERS, INTERMEDIATE, VOCABULARY = 3072, 28, 8192, 128_256
 HEADS, KEY_HEADS, HEAD_DIM = 24, 8, 128
+EMBEDDING = FAMILIES["llama"].embedding
 RANK = 16
 SHARD_BYTES = 4_960_000_000  # two files, as on the Hugging Face Hub
 LINEARS = {

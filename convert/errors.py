@@ -5,6 +5,7 @@ ConvertError
 ├── CheckpointUnsupported    checkpoint_unsupported  readable, but no route can convert it correctly
 ├── TrainingUnknown          training_unknown        nothing says whether it is LoRA or QLoRA
 ├── BaseUnreadable           base_unreadable         no model there, or an incomplete or damaged one
+├── ArchitectureUnknown      architecture_unknown    the model is of a family that is not converted
 ├── BaseMismatch             base_mismatch           the adapter was not trained on this base
 ├── RouteRefused             route_refused           the route would lose what was learnt; names other routes
 ├── FormatRefused            format_refused          the format can't store these weights; names other formats
@@ -57,6 +58,10 @@ class TrainingUnknown(ConvertError):
 
 class BaseUnreadable(ConvertError):
     code = "base_unreadable"
+
+
+class ArchitectureUnknown(ConvertError):
+    code = "architecture_unknown"
 
 
 class BaseMismatch(ConvertError):

@@ -21,7 +21,7 @@ from convert.artifact.links import is_contained, require_contained, require_no_d
 from convert.errors import CheckpointUnreadable, CheckpointUnsupported, one_for_each_cause
 from convert.inputs import lora, trainer_files
 from convert.inputs.adapter_state import AdapterState, SavedWeight, TrainedRows
-from convert.inputs.architecture import LAYER_LINEAR
+from convert.inputs.architecture import is_layer_linear
 from convert.inputs.keys import TORCHTUNE_TARGETS
 from convert.inputs.lora_weights import LoraWeights
 from convert.inputs.peft_settings import HARMLESS_SETTINGS, PLAIN_INITS, UNSUPPORTED_SETTINGS
@@ -194,7 +194,7 @@ class Checkpoint:
                 f"serves adapters up to rank {VLLM_LORA_RANKS[-1]} ({allowed}): merge it with --route merge"
             )
         saved = self.adapter_state.saved_weights
-        if linears := [name for name in saved if LAYER_LINEAR.fullmatch(name.removesuffix(".weight"))]:
+        if linears := [name for name in saved if is_layer_linear(name.removesuffix(".weight"))]:
             yield f"{linears[0]} was trained as a full weight, which no adapter can hold: merge it with --route merge"
         if not self.lora_weights:
             yield "no LoRA weights on linear layers, so no adapter would remain: merge it with --route merge"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convert.artifact.file_names import ADAPTER_CONFIG
-from convert.inputs.architecture import EMBEDDING_MODULE, HEAD
+from convert.inputs.architecture import EMBEDDING_MODULES, HEAD_MODULES, LINEARS
 from convert.inputs.keys import TORCHTUNE_TARGETS, Part
 from convert.inputs.lora_weights import LORA_PARTS, LoraWeights, LoraWeightsInvalid, lora_weights_of
 from convert.inputs.patterns import PatternInvalid, require_quick, unmatched_patterns
@@ -177,7 +177,7 @@ def _token_indices(setting: object, module: str) -> tuple[int, ...] | None:
     """
     if isinstance(setting, dict):
         setting = next((indices for name, indices in setting.items() if _is_named(module, name)), None)
-    elif module not in (EMBEDDING_MODULE, HEAD):
+    elif module not in EMBEDDING_MODULES | HEAD_MODULES:
         return None
     if not isinstance(setting, list) or not all(type(index) is int and index >= 0 for index in setting):
         return None
@@ -240,10 +240,10 @@ def _warnings(
 
 
 def _targets_without_weights(adapter_config: Mapping[str, Any], lora_weights: Mapping[str, LoraWeights]) -> list[str]:
-    """Modules of this architecture that target_modules names and that have no LoRA weights."""
+    """Modules of the families known here that target_modules names and that have no LoRA weights."""
     adapted = {_last_part(module) for module in lora_weights}
     targets = {_last_part(TORCHTUNE_TARGETS.get(n, n)) for n in _names(adapter_config.get("target_modules"))}
-    known = {*TORCHTUNE_TARGETS.values(), _last_part(EMBEDDING_MODULE), HEAD}
+    known = {_last_part(name) for name in (*LINEARS, *EMBEDDING_MODULES, *HEAD_MODULES)}
     return sorted((targets - adapted) & known)
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from convert.artifact.file_names import CONFIG, GENERATION_CONFIG, MODEL_STEM, T
 from convert.artifact.links import require_contained
 from convert.errors import BaseMismatch, BaseUnreadable
 from convert.inputs import model_config
-from convert.inputs.architecture import EMBEDDING, HEAD, LAYER_LINEAR, LAYER_LINEARS, OTHER_WEIGHTS
+from convert.inputs.architecture import Architecture, architecture_of
 from convert.quantization import compressed, nf4
 from convert.quantization.compressed import Compressed
 from convert.quantization.format import QuantizationFormat
@@ -36,21 +36,18 @@ _HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer; `quantization_format` is None where its weight is stored as floats."""
+    """A linear layer; `is_head`: the output head. `quantization_format`: None where its weight is stored as floats."""
 
     module: str
     out_features: int
     in_features: int
     quantization_format: QuantizationFormat | None
+    is_head: bool = False
 
     @property
     def weight(self) -> str:
         """The name of its weight."""
         return f"{self.module}.weight"
-
-    @property
-    def is_head(self) -> bool:
-        return self.module == HEAD
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,6 +63,7 @@ class BaseModel:
 
     root: Path
     config: Mapping[str, Any]
+    architecture: Architecture
     tensors: Tensors
     linears: Mapping[str, Linear]
     quantization_format: QuantizationFormat | None
@@ -73,7 +71,10 @@ class BaseModel:
 
     @classmethod
     def open(cls, path: Path) -> BaseModel:
-        """Read configuration and headers. Raises BaseUnreadable, and BaseMismatch for a merged artifact."""
+        """Read configuration and headers.
+
+        Raises BaseUnreadable, ArchitectureUnknown for another family, and BaseMismatch for a merged artifact.
+        """
         artifact = Artifact.open(path) if (path / MANIFEST).is_file() else None
         root = _model_directory(artifact) if artifact else path
         if not root.is_dir():
@@ -83,11 +84,12 @@ class BaseModel:
             raise BaseUnreadable(why_no_model(root))
         config = model_config.read_config(root)
         tensors = Tensors.open(root, MODEL_STEM, BaseUnreadable)
-        linears = _linears(root, tensors, _compressed_format(root, config, tensors))
-        _require_known(root, tensors, linears)
-        _require_complete(root, config, tensors, linears)
+        architecture = architecture_of(config, root)
+        linears = _linears(root, architecture, tensors, _compressed_format(root, config, tensors))
+        _require_known(root, config["model_type"], architecture, tensors, linears)
+        _require_complete(root, config, architecture, tensors, linears)
         formats = [linear.quantization_format for linear in linears.values() if linear.quantization_format]
-        return cls(root, config, tensors, linears, formats[0] if formats else None, artifact)
+        return cls(root, config, architecture, tensors, linears, formats[0] if formats else None, artifact)
 
     @property
     def is_quantized(self) -> bool:
@@ -99,9 +101,13 @@ class BaseModel:
         return self.quantization_format.name if self.quantization_format else "none"
 
     @property
+    def embedding(self) -> TensorSpec:
+        return self.tensors.specs[self.architecture.embedding]
+
+    @property
     def vocabulary(self) -> int:
         """The number of rows of the embedding: every smaller token id has a row."""
-        return self.tensors.specs[EMBEDDING].shape[0]
+        return self.embedding.shape[0]
 
     @property
     def is_tied(self) -> bool:
@@ -111,7 +117,7 @@ class BaseModel:
     @property
     def dtype(self) -> str:
         """The 16-bit type of models written from this one: the embedding's type, or BF16 for a float32 model."""
-        dtype = self.tensors.specs[EMBEDDING].dtype
+        dtype = self.embedding.dtype
         return "BF16" if dtype == "F32" else dtype
 
     @property
@@ -210,20 +216,26 @@ def _compressed_format(root: Path, config: Mapping[str, Any], tensors: Tensors) 
     return None
 
 
-def _linears(root: Path, tensors: Tensors, compressed_format: Compressed | None) -> dict[str, Linear]:
-    modules = sorted({module for name in tensors.specs if (module := _linear_module(name))})
-    return {module: _linear(root, tensors, module, compressed_format) for module in modules}
+def _linears(
+    root: Path, architecture: Architecture, tensors: Tensors, compressed_format: Compressed | None
+) -> dict[str, Linear]:
+    linears = {}
+    for module in sorted({module for name in tensors.specs if (module := _module_of_weight(name))}):
+        if module == architecture.head:
+            linears[module] = replace(_linear(root, tensors, module, None), is_head=True)
+        elif architecture.layer_of(module) is not None:
+            linears[module] = _linear(root, tensors, module, compressed_format)
+    return linears
 
 
-def _linear_module(name: str) -> str | None:
-    """The linear layer that a tensor is the weight of, or the codes of the weight."""
+def _module_of_weight(name: str) -> str | None:
+    """The module that a tensor is the weight of, or the codes of the weight."""
     module, _, part = name.rpartition(".")
-    is_linear = LAYER_LINEAR.fullmatch(module) or module == HEAD
-    return module if is_linear and part in ("weight", "weight_packed") else None
+    return module if part in ("weight", "weight_packed") else None
 
 
 def _linear(root: Path, tensors: Tensors, module: str, compressed_format: Compressed | None) -> Linear:
-    if compressed_format and module != HEAD:
+    if compressed_format:
         shape = compressed.stored_shape(root, tensors, module, compressed_format)
         return Linear(module, *shape, compressed_format)
     if f"{module}.weight.{nf4.STATE}" in tensors:
@@ -245,38 +257,38 @@ def _stored_names(linear: Linear) -> tuple[str, ...]:
     return tuple(spec.name for spec in linear.quantization_format.specs(linear.module, linear.shape))
 
 
-def _require_known(root: Path, tensors: Tensors, linears: Mapping[str, Linear]) -> None:
+def _require_known(
+    root: Path, model_type: str, architecture: Architecture, tensors: Tensors, linears: Mapping[str, Linear]
+) -> None:
     of_linears = {name for linear in linears.values() for name in _stored_names(linear)}
-    other_names = tensors.specs.keys() - of_linears - {EMBEDDING}
-    unknown = sorted(name for name in other_names if not OTHER_WEIGHTS.fullmatch(name))
+    other_names = tensors.specs.keys() - of_linears
+    unknown = sorted(name for name in other_names if not architecture.has_other_weight(name))
     if unknown:
         raise BaseUnreadable(
-            f"{root} is not built like Llama: {len(unknown)} tensors have no place there "
-            f"({', '.join(map(repr, unknown[:3]))}…). Supported are dense models with the weights of Llama's layers, "
-            "such as Llama, Mistral, Qwen2, Qwen3, SmolLM3, OLMo 2, Granite 3, Cohere and the text models of Gemma."
+            f"{root} is not built like {model_type}: {len(unknown)} tensors have no place there "
+            f"({', '.join(map(repr, unknown[:3]))}…). Give the model as its publisher stores it, with its config.json."
         )
 
 
-def _require_complete(root: Path, config: Mapping[str, Any], tensors: Tensors, linears: Mapping[str, Linear]) -> None:
+def _require_complete(
+    root: Path,
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    tensors: Tensors,
+    linears: Mapping[str, Linear],
+) -> None:
     layers = config["num_hidden_layers"]
-    if missing := _missing_weights(layers, model_config.is_tied(config), tensors, linears):
+    modules = architecture.linears_of(layers) + ([] if model_config.is_tied(config) else [architecture.head])
+    missing = [name for name in (architecture.embedding, architecture.final_norm) if name not in tensors]
+    if missing := missing + [f"{module}.weight" for module in modules if module not in linears]:
         raise BaseUnreadable(
             f"{root} is an incomplete model: {len(missing)} tensors are missing ({', '.join(missing[:3])}…). "
             "Copy it again, whole."
         )
-    embedding = tensors.specs[EMBEDDING]
+    embedding = tensors.specs[architecture.embedding]
     if embedding.dtype not in FLOATS or len(embedding.shape) != 2:
         raise BaseUnreadable(
-            f"{root}: {EMBEDDING!r} is {embedding.dtype} {list(embedding.shape)}, not a matrix of floats"
+            f"{root}: {embedding.name!r} is {embedding.dtype} {list(embedding.shape)}, not a matrix of floats"
         )
-    in_layers = [match for module in linears if (match := LAYER_LINEAR.fullmatch(module))]
-    if surplus := sorted(match[0] for match in in_layers if int(match["layer"]) >= layers):
+    if surplus := sorted(module for module in linears if (architecture.layer_of(module) or 0) >= layers):
         raise BaseUnreadable(f"{root} has weights of more layers than the {layers} of its config: {surplus[0]}…")
-
-
-def _missing_weights(layers: int, tied: bool, tensors: Tensors, linears: Mapping[str, Linear]) -> list[str]:
-    modules = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in LAYER_LINEARS]
-    if not tied:
-        modules.append(HEAD)
-    missing = [name for name in (EMBEDDING, "model.norm.weight") if name not in tensors]
-    return missing + [f"{module}.weight" for module in modules if module not in linears]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from convert.artifact.file_names import ADAPTER_CONFIG
 from convert.artifact.json_files import shown
 from convert.inputs import lora, model_config, patterns
+from convert.inputs.architecture import FAMILIES, ROTATED, name_in_layer
 from convert.inputs.keys import Key, Part
 from convert.inputs.patterns import PatternInvalid, by_pattern, valid_patterns
 from convert.safetensors_io.tensors import TensorSpec
@@ -19,10 +19,6 @@ _EMBEDDING_PARTS = (Part.EMBEDDING_A, Part.EMBEDDING_B)
 # Larger than any alpha of a training, and small enough that its product with A and B is finite in float32.
 _MAX_ALPHA = 1e12
 LORA_PARTS = _LINEAR_PARTS + _EMBEDDING_PARTS
-
-# Architectures whose q and k rows torchtune stores in another order than transformers: see `lora.unpermute_rotary`.
-_PERMUTED_BY_TORCHTUNE = frozenset({"llama", "mistral"})
-_ROTATED = re.compile(r".+\.self_attn\.[qk]_proj")
 
 
 class LoraWeightsInvalid(Exception):
@@ -89,7 +85,7 @@ def lora_weights_of(
         return LoraWeights(module, b, a, alpha, scaling, magnitude, transposed=True, trained_path=path)
     weights = LoraWeights(module, a, b, alpha, scaling, magnitude, trained_path=path)
     is_torchtune = any(key.is_torchtune for key, _ in parts.values())
-    return _with_head_dim(weights, base_config) if is_torchtune and _ROTATED.fullmatch(module) else weights
+    return _with_head_dim(weights, base_config) if is_torchtune else weights
 
 
 def _alpha_and_scaling(module: str, stored_rank: int, adapter_config: Mapping[str, Any]) -> tuple[float, float]:
@@ -114,13 +110,20 @@ def _alpha_and_scaling(module: str, stored_rank: int, adapter_config: Mapping[st
 
 
 def _with_head_dim(weights: LoraWeights, base_config: Mapping[str, Any]) -> LoraWeights:
-    """The weights with `head_dim` set: torchtune orders the rows of q and k differently within each head."""
+    """The weights with `head_dim` set, where torchtune orders the rows of q and k differently within each head.
+
+    See `lora.unpermute_rotary`.
+    """
+    place = name_in_layer(weights.module)
+    if place is None or place[1] not in ROTATED:
+        return weights
     if not base_config:
         raise LoraWeightsInvalid(
             f"{weights.module}: torchtune's own names need config.json of the base model, which says how its rows are "
             "ordered: copy it beside the adapter"
         )
-    if base_config.get("model_type") not in _PERMUTED_BY_TORCHTUNE:
+    family = FAMILIES.get(str(base_config.get("model_type")))
+    if family is None or place[1] not in family.rotated:
         return weights
     size = model_config.head_dim(base_config)
     if size is None or size % 2 or weights.out_features % size:

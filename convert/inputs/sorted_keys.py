@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from convert.inputs.architecture import LAYER_LINEAR
+from convert.inputs.architecture import is_layer_linear
 from convert.inputs.keys import Key, Part, parse, why_unknown
 from convert.inputs.lora_weights import LORA_PARTS
 from convert.safetensors_io.tensors import FLOATS, TensorSpec
@@ -35,7 +35,7 @@ class SortedKeys:
             key = parse(name)
             if key and key.part is Part.UNREAD:
                 unread.add(name)
-            elif key and key.part in (Part.BASE_LAYER, Part.BASE_LAYER_PIECE) and LAYER_LINEAR.fullmatch(key.module):
+            elif key and key.part in (Part.BASE_LAYER, Part.BASE_LAYER_PIECE) and is_layer_linear(key.module):
                 base_layers[f"{key.module}.{name.rpartition('base_layer.')[2]}"] = spec
             elif problem := _key_problem(name, key, spec, modules):
                 problems.append(problem)

@@ -8,13 +8,12 @@ from pathlib import Path
 from convert.artifact.json_files import read_json, shown
 from convert.errors import BaseMismatch, CheckpointUnreadable, one_for_each_cause
 from convert.inputs.adapter_checkpoint import Checkpoint, LoraWeights, TrainedRows
-from convert.inputs.architecture import EMBEDDING, EMBEDDING_MODULE, HEAD, HEAD_WEIGHT, LAYER_LINEAR
+from convert.inputs.architecture import Architecture
 from convert.inputs.base_model import BaseModel
 from convert.inputs.model_config import head_dim
 from convert.plan.weight_updates import WeightUpdate, WeightUpdates, is_weight_of_base
 from convert.safetensors_io.tensors import TensorSpec
 
-_FUSED = frozenset({"qkv_proj", "gate_up_proj", "query_key_value", "c_attn", "W_pack", "wqkv", "dense_h_to_4h"})
 _MAX_LISTED = 20
 
 
@@ -40,7 +39,7 @@ def require_compatible(checkpoint: Checkpoint, base: BaseModel) -> None:
 def _lora_problems(checkpoint: Checkpoint, base: BaseModel) -> Iterator[str]:
     """The head is checked with the embedding, since its rows depend on the vocabulary."""
     for module, weights in checkpoint.lora_weights.items():
-        if module == HEAD:
+        if module == base.architecture.head:
             continue
         linear = base.linears.get(module)
         if linear is None:
@@ -52,14 +51,15 @@ def _lora_problems(checkpoint: Checkpoint, base: BaseModel) -> Iterator[str]:
 
 
 def _missing_linear(module: str, base: BaseModel) -> str:
-    if LAYER_LINEAR.fullmatch(module):
+    if base.architecture.layer_of(module) is not None:
         return f"{module}: the base has only {base.config['num_hidden_layers']} layers"
-    if module.rpartition(".")[2] in _FUSED:
-        return (
-            f"{module}: the base has no such linear layer; it is a fused one, whose parts are single layers here: "
-            "train on q_proj, k_proj, v_proj, gate_proj and up_proj"
-        )
-    return f"{module}: the base has no such linear layer; it may be of another architecture"
+    own = ", ".join(name.rpartition(".")[2] for name in base.architecture.linears)
+    if fused := base.architecture.fused_for(module):
+        return f"{module}: in the base it is a part of {fused}: train on {own}"
+    return (
+        f"{module}: the base has no such linear layer; it may be of another architecture. For a "
+        f"{base.config['model_type']} train on {own}"
+    )
 
 
 def _feature_problem(weights: LoraWeights, in_features: int, out_features: int) -> str:
@@ -72,7 +72,7 @@ def _feature_problem(weights: LoraWeights, in_features: int, out_features: int) 
 def _saved_weight_problems(checkpoint: Checkpoint, base: BaseModel) -> Iterator[str]:
     """A saved weight must replace one of the same shape. The embedding and the head are checked together."""
     for name, saved in checkpoint.adapter_state.saved_weights.items():
-        if name in (EMBEDDING, HEAD_WEIGHT):
+        if name in (base.architecture.embedding, base.architecture.head_weight):
             continue
         shape = _weight_shape(name, base)
         if shape is None:
@@ -114,20 +114,24 @@ def _weight_shape(name: str, base: BaseModel) -> tuple[int, ...] | None:
 
 
 def _embedding_problems(checkpoint: Checkpoint, base: BaseModel, updates: WeightUpdates) -> Iterator[str]:
-    embedding = updates.by_weight.get(EMBEDDING, WeightUpdate())
+    names = base.architecture
+    embedding = updates.by_weight.get(names.embedding, WeightUpdate())
     has_own_head = updates.untie_head or not base.is_tied
-    head = updates.by_weight.get(HEAD_WEIGHT, WeightUpdate()) if has_own_head else embedding
-    columns, rows = base.tensors.specs[EMBEDDING].shape[1], updates.vocabulary
+    head = updates.by_weight.get(names.head_weight, WeightUpdate()) if has_own_head else embedding
+    columns, rows = base.embedding.shape[1], updates.vocabulary
     if (head_rows := head.row_count(base.vocabulary)) != rows:
         yield (
             f"the vocabulary was resized, but only one of embedding ({rows} rows) and head ({head_rows} rows) "
             "is in the checkpoint: save it again with PEFT's save_embedding_layers=True"
         )
-    yield from _update_problems(EMBEDDING, embedding, columns)
-    yield from _update_problems(HEAD_WEIGHT, head, columns)
+    yield from _update_problems(names.embedding, embedding, columns)
+    yield from _update_problems(names.head_weight, head, columns)
     for name, trained in checkpoint.adapter_state.trained_rows.items():
-        yield from _row_problems(name, trained, rows, columns)
-    yield from _embedding_lora_problems(checkpoint, rows, columns)
+        if name in (names.embedding, names.head_weight):
+            yield from _row_problems(name, trained, rows, columns)
+        else:
+            yield f"{name}: rows of it were trained, the base has no such embedding"
+    yield from _embedding_lora_problems(checkpoint, names, rows, columns)
 
 
 def _update_problems(name: str, update: WeightUpdate, columns: int) -> Iterator[str]:
@@ -141,22 +145,20 @@ def _has_columns(spec: TensorSpec, columns: int) -> bool:
     return len(spec.shape) == 2 and spec.shape[1] == columns
 
 
-def _embedding_lora_problems(checkpoint: Checkpoint, rows: int, columns: int) -> Iterator[str]:
+def _embedding_lora_problems(checkpoint: Checkpoint, names: Architecture, rows: int, columns: int) -> Iterator[str]:
     """Problems of LoRA on the embedding and on the head."""
     all_weights = [*checkpoint.adapter_state.embedding_lora_weights.values()]
-    if HEAD in checkpoint.lora_weights:
-        all_weights.append(checkpoint.lora_weights[HEAD])
+    if names.head in checkpoint.lora_weights:
+        all_weights.append(checkpoint.lora_weights[names.head])
     for weights in all_weights:
-        if weights.module not in (EMBEDDING_MODULE, HEAD):
+        if weights.module not in (names.embedding_module, names.head):
             yield f"{weights.module}: the base has no such embedding; it may be of another architecture"
         elif (weights.in_features, weights.out_features) != (columns, rows):
             yield _feature_problem(weights, columns, rows)
 
 
 def _row_problems(name: str, trained: TrainedRows, rows: int, columns: int) -> Iterator[str]:
-    if name not in (EMBEDDING, HEAD_WEIGHT):
-        yield f"{name}: rows of it were trained, the base has no such embedding"
-    elif trained.values.shape[1] != columns:
+    if trained.values.shape[1] != columns:
         yield f"{name}: the trained rows have {trained.values.shape[1]} columns, the base has {columns}"
     elif beyond := [index for index in trained.indices if index >= rows]:
         yield f"{name}: rows up to {max(beyond)} were trained, the base has {rows}"

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 from convert.errors import BaseMismatch, OutputUnwritable
 from convert.inputs.adapter_checkpoint import Checkpoint
-from convert.inputs.architecture import EMBEDDING, HEAD_WEIGHT
 from convert.inputs.base_model import BaseModel, Linear
 from convert.inputs.model_config import rope_note, with_dtype
 from convert.plan.side_files import SideFiles, side_files
@@ -156,7 +155,7 @@ def _output_config(base: BaseModel, output_format: OutputFormat, updates: Weight
     planner = _Planner(base, output_format)
     if planner.keeps_base:
         stated = config.get("dtype") or config.get("torch_dtype")
-        return with_dtype(config, stated or DTYPES[base.tensors.specs[EMBEDDING].dtype][1])
+        return with_dtype(config, stated or DTYPES[base.embedding.dtype][1])
     config.pop("quantization_config", None)
     if output_format.quantization_format:
         config["quantization_config"] = output_format.quantization_format.config()
@@ -200,7 +199,8 @@ class _Planner:
             if not (linear.is_head and self.base.is_tied and updates.changes_embedding):
                 yield from self._linear_steps(linear, updates.by_weight.get(linear.weight))
         if updates.untie_head:
-            yield self._update_step(self.base.tensors.specs[EMBEDDING], updates.by_weight[HEAD_WEIGHT], HEAD_WEIGHT)
+            head = self.base.architecture.head_weight
+            yield self._update_step(self.base.embedding, updates.by_weight[head], head)
 
     def _linear_steps(self, linear: Linear, update: WeightUpdate | None) -> Sequence[Step]:
         specs = self.base.stored_specs(linear)
@@ -239,7 +239,7 @@ class _Planner:
 
         A float32 model is written in 16 bits; a single float32 tensor in a 16-bit model is float32 on purpose.
         """
-        if self.keeps_base or spec.dtype != self.base.tensors.specs[EMBEDDING].dtype:
+        if self.keeps_base or spec.dtype != self.base.embedding.dtype:
             return spec.dtype
         return self.dtype
 
@@ -257,7 +257,7 @@ def _update_notes(base: BaseModel, updates: WeightUpdates) -> Iterator[str]:
     if updates.untie_head:
         yield (
             "Embedding and head shared one weight in the base, and differ after training: "
-            f"{HEAD_WEIGHT} is written, and tie_word_embeddings is false."
+            f"{base.architecture.head_weight} is written, and tie_word_embeddings is false."
         )
     if updates.vocabulary != base.vocabulary:
         yield f"The vocabulary was resized in training: from {base.vocabulary} to {updates.vocabulary} rows."

@@ -12,12 +12,12 @@ other changes are written into a base model of its own. DoRA can't be split: it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from convert.inputs import lora
 from convert.inputs.adapter_checkpoint import Checkpoint, LoraWeights, SavedWeight, TrainedRows
-from convert.inputs.architecture import EMBEDDING, HEAD_WEIGHT
+from convert.inputs.architecture import Architecture
 from convert.inputs.base_model import BaseModel
 from convert.safetensors_io.tensors import DTYPES, FLOATS, TensorSpec
 
@@ -51,13 +51,14 @@ class WeightUpdate:
 class WeightUpdates:
     """Every change of the base model for one route, by the name of the weight.
 
-    `untie_head`: the head shares the embedding's weight in the base, and gets its own. `vocabulary`: rows of the
-    changed embedding.
+    `architecture`: of the base. `untie_head`: the head shares the embedding's weight in the base, and gets its own.
+    `vocabulary`: rows of the changed embedding.
     """
 
-    by_weight: Mapping[str, WeightUpdate] = field(default_factory=dict)
-    untie_head: bool = False
-    vocabulary: int = 0
+    by_weight: Mapping[str, WeightUpdate]
+    architecture: Architecture
+    untie_head: bool
+    vocabulary: int
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, base: BaseModel, *, separate: bool) -> WeightUpdates:
@@ -67,18 +68,19 @@ class WeightUpdates:
         """
         saved = _changed_weights(checkpoint, base)
         updates = _updates(checkpoint, saved, separate=separate)
+        names = base.architecture
         untie_head = False
         if base.is_tied:
-            embedding = updates.pop(EMBEDDING, WeightUpdate())
-            head = updates.pop(HEAD_WEIGHT, WeightUpdate())
-            embedding, head = _tied_updates(embedding, head, saved)
+            embedding = updates.pop(names.embedding, WeightUpdate())
+            head = updates.pop(names.head_weight, WeightUpdate())
+            embedding, head = _tied_updates(embedding, head, _shared_weight(saved, names))
             untie_head = not _have_equal_results(embedding, head, checkpoint)
             if not embedding.is_empty:
-                updates[EMBEDDING] = embedding
+                updates[names.embedding] = embedding
             if untie_head:
-                updates[HEAD_WEIGHT] = head
-        vocabulary = updates.get(EMBEDDING, WeightUpdate()).row_count(base.vocabulary)
-        return cls(dict(sorted(updates.items())), untie_head, vocabulary)
+                updates[names.head_weight] = head
+        vocabulary = updates.get(names.embedding, WeightUpdate()).row_count(base.vocabulary)
+        return cls(dict(sorted(updates.items())), names, untie_head, vocabulary)
 
     @property
     def is_empty(self) -> bool:
@@ -87,7 +89,7 @@ class WeightUpdates:
     @property
     def changes_embedding(self) -> bool:
         """Whether the embedding changes, or a head that shares its weight."""
-        return EMBEDDING in self.by_weight or HEAD_WEIGHT in self.by_weight
+        return self.architecture.embedding in self.by_weight or self.architecture.head_weight in self.by_weight
 
     @property
     def reason(self) -> str:
@@ -172,7 +174,8 @@ def is_weight_of_base(saved: TensorSpec, name: str, checkpoint: Checkpoint, base
     """Whether a tensor of the adapter file is the base's tensor of that name, perhaps rounded to another type."""
     import torch
 
-    own = base.tensors.specs.get(EMBEDDING if name == HEAD_WEIGHT and base.is_tied else name)
+    names = base.architecture
+    own = base.tensors.specs.get(names.embedding if name == names.head_weight and base.is_tied else name)
     if own is None or own.shape != saved.shape:
         return False
     if own.dtype == saved.dtype:
@@ -183,18 +186,20 @@ def is_weight_of_base(saved: TensorSpec, name: str, checkpoint: Checkpoint, base
     return bool(torch.equal(checkpoint.tensors.read(saved.name), base.tensors.read(own.name).to(dtype)))
 
 
+def _shared_weight(saved: Mapping[str, SavedWeight], names: Architecture) -> TensorSpec | None:
+    """The base's own weight of a tied embedding and head, if the checkpoint saved it."""
+    of_both = (saved[name] for name in (names.embedding, names.head_weight) if name in saved)
+    return next((weight.spec for weight in of_both if not weight.is_trained_copy), None)
+
+
 def _tied_updates(
-    embedding: WeightUpdate, head: WeightUpdate, saved: Mapping[str, SavedWeight]
+    embedding: WeightUpdate, head: WeightUpdate, shared: TensorSpec | None
 ) -> tuple[WeightUpdate, WeightUpdate]:
     """The updates of a tied embedding and head as they were in training.
 
-    PEFT's rules: the base's own weight is shared, whichever of the two it was saved for; trained copies and deltas are
-    not shared. Trained rows of the embedding are the head's too, unless the head has its own.
+    PEFT's rules: the base's own weight is `shared`, whichever of the two it was saved for; trained copies and deltas
+    are not shared. Trained rows of the embedding are the head's too, unless the head has its own.
     """
-    shared = next(
-        (saved[name].spec for name in (EMBEDDING, HEAD_WEIGHT) if name in saved and not saved[name].is_trained_copy),
-        None,
-    )
     return (
         WeightUpdate(embedding.saved or shared, embedding.lora_weights, embedding.trained_rows),
         WeightUpdate(head.saved or shared, head.lora_weights, head.trained_rows or embedding.trained_rows),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import BaseUnreadable
-from convert.inputs.architecture import HEAD
 from convert.inputs.base_model import BaseModel
 from convert.progress import Progress
 from convert.quality.output_layers import logits_of
@@ -148,7 +147,7 @@ def _has_place(expected: Mapping[str, torch.Tensor], name: str, shape: tuple[int
 
 
 def _require_filled(base: BaseModel, expected: Mapping[str, torch.Tensor]) -> None:
-    tied = {f"{HEAD}.weight"} if base.is_tied else set()
+    tied = {base.architecture.head_weight} if base.is_tied else set()
     if missing := expected.keys() - _shapes(base).keys() - tied:
         raise BaseUnreadable(f"{base.root} lacks what its config needs: {', '.join(sorted(missing)[:3])}")
 

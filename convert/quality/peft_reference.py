@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import CheckpointUnsupported
 from convert.inputs.adapter_checkpoint import Checkpoint
-from convert.inputs.architecture import EMBEDDING, HEAD_WEIGHT
+from convert.inputs.architecture import FAMILIES, Architecture
 from convert.inputs.base_model import BaseModel
 from convert.inputs.keys import PEFT_PREFIX
 from convert.inputs.patterns import PatternInvalid, require_quick
@@ -34,13 +34,14 @@ def with_adapter(model: Any, checkpoint: Checkpoint) -> Any:
         require_quick(checkpoint.config, (name for name, _ in model.named_modules()))
     except PatternInvalid as invalid:
         raise CheckpointUnsupported(f"{checkpoint.root}: {invalid}.") from None
-    _resize(model, checkpoint)
+    names = FAMILIES[model.config.model_type]
+    _resize(model, checkpoint, names)
     with warnings.catch_warnings():
         # PEFT warns of names and settings that Graft has checked already.
         warnings.simplefilter("ignore")
         try:
             adapted = get_peft_model(model, _config(checkpoint))
-            state = _state(checkpoint)
+            state = _state(checkpoint, names)
             result = set_peft_model_state_dict(adapted, state)
             expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         except Exception as cause:  # PEFT does not check its settings: errors of every kind come from their use
@@ -108,8 +109,8 @@ def base_alone(
 
 
 def _weight_of_base(name: str, base: BaseModel, quantizer: QuantizationFormat | None) -> torch.Tensor:
-    if name == HEAD_WEIGHT and base.is_tied:
-        name = EMBEDDING
+    if name == base.architecture.head_weight and base.is_tied:
+        name = base.architecture.embedding
     linear = base.linears.get(name.removesuffix(".weight"))
     return base.read_as_trained(linear, quantizer) if linear else base.tensors.read(name)
 
@@ -145,15 +146,15 @@ def _settings_of_mended_paths(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _resize(model: Any, checkpoint: Checkpoint) -> None:
+def _resize(model: Any, checkpoint: Checkpoint, names: Architecture) -> None:
     """Give the model the vocabulary that the adapter was trained with."""
     saved_weights = checkpoint.adapter_state.saved_weights
-    saved = saved_weights.get(EMBEDDING) or saved_weights.get(HEAD_WEIGHT)
+    saved = saved_weights.get(names.embedding) or saved_weights.get(names.head_weight)
     if saved and saved.spec.shape[0] != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(saved.spec.shape[0], mean_resizing=False)
 
 
-def _state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def _state(checkpoint: Checkpoint, names: Architecture) -> dict[str, torch.Tensor]:
     adapter_state, read = checkpoint.adapter_state, checkpoint.tensors.read
     state: dict[str, torch.Tensor] = {}
     for module, weights in adapter_state.lora_weights.items():
@@ -168,8 +169,8 @@ def _state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         }
     shared = isinstance(checkpoint.config.get("trainable_token_indices"), list)
     for name, rows in adapter_state.trained_rows.items():
-        if shared and name != EMBEDDING:
-            _require_rows_of_embedding(name, checkpoint)
+        if shared and name != names.embedding:
+            _require_rows_of_embedding(name, checkpoint, names.embedding)
             continue
         state[f"{name.removesuffix('.weight')}.token_adapter.trainable_tokens_delta"] = read(rows.values.name)
     for name, saved in adapter_state.saved_weights.items():
@@ -178,13 +179,13 @@ def _state(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {PEFT_PREFIX + name: tensor for name, tensor in state.items()}
 
 
-def _require_rows_of_embedding(name: str, checkpoint: Checkpoint) -> None:
+def _require_rows_of_embedding(name: str, checkpoint: Checkpoint, embedding: str) -> None:
     """PEFT takes the rows of a tied head from the embedding, so those in the file must be the same."""
-    rows, of_embedding = (checkpoint.adapter_state.trained_rows.get(weight) for weight in (name, EMBEDDING))
+    rows, of_embedding = (checkpoint.adapter_state.trained_rows.get(weight) for weight in (name, embedding))
     tensors = checkpoint.tensors
     if not (rows and of_embedding and tensors.has_bytes_of(rows.values.name, tensors, of_embedding.values.name)):
         raise CheckpointUnsupported(
-            f"{checkpoint.root}: its trained rows of {name} are not those of {EMBEDDING}, which "
+            f"{checkpoint.root}: its trained rows of {name} are not those of {embedding}, which "
             "trainable_token_indices shares with it: save it again with PEFT's save_pretrained"
         )
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from convert.artifact import Retention
 from convert.inputs.adapter_checkpoint import Checkpoint
-from convert.inputs.architecture import EMBEDDING
 from convert.inputs.base_model import BaseModel
 from convert.progress import Progress
 from convert.quantization.format import QuantizationFormat
@@ -97,5 +96,5 @@ def _weight(model: BaseModel, module: str, quantizer: QuantizationFormat | None)
     """A module's weight in float32. A head that is tied to the embedding has the weight of the embedding."""
     linear = model.linears.get(module)
     if linear is None:
-        return model.tensors.read(EMBEDDING).float()
+        return model.tensors.read(model.architecture.embedding).float()
     return model.read_as_trained(linear, quantizer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from convert.errors import BaseMismatch
-from convert.inputs.architecture import EMBEDDING
 from convert.inputs.base_model import BaseModel
 from convert.routes.trained_adapter import own_linears
 
@@ -29,13 +28,13 @@ def _shape_problems(base: BaseModel, onto: BaseModel) -> Iterator[str]:
             yield f"{module} is {onto_shapes.get(module, 'missing')}"
     for module in onto_shapes.keys() - base_shapes.keys():
         yield f"{module} is not in the base"
-    if base.tensors.specs[EMBEDDING].shape != onto.tensors.specs[EMBEDDING].shape:
-        yield f"{EMBEDDING} is {onto.tensors.specs[EMBEDDING].shape}"
+    if base.embedding.shape != onto.embedding.shape:
+        yield f"{onto.embedding.name} is {onto.embedding.shape}"
 
 
 def _norm_problems(base: BaseModel, onto: BaseModel) -> Iterator[str]:
     for spec in base.other_specs:
-        if spec.name == EMBEDDING or spec.name.endswith("inv_freq"):
+        if spec == base.embedding or spec.name.endswith("inv_freq"):
             continue
         if spec.name not in onto.tensors or onto.tensors.specs[spec.name].shape != spec.shape:
             yield f"{spec.name} is missing, or of another shape"

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
@@ -181,7 +182,7 @@ def load_stored(directory: Path) -> Any:
 def float32_of(opened: BaseModel) -> Any:
     """A float32 model of a directory in any format, with the weights that we say are stored there."""
     config = {name: value for name, value in opened.config.items() if name != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig(**config)).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).float()
     weights = {spec.name: opened.tensors.read(spec.name).float() for spec in opened.other_specs}
     weights |= {linear.weight: opened.read(linear).float() for linear in opened.linears.values()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -198,7 +199,7 @@ def dequantized(quantized: Any) -> Any:
 
     config = quantized.config.to_dict()
     config.pop("quantization_config")
-    model = LlamaForCausalLM(LlamaConfig(**config)).float()
+    model = type(quantized)(type(quantized.config)(**config)).float()
     for name, module in quantized.named_modules():
         if isinstance(module, Linear4bit):
             state = module.weight.quant_state

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from convert.inputs.architecture import LAYER_LINEAR, LAYER_LINEARS
+from convert.inputs.architecture import LINEARS, name_in_layer
 from convert.pipeline.comparison.rows import Row
 
 if TYPE_CHECKING:
@@ -177,10 +177,11 @@ def _draw_layers(figure: Any, rows: Sequence[tuple[str, ModelRetention]]) -> Non
 
     scale = LinearSegmentedColormap.from_list("kept", [FAILED, _BETWEEN, PASSED])
     strips = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
-    names = [name.rpartition(".")[2].removesuffix("_proj") for name in LAYER_LINEARS]
+    kinds = _kinds(retained for _, retained in rows)
+    names = [kind.rpartition(".")[2].removesuffix("_proj") for kind in kinds]
     mesh = None
     for axes, (label, retained) in zip(strips, rows, strict=True):
-        grid = _grid(retained)
+        grid = _grid(retained, kinds)
         edges = [layer - 0.5 for layer in range(len(grid[0]) + 1)]
         # The edges hide the hairlines that viewers draw between cells.
         mesh = axes.pcolormesh(
@@ -200,12 +201,15 @@ def _draw_layers(figure: Any, rows: Sequence[tuple[str, ModelRetention]]) -> Non
     bar.outline.set_visible(False)
 
 
-def _grid(retained: ModelRetention) -> list[list[float]]:
+def _kinds(all_retained: Iterable[ModelRetention]) -> list[str]:
+    """The names of the linear layers with a delta, in the order of a layer; all names where only the head has one."""
+    places = [name_in_layer(tensor.module) for retained in all_retained for tensor in retained.tensors]
+    with_delta = {place[1] for place in places if place}
+    return [name for name in LINEARS if name in with_delta or not with_delta]
+
+
+def _grid(retained: ModelRetention, kinds: Sequence[str]) -> list[list[float]]:
     """Retention by kind of module and layer; NaN, which stays blank, where there is no delta."""
-    retention = {}
-    for tensor in retained.tensors:
-        if match := LAYER_LINEAR.fullmatch(tensor.module):
-            kind = tensor.module.split(f"layers.{match['layer']}.", 1)[1]
-            retention[kind, int(match["layer"])] = tensor.retention
-    count = max((layer for _, layer in retention), default=0) + 1
-    return [[retention.get((kind, layer), math.nan) for layer in range(count)] for kind in LAYER_LINEARS]
+    places = {name_in_layer(tensor.module): tensor.retention for tensor in retained.tensors}
+    count = max((place[0] for place in places if place), default=0) + 1
+    return [[places.get((layer, kind), math.nan) for layer in range(count)] for kind in kinds]

@@ -100,7 +100,7 @@ BASES: dict[str, tuple[Spoil, str]] = {
         file("chat_template.jinja", b"{{ 'ab' * 9000000 }}"),
         "base_unreadable",
     ),
-    "another kind of model": (config(model_type="mamba"), "base_unreadable"),
+    "another kind of model": (config(model_type="mamba"), "architecture_unknown"),
     "heads that do not fit": (config(num_attention_heads=7), "base_unreadable"),
     "an unknown activation": (config(hidden_act="wave"), "base_unreadable"),
     "quantized by GPTQ": (config(quantization_config={"quant_method": "gptq"}), "base_unreadable"),

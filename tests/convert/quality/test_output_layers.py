@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import PeftModel
 
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
@@ -17,40 +15,8 @@ from convert.quality import Text, collect_golden, compute_reference, examine
 from convert.quality.float32_model import hidden_states, log_probs
 from convert.quality.output_layers import output_layers
 from convert.routes.distillation import DistillationExample, Student, divergence
-from tests.convert import parts
-
-HEADS: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 16}
-# What each does with its logits is large here: without it they are off by nats.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-    "gemma": {"head_dim": 16},
-    "gemma2": {**HEADS, "final_logit_softcapping": 3.0},
-    "gemma3_text": {**HEADS, "final_logit_softcapping": 3.0},
-    "granite": {"logits_scaling": 4.0},
-    "cohere": {"logit_scale": 0.25},
-    "olmo2": {},
-    "smollm3": {"pad_token_id": 0},
-    "phi3": {"pad_token_id": 0},
-}
-WITH_OTHER_LOGITS = ("gemma2", "gemma3_text", "granite", "cohere")
-
-
-def random_model(family: str, layers: int = 1, dtype: torch.dtype = torch.float32) -> Any:
-    """With weights large enough that no distribution is flat."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers, "vocab_size": parts.VOCABULARY}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
-    config = AutoConfig.for_model(family, **sizes, **heads, **FAMILIES[family])
-    torch.manual_seed(3)
-    # Of the implementations only this one caps attention as Gemma 2 was trained.
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    return model.eval()
+from tests.convert import families, parts
+from tests.convert.families import FAMILIES, WITH_OTHER_LOGITS, random_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,12 +41,8 @@ def test_logits_in_blocks_are_those_of_the_models_own_forward(family: str) -> No
 def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base and an adapter of one family."""
     home = tmp_path_factory.mktemp(request.param)
-    model = random_model(request.param, layers=2, dtype=torch.bfloat16)
-    model.save_pretrained(home / "base")
-    parts.save_tokenizer(home / "base")
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(model.float(), lora).save_pretrained(home / "adapter")
-    return home / "base", home / "adapter"
+    base = families.save_base(request.param, home / "base")
+    return base, families.save_adapter(base, home / "adapter")
 
 
 def test_golden_answers_and_distances_are_those_of_peft(tuned: tuple[Path, Path]) -> None:
@@ -89,7 +51,7 @@ def test_golden_answers_and_distances_are_those_of_peft(tuned: tuple[Path, Path]
     expected = compute_reference(Checkpoint.open(adapter), BaseModel.open(base), None, base, text, silent)
     golden = collect_golden(expected, examine(expected, base, adapter, silent), base, separate=True)
 
-    alone = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    alone = families.load(base)
     ids = expected.tokens.measured[0]
     of_base = parts.logits(alone, ids)[:-1]
     of_tuned = parts.logits(PeftModel.from_pretrained(alone, adapter).eval(), ids)[:-1]
