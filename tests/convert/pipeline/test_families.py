@@ -115,10 +115,11 @@ def test_a_merged_model_with_fused_layers_is_stored_in_every_format(
         (
             "llama",
             "phi3",
-            r"self_attn\.q_proj: in the base it is a part of model\.layers\.0\.self_attn\.qkv_proj: train",
+            r"gate_proj: in the base it is a part of model\.layers\.0\.mlp\.gate_up_proj: train on qkv_proj, ",
         ),
-        ("phi3", "llama", r"qkv_proj: the base has no such linear layer.*For a llama train on q_proj, k_proj"),
+        ("phi3", "llama", r"gate_up_proj: the base has no such linear layer.*For a llama train on q_proj, k_proj, "),
     ],
+    ids=["on the parts", "on the whole"],
 )
 def test_an_adapter_on_the_parts_of_a_fused_layer_is_refused_with_the_layers_that_there_are(
     trained_on: str, given: str, says: str, tmp_path: Path, out: Path
