@@ -63,10 +63,10 @@ def random_model(family: str, layers: int = 1, dtype: torch.dtype = torch.float3
 
 def load(directory: Path) -> Any:
     """A model directory in float32, as transformers loads it. Every weight of the model is in it, and no other."""
-    model, found = AutoModelForCausalLM.from_pretrained(
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), found
+    assert not any(loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading_info
     return model.eval()
 
 
