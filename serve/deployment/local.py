@@ -26,8 +26,9 @@ import psutil
 
 from serve.catalogue.state_dir import StateDir
 from serve.deployment.ports import check_port, free_port
-from serve.deployment.proxy_map import ProxyMap, followed
-from serve.deployment.ray_environment import environment, ignored_variables, map_of_models, proxy_directory
+from serve.deployment.proxy.environment import map_of_models, proxy_directory
+from serve.deployment.proxy.proxy_map import ProxyMap, followed
+from serve.deployment.ray_environment import environment, ignored_variables
 from serve.errors import EngineRefused, EngineStartFailed, NodeLost, PortInUse
 from serve.follower.http_client import direct_client
 from serve.observability.exporter import DEFAULT_PORT

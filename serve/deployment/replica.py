@@ -28,9 +28,9 @@ from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.state_dir import StateDir
 from serve.deployment.metrics_collector import MetricsCollector
 from serve.deployment.metrics_socket import MetricsSocket
+from serve.deployment.proxy.uvicorn_patches import patch_uvicorn_startup
 from serve.deployment.ray_patches import keep_replica_on, node_address
 from serve.deployment.ray_replicas import DEPLOYMENT, PoolReplicas, ServerReplicas
-from serve.deployment.uvicorn_patches import patch_uvicorn_startup
 from serve.engine.protocol import Engine
 from serve.gateway.app import Gateway
 from serve.gateway.request_policy import RequestPolicy

@@ -1,6 +1,7 @@
-"""What HAProxy itself answered, read from the socket on which it tells its statistics (serve/deployment/haproxy.sh).
+"""What HAProxy itself answered, read from the socket on which it tells its statistics.
 
-A request that no replica saw is in no replica's metrics: while none can be reached, HAProxy answers 503.
+`serve/deployment/proxy/haproxy.sh` has it open that socket. A request that no replica saw is in no replica's
+metrics: while none can be reached, HAProxy answers 503.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The lines of Ray Serve's HAProxy configuration that serve/deployment/haproxy.sh changes, and what it does without."""
+"""The lines of Ray Serve's HAProxy configuration that Graft's haproxy.sh changes, and what it does without."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from serve.deployment.ray_environment import HAPROXY_SCRIPT
+from serve.deployment.proxy.environment import HAPROXY_SCRIPT
 from tests.contracts.contract import Contract, Library
 
 CONTRACT: Contract = {

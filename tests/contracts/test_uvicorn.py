@@ -1,4 +1,4 @@
-"""What serve.deployment.uvicorn_patches changes and reads in uvicorn."""
+"""What serve.deployment.proxy.uvicorn_patches changes and reads in uvicorn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTRACT: Contract = {
     "uvicorn.protocols.http.h11_impl:H11Protocol.__init__": ("config", "server_state", "app_state"),
     "uvicorn.protocols.http.h11_impl:H11Protocol.connection_made": ("transport", "/"),
 }
-PATCHES = Path(__file__).parents[2] / "serve" / "deployment" / "uvicorn_patches.py"
+PATCHES = Path(__file__).parents[2] / "serve" / "deployment" / "proxy" / "uvicorn_patches.py"
 
 
 def test_uvicorn_has_what_is_changed_in_it() -> None:

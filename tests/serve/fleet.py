@@ -23,7 +23,7 @@ from serve.admin.routes import Admin
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.log import CatalogueLog
 from serve.catalogue.object_store import DirectoryStore
-from serve.deployment.uvicorn_patches import patch_uvicorn_startup
+from serve.deployment.proxy.uvicorn_patches import patch_uvicorn_startup
 from serve.errors import ReplicaUnreachable
 from serve.follower.http_client import direct_async_client
 from serve.gateway.app import Gateway

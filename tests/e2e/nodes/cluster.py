@@ -162,7 +162,7 @@ class Cluster:
         its own for the programs of the proxy."""
         return {
             **only(rendered("dev-ray"), "ConfigMap", "graft-ray")["data"],
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "serve" / "deployment" / "haproxy.sh"),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(ROOT / "serve" / "deployment" / "proxy" / "haproxy.sh"),
             "GRAFT_HAPROXY": get_haproxy_binary(),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.deployment import ray_environment
+from serve.deployment.proxy import environment as proxy_environment
 from serve.deployment.ray_environment import environment
 from serve.errors import ProxyScriptUnusable
 from serve.settings import EngineSettings, GatewaySettings, PoolSettings, ServeSettings
@@ -53,7 +53,7 @@ def test_the_proxy_is_given_a_map_of_models_and_the_engines_their_share_of_the_c
 
     assert "GRAFT_POOLS" not in environment(tmp_path, one)
     variables = environment(tmp_path, one.model_copy(update={"other_pools": (other,)}))
-    assert variables["GRAFT_POOLS"] == str(ray_environment.map_of_models(tmp_path))
+    assert variables["GRAFT_POOLS"] == str(proxy_environment.map_of_models(tmp_path))
     assert variables["OMP_NUM_THREADS"] == "2"
 
 
@@ -68,9 +68,9 @@ def test_no_server_starts_without_the_script_that_closes_the_statistics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "haproxy.sh"
-    script.write_bytes(ray_environment.HAPROXY_SCRIPT.read_bytes())
+    script.write_bytes(proxy_environment.HAPROXY_SCRIPT.read_bytes())
     script.chmod(0o644)
-    monkeypatch.setattr(ray_environment, "HAPROXY_SCRIPT", script)
+    monkeypatch.setattr(proxy_environment, "HAPROXY_SCRIPT", script)
 
     with pytest.raises(ProxyScriptUnusable, match=r"haproxy\.sh"):
         environment(tmp_path, settings_in(tmp_path))

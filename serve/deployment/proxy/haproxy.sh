@@ -11,7 +11,7 @@
 # 3. Requests that the engine answers carry a header that tells Ray Serve not to watch for a disconnect. The replica
 #    does that itself, and Ray Serve would run two more tasks for each request.
 #
-# 4. A replica of this machine is reached through its Unix socket, if it has one (serve/deployment/uvicorn_patches.py).
+# 4. A replica of this machine is reached through its Unix socket, if it has one (`uvicorn_patches.py`).
 #
 # 5. While no replica can be reached, clients get a 503 in the form of the API, with a header to retry. Ray Serve would
 #    answer with a plain 500, and with a 404 as long as it knows no replica.

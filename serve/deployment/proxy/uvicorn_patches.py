@@ -55,7 +55,8 @@ def _require(owner: object, *names: str) -> None:
     if missing:
         where = owner.__name__ if isinstance(owner, type) else type(owner).__name__
         raise RuntimeError(
-            f"uvicorn {uvicorn.__version__} has no {where}.{missing[0]}, which serve.deployment.uvicorn_patches needs."
+            f"uvicorn {uvicorn.__version__} has no {where}.{missing[0]}, "
+            "which serve.deployment.proxy.uvicorn_patches needs."
         )
 
 

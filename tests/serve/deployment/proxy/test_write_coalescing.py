@@ -5,7 +5,7 @@ import gc
 import weakref
 from typing import Any
 
-from serve.deployment.uvicorn_patches import with_write_coalescing
+from serve.deployment.proxy.uvicorn_patches import with_write_coalescing
 
 
 class Written:
