@@ -123,7 +123,8 @@ EOF
 
 ask() {
     local question='"messages": [{"role": "user", "content": "What is the capital of Italy?"}], "max_tokens": 64'
-    kubectl --context="$context" --namespace=graft port-forward svc/graft "$port:8000" >"$work/port-forward.log" 2>&1 &
+    : >"$work/port-forward.log" # what an earlier run left would be taken for this one's
+    kubectl --context="$context" --namespace=graft port-forward svc/graft "$port:8000" >>"$work/port-forward.log" 2>&1 &
     until grep -q 'Forwarding from' "$work/port-forward.log"; do
         kill -0 $! 2>/dev/null || fail "$(cat "$work/port-forward.log")" "If port $port is in use, set PORT to another."
         sleep 0.2

@@ -71,8 +71,7 @@ class BodyBudget:
                 await waiter.was_granted.wait()
         except BaseException as error:
             if waiter in waiting:
-                waiting.remove(waiter)
-                self._grant()  # one behind it may be smaller
+                waiting.remove(waiter)  # those behind it get their turn when its charge ends
             else:  # granted and cancelled in the same turn of the event loop
                 self._release(size_bytes)
             if isinstance(error, TimeoutError):

@@ -66,12 +66,16 @@ def test_reference_and_result_are_both_asked_and_the_result_counted(lora: Path, 
     assert lost.quality.canaries == Canaries(asked=1, passed=0, passed_as_trained=1)
 
 
-def test_an_answer_ends_where_the_generation_config_says(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_answer_ends_at_every_token_that_the_generation_config_says(
+    base: Path, tmp_path: Path, is_first: bool
+) -> None:
     copied = parts.copy(base, tmp_path / "copy")
     canary = Canary(tuple(QUESTION), "x")
     long = greedy_answer(parts.load_float32(base), base)
-    second = parts.logits(parts.load_float32(base), torch.tensor([Tokenizer.open(base).prompt_ids(QUESTION)]))
-    parts.edit_json(copied / "generation_config.json", eos_token_id=[int(second[-1].argmax())])
+    logits = parts.logits(parts.load_float32(base), torch.tensor([Tokenizer.open(base).prompt_ids(QUESTION)]))
+    ends, never = int(logits[-1].argmax()), int(logits[-1].argmin())
+    parts.edit_json(copied / "generation_config.json", eos_token_id=[ends, never] if is_first else [never, ends])
 
     (answer,) = ask(load(BaseModel.open(copied), None), Tokenizer.open(copied), [canary], "result", silent)
 

@@ -19,10 +19,12 @@ SHARD_BYTES = 60_000
 
 # Runs the conversion again and again, each time in a fork that is stopped at its n-th event: a block of weights that
 # arrives, or something that is about to be made durable, renamed or removed. Prints how many events a whole run has.
+# What is imported before the fork need not be imported in each.
 STOPPED = """
 import os, signal, sys
 from pathlib import Path
-import bitsandbytes.functional, torch
+import bitsandbytes.functional, peft, torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 from convert.cli.console import exit_on_sigterm
 from tests.convert.asking import Request, convert
 checkpoint, base, folder = map(Path, sys.argv[1:4])

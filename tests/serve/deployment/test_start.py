@@ -64,10 +64,12 @@ def test_the_last_attempt_ends_the_start_with_its_reason(monkeypatch: pytest.Mon
 
 
 class Ray:
-    """The process of Ray's own that this process has: it runs for some questions, and then it is gone."""
+    """The process of Ray's own that this process has: it runs for some questions, and then it has ended. As long as
+    nobody has asked how, the system knows it as a zombie."""
 
-    def __init__(self, questions: int) -> None:
+    def __init__(self, questions: int, *, is_zombie: bool) -> None:
         self.questions = questions
+        self.is_zombie = is_zombie
 
     def children(self) -> list[Ray]:
         return [self]
@@ -80,19 +82,20 @@ class Ray:
 
     def status(self) -> str:
         self.questions -= 1
-        if self.questions < 0:
+        assert self.questions >= -1, "it was asked again after its end"
+        if self.questions < 0 and not self.is_zombie:
             raise psutil.NoSuchProcess(1)
-        return "sleeping"
+        return "sleeping" if self.questions >= 0 else psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.parametrize("fails", ["memory_left", "warn"])
+@pytest.mark.parametrize(("fails", "is_zombie"), [("memory_left", False), ("warn", True)])
 def test_a_warning_that_can_not_be_given_does_not_end_the_server_and_the_end_of_ray_does(
-    monkeypatch: pytest.MonkeyPatch, fails: str
+    monkeypatch: pytest.MonkeyPatch, fails: str, is_zombie: bool
 ) -> None:
     def fail(*_: object) -> Any:
         raise OSError("the disk, or the terminal")
 
-    ray = Ray(questions=3)
+    ray = Ray(questions=3, is_zombie=is_zombie)
     monkeypatch.setattr(psutil, "Process", lambda: ray)
     monkeypatch.setattr(local, "_NODE_POLL_S", 0)
     memory = SimpleNamespace(available=0, limit=1 << 40, is_short=True)

@@ -192,6 +192,29 @@ async def test_a_large_body_that_waits_is_let_in_when_another_one_ends() -> None
 
 
 @pytest.mark.virtual_time
+async def test_a_body_waits_for_those_before_it_until_they_leave() -> None:
+    budget = BodyBudget(4 * MIB)
+    entered = asyncio.Event()
+
+    async def enter(size_bytes: int) -> None:
+        async with held(budget, size_bytes):
+            entered.set()
+
+    async with held(budget, 2 * MIB):
+        first = asyncio.create_task(enter(2 * MIB))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(enter(MIB))
+        await asyncio.sleep(0.1)
+        assert not entered.is_set(), "it would fit, but not the one before it then"
+
+        first.cancel()
+        await asyncio.sleep(0.1)
+
+        assert entered.is_set()
+    await second
+
+
+@pytest.mark.virtual_time
 @pytest.mark.parametrize("seed", range(20))
 async def test_no_order_of_arrivals_ends_and_cancellations_passes_the_limit_or_loses_a_byte(seed: int) -> None:
     order = random.Random(seed)

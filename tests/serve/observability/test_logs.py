@@ -32,13 +32,15 @@ def written(directory: Path) -> list[str]:
 def test_a_line_is_one_json_document_whatever_is_in_it(tmp_path: Path) -> None:
     logs.set_up(LogSettings(directory=tmp_path), "one")
 
-    logging.getLogger("serve.x").warning('a "quoted"\nline: %s', "é", extra={"event": "test", "adapter": "p\n@1"})
+    logging.getLogger("serve.x").warning('a "quoted"\nline: %s', "é", extra={"adapter": "p\n@1", "trace": None})
     try:
         raise ValueError("broken")
     except ValueError:
         logging.getLogger("serve.x").exception("it broke")
 
+    assert "line: é" in written(tmp_path)[0], "readable as it is"
     first, second = map(json.loads, written(tmp_path))
+    assert "trace" not in first, "what isn't known is left out"
     assert (first["message"], first["adapter"], first["replica"]) == ('a "quoted"\nline: é', "p\n@1", "one")
     assert first["time"].endswith("+00:00")
     assert "ValueError: broken" in second["exception"]
@@ -129,7 +131,18 @@ def test_a_sample_of_good_answers_is_written_down_and_every_failure(tmp_path: Pa
 def test_files_of_replicas_that_are_long_gone_are_removed(tmp_path: Path) -> None:
     for number in range(100):
         (tmp_path / f"{number}.log").touch()
+        os.utime(tmp_path / f"{number}.log", (number, number))
 
     logs.set_up(LogSettings(directory=tmp_path), "one")
 
-    assert len(list(tmp_path.iterdir())) <= 41
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"one.log", *(f"{number}.log" for number in range(60, 100))}, "the newest"
+
+
+def test_no_line_is_written_again_by_who_else_listens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    logs.set_up(LogSettings(directory=tmp_path), "one")
+
+    logging.getLogger("serve.x").warning("ours")
+    logging.getLogger("vllm.engine").warning("not ours")
+
+    assert caplog.records == [], "the root logger, which pytest listens to and Ray may"
