@@ -7,8 +7,10 @@ RUN = $(VENV)/bin/python
 SECRETS_OPTIONS = --disable-plugin Base64HighEntropyString --disable-plugin HexHighEntropyString \
 	--disable-plugin KeywordDetector
 
-# On several cores, a file's tests on one of them: a file shares what it has made. Tiny models gain nothing from threads.
-UNIT_TESTS = OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not engine" --numprocesses auto --maxprocesses 4 --dist loadfile
+# On several cores, a file's tests on one of them: a file shares what it has made. Files in their own order: by number of
+# tests, the longest would come last, on one core alone. Tiny models gain nothing from threads.
+UNIT_TESTS = OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not engine" --numprocesses auto --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder
 # One after the other. `make test ENGINES=2` runs two servers' tests side by side (tests/engine_scheduling.py): for more
 # than two cores, and some 8 GB.
 ENGINES ?= 0
