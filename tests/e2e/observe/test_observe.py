@@ -33,6 +33,8 @@ NOT_WITHOUT_A_FAULT = {
     "graft_expiry_timestamp_seconds",  # tests/serve/observability/test_exporter.py
     "graft_proof_failures_total",  # tests/serve/gateway/test_telemetry_middleware.py
     "vllm:lora_requests_info",  # only with `requests_info`
+    "graft_issuer_keys_age_seconds",  # only with an identity provider: tests/serve/callers/test_signing_keys.py
+    "graft_issuer_failures_total",
     "graft_adapters_file_applied",  # only with an adapters.yaml: tests/serve/follower/test_applied_metric.py
     "graft_split_share",
     "graft_split_error_ratio",

@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from serve.callers import signing_keys
 from serve.callers.oidc import Issuer
+from serve.deployment.metrics_collector import MetricsCollector
 from serve.errors import IssuerUnavailable
+from serve.observability.recorder import MetricsRecorder
+from serve.settings import EngineSettings, GatewaySettings, ServeSettings
 from tests.serve.callers.provider import EC, OTHER_RSA, Provider, settings, token
+from tests.serve.conftest import BASE
 from tests.serve.guarded import until
 from tests.serve.virtual_time import skip
 
@@ -235,3 +242,27 @@ async def test_an_outage_is_logged_when_it_begins_and_when_it_ends_and_not_for_e
 
     levels = [record.levelname for record in caplog.records if record.name == signing_keys.__name__]
     assert levels == ["ERROR", "INFO"]
+
+
+async def test_an_outage_is_told_by_the_metrics_that_an_alert_reads(
+    issuer: Issuer, provider: Provider, tmp_path: Path
+) -> None:
+    engine = EngineSettings(model_path=tmp_path, model_name="m", fingerprint=BASE)
+    settings = ServeSettings(engine=engine, gateway=GatewaySettings(admin_tokens={}), state_dir=tmp_path)
+    collector = MetricsCollector(settings, MetricsRecorder(10), issuer_keys=issuer.keys)
+
+    def scraped() -> tuple[float, float]:
+        text = generate_latest(collector).decode()
+        samples = {sample.name: sample.value for f in text_string_to_metric_families(text) for sample in f.samples}
+        return samples["graft_issuer_keys_age_seconds"], samples["graft_issuer_failures_total"]
+
+    age_s, failures = scraped()
+    assert (age_s < 60, failures) == (True, 0)
+
+    provider.status = 500
+    skip(1000)
+    assert await issuer.find(token())
+    await until(lambda: issuer.keys.failures == 1)
+
+    age_s, failures = scraped()
+    assert (1000 <= age_s < 1060, failures) == (True, 1)
