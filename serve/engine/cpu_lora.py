@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from serve.engine.worker import Worker
+
 # With fewer rows for each adapter, one batched product of small matrices costs less than a product for each adapter.
 _MIN_ROWS_PER_ADAPTER = 4
 
@@ -127,10 +129,8 @@ def _add(y: Tensor, rows: Rows, addend: Tensor) -> None:
         y.index_add_(0, rows, addend.to(y.dtype))
 
 
-class CpuWorker:
-    """Methods that vLLM adds to its worker: the `worker_extension_cls`."""
-
-    model_runner: Any
+class CpuWorker(Worker):
+    """As on a GPU, and adapters by GroupedAdapters."""
 
     def group_adapters(self) -> None:
         """Replaces the Punica wrappers of the loaded model. Raises RuntimeError where there is no wrapper, or where

@@ -67,7 +67,7 @@ ENGINE: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.engine.async_llm:AsyncLLM.shutdown": ("timeout",),
     "vllm.v1.engine.async_llm:uses self.add_request": (),
     "vllm.v1.engine.output_processor:OutputProcessor.get_num_unfinished_requests": (),
-    "vllm.config:VllmConfig": ("lora_config", "scheduler_config"),
+    "vllm.config:VllmConfig": ("lora_config", "parallel_config", "scheduler_config"),
     "vllm.config:SchedulerConfig": ("max_num_seqs",),
     "vllm.config:ModelConfig": ("max_model_len",),
     "vllm.config:ModelConfig.get_vocab_size": (),
@@ -119,8 +119,10 @@ API: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(BODY_MODULES, ()),
 }
 
-CPU_WORKER: Mapping[str, tuple[str, ...]] = {
+WORKER: Mapping[str, tuple[str, ...]] = {
+    "vllm.config:ParallelConfig": ("worker_extension_cls",),
     "vllm.v1.worker.worker_base:WorkerBase": ("model_runner",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("kv_caches",),  # also the CPU's
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin": ("lora_manager",),
     "vllm.lora.worker_manager:WorkerLoRAManager": ("_adapter_manager",),
     "vllm.lora.model_manager:LoRAModelManager": ("punica_wrapper_mapping",),
@@ -141,4 +143,4 @@ CPU_WORKER: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
-CONTRACT: Mapping[str, tuple[str, ...]] = {**ENVIRONMENT, **ARGUMENTS, **START, **ENGINE, **API, **CPU_WORKER}
+CONTRACT: Mapping[str, tuple[str, ...]] = {**ENVIRONMENT, **ARGUMENTS, **START, **ENGINE, **API, **WORKER}

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import gc
 import logging
+import math
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ from serve.settings import RESERVED_SLOTS, EngineSettings
 _CPU_ARGS = ("--enforce-eager", "--kv-cache-memory-bytes", str(512 << 20))
 
 # vLLM's own way to apply adapters on a CPU is slow, and wrong for requests of the base model in the same batch.
-_CPU_WORKER = "serve.engine.cpu_lora.CpuWorker"
+_CPU_WORKER, _WORKER = "serve.engine.cpu_lora.CpuWorker", "serve.engine.worker.Worker"
 
 _USAGE = UsageContext.OPENAI_API_SERVER
 _PORT_VARIABLE = "VLLM_PORT"
@@ -135,7 +136,11 @@ class VllmEngine:
     async def logprobs(
         self, adapter: AdapterRevision | None, token_ids: Sequence[int], positions: Sequence[int]
     ) -> tuple[float, ...]:
-        return tuple(await asyncio.gather(*(self._logprob(adapter, token_ids, position) for position in positions)))
+        values = await asyncio.gather(*(self._logprob(adapter, token_ids, position) for position in positions))
+        extension = self._engine.vllm_config.parallel_config.worker_extension_cls
+        if not all(map(math.isfinite, values)) and extension in (_CPU_WORKER, _WORKER):
+            await self._engine.collective_rpc("clear_nonfinite")
+        return tuple(values)
 
     async def _logprob(self, adapter: AdapterRevision | None, token_ids: Sequence[int], position: int) -> float:
         # Not by `prompt_logprobs`; see serve.gateway.body.wants_prompt_logprobs. The token is the only one that may be
@@ -265,7 +270,7 @@ def _lora_args(settings: EngineSettings) -> list[str]:
         *("--max-loras", str(settings.max_active_adapters + RESERVED_SLOTS)),
         # One more than the pool ever holds, so that the engine never evicts an adapter itself.
         *("--max-cpu-loras", str(settings.adapter_capacity + 1)),
-        *(("--worker-extension-cls", _CPU_WORKER) if current_platform.is_cpu() else ()),
+        *("--worker-extension-cls", _CPU_WORKER if current_platform.is_cpu() else _WORKER),
     ]
 
 

@@ -24,7 +24,7 @@ from tests.e2e.conftest import ENGINE_OPTIONS, REPLICAS, SLOT_OPTIONS, Server, S
 
 PATH = "/v1/completions"
 LONG = 1500  # tokens: seconds
-MAX_RUNNING = 4  # requests in the engine of each replica
+MAX_RUNNING = 4  # requests of callers in the engine of each replica, which has one more place for checks
 LEASE_S: float = GatewaySettings.model_fields["lease_s"].default
 
 
@@ -85,7 +85,7 @@ def guarded(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     words = ("--replicas", str(REPLICAS), "--keys-file", str(keys), "--metrics-port", str(metrics_port))
     # On a machine of any speed a request waits for its turn, and is not refused because others took long.
     words = (*words, "--max-wait", "3000")
-    options = (*words, f"--vllm-arg=--max-num-seqs={MAX_RUNNING}", *SLOT_OPTIONS, *ENGINE_OPTIONS)
+    options = (*words, f"--vllm-arg=--max-num-seqs={MAX_RUNNING + 1}", *SLOT_OPTIONS, *ENGINE_OPTIONS)
     with running_server(served, home / "state", *options, log=home / "server.log") as url:
         yield Guarded(Server(url, home / "state"), keys, metrics_port)
 

@@ -87,6 +87,32 @@ def test_a_value_that_is_not_finite_is_found_in_bfloat16(adapter: Path, bits: in
     assert "not a number" in adapter_problems(adapter, SHAPES)[0]
 
 
+@pytest.mark.parametrize("stored_as", ["float32", "float16", "bfloat16"])
+def test_a_value_that_would_overflow_in_the_engine_is_found(adapter: Path, stored_as: str) -> None:
+    import torch
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file as save
+
+    tensors = {name: tensor.to(getattr(torch, stored_as)) for name, tensor in load(adapter / WEIGHTS).items()}
+    tensors[A][1, 3] = -9984
+    save(tensors, adapter / WEIGHTS)
+    assert adapter_problems(adapter, SHAPES) == []
+    tensors[A][1, 3] = -10048
+    save(tensors, adapter / WEIGHTS)
+
+    (problem,) = adapter_problems(adapter, SHAPES)
+
+    assert problem == f"{A} holds the value 10048, over 10000: the engine would get infinite ones"
+
+
+def test_factors_that_overflow_together_are_found(adapter: Path) -> None:
+    change(adapter, lambda tensors: {name: np.full_like(tensor, 2000) for name, tensor in tensors.items()})
+
+    (problem,) = adapter_problems(adapter, SHAPES)
+
+    assert problem.startswith("it may change a weight by 8e+06, over 1e+06")  # scale 1, rank 2
+
+
 @pytest.mark.parametrize(
     ("edit", "problem"),
     [
@@ -150,6 +176,11 @@ def test_a_pattern_that_would_hold_up_the_engine_is_found(
         ({"r": True}, "r is not a whole number"),
         ({"use_dora": True}, "DoRA"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is set"),
+        *(
+            ({"lora_alpha": alpha}, "lora_alpha or alpha_pattern is not a number, or so large")
+            for alpha in (float("nan"), float("inf"), 1e308, 10**400, -1e6, "4", None, True)
+        ),
+        ({"alpha_pattern": {MODULE: 4, "other": float("nan")}}, "lora_alpha or alpha_pattern is not a number"),
     ],
 )
 def test_a_configuration_that_the_engine_would_take_otherwise_is_found(

@@ -1,0 +1,30 @@
+"""What Graft adds to vLLM's worker, the process part that holds the model and the KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# float8_e4m3fn, which vLLM stores as bytes: all bits but the sign are set in what is not a number.
+_FP8_MAGNITUDE = 0x7F
+
+
+class Worker:
+    """Methods that vLLM adds to its worker: the `worker_extension_cls`."""
+
+    model_runner: Any
+
+    def clear_nonfinite(self) -> None:
+        """Sets to 0 what is infinite or not a number in the KV cache.
+
+        vLLM gives the blocks of a finished request to the next one as they are. A kernel multiplies what that one has
+        not written yet with 0, and 0 times infinity is not a number: every answer from such a block would be wrong.
+        """
+        for cache in self.model_runner.kv_caches:
+            for part in cache if isinstance(cache, list | tuple) else (cache,):
+                if part.is_floating_point() and part.element_size() > 1:
+                    part.nan_to_num_(nan=0, posinf=0, neginf=0)
+                else:
+                    data = part.view(torch.uint8)
+                    data.masked_fill_((data & _FP8_MAGNITUDE) == _FP8_MAGNITUDE, 0)
