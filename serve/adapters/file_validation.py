@@ -26,11 +26,11 @@ _WEIGHT_KINDS = ("weight", "weight_packed", "qweight")
 _NF4_STATE = ".weight.quant_state.bitsandbytes__nf4"
 # The bytes of one number, and the bits of its exponent: if all of them are set it is infinite or not a number.
 _FLOATS = {"F32": (4, 0x7F80_0000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
-_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<f4"}  # a BF16 is the upper half of an F32
 # Of a value or a scale, and of what they change a weight by, which is far below 10 after training. With these nothing
 # gets infinite in float32 or bfloat16: of 16,384 inputs up to 1,000 each an output is below 2e13, and a sum of products
 # of two outputs, as an attention score is, below 1e30.
 _LARGEST, _LARGEST_CHANGE = 1e4, 1e6
+_LARGEST_RANK = 1 << 20  # more than a matrix has
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
           "F8_E4M3": 1, "F8_E5M2": 1} | {name: size for name, (size, _) in _FLOATS.items()}  # fmt: skip
 
@@ -123,8 +123,8 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type is {config.get('peft_type')!r}, not 'LORA'")
     if not _ranks(config):
-        problems.append("r is not a whole number above 0")
-    elif not _largest_scale(config) <= _LARGEST:
+        problems.append(f"r is not a whole number from 1 to {_LARGEST_RANK}")
+    elif _largest_scale(config) > _LARGEST:
         problems.append(f"lora_alpha or alpha_pattern is not a number, or so large that the scale is over {_LARGEST:g}")
     problems += [f"{name} is set, which the engine would ignore" for name in _IGNORED_BY_VLLM if config.get(name)]
     if config.get("use_dora"):
@@ -155,7 +155,7 @@ def _ranks(config: dict[str, Any]) -> set[int]:
     """All ranks that the configuration gives to a module."""
     pattern = config.get("rank_pattern")
     ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]
-    return {rank for rank in ranks if type(rank) is int and rank > 0}
+    return {rank for rank in ranks if type(rank) is int and 0 < rank <= _LARGEST_RANK}
 
 
 def _tensor_problems(tensors: Mapping[str, Tensor], ranks: set[int], base_shapes: ModuleShapes) -> list[str]:
@@ -199,18 +199,13 @@ def _module_problem(
 
 
 def _largest_scale(config: dict[str, Any]) -> float:
-    """An upper bound of what B A is multiplied with, in any module; NaN where an alpha is no number."""
+    """An upper bound of what B A is multiplied with, in any module; infinite where an alpha is too large or no number."""
     pattern = config.get("alpha_pattern")
     alphas = [config.get("lora_alpha"), *(pattern.values() if isinstance(pattern, dict) else ())]
-    if not all(type(alpha) in (int, float) for alpha in alphas):
-        return math.nan
-    rank = min(_ranks(config))
-    try:
-        largest = max(abs(float(alpha)) for alpha in alphas)
-    except OverflowError:
+    if not all(type(alpha) in (int, float) and abs(alpha) <= _LARGEST * _LARGEST_RANK for alpha in alphas):
         return math.inf
-    # `max` passes over NaN, depending on the order.
-    return math.nan if any(map(math.isnan, alphas)) else largest / (rank**0.5 if config.get("use_rslora") else rank)
+    rank = min(_ranks(config))
+    return max(map(abs, alphas)) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _value_problems(directory: Path, tensors: Mapping[str, Tensor], scale: float) -> Iterator[str]:
@@ -247,8 +242,10 @@ def _largest_magnitude(stream: BinaryIO, tensor: Tensor) -> float:
         remaining -= piece.nbytes
     if largest & exponent == exponent:
         return math.inf
-    wide = largest << 16 if tensor.dtype == "BF16" else largest
-    return float(np.array(wide, dtype="<u2" if tensor.dtype == "F16" else "<u4").view(_NUMPY[tensor.dtype]))
+    if tensor.dtype == "F16":
+        return float(np.array(largest, "<u2").view("<f2"))
+    bits = largest << 16 if tensor.dtype == "BF16" else largest  # a BF16 is the upper half of an F32
+    return float(np.array(bits, "<u4").view("<f4"))
 
 
 def _tensor(name: str, fields: Any, data_start: int, file: str) -> Tensor:
@@ -266,6 +263,7 @@ def _tensor(name: str, fields: Any, data_start: int, file: str) -> Tensor:
 def _json_object(content: bytes, file: str) -> dict[str, Any]:
     try:
         document = json.loads(content)
+        json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair is in no text that can be sent on
     except (ValueError, RecursionError) as error:
         raise AdapterRejected(f"{file} is damaged: {error}.") from error
     if not isinstance(document, dict):

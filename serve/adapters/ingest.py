@@ -103,7 +103,11 @@ def check_allowed(path: Path, roots: Sequence[Path]) -> Path:
             "This server takes no paths from callers: start it with --adapter-root DIR, or publish with "
             "`python -m serve publish`, which sends the files."
         )
-    real = Path(os.path.realpath(path))
+    try:
+        real = Path(os.path.realpath(path, strict=False))
+        real.is_dir()
+    except (OSError, ValueError) as error:  # too long, or with a null byte
+        raise PathRefused(f"{str(path)[:200]!r} is no path: {error}.") from None
     if not path.is_absolute() or not any(real.is_relative_to(os.path.realpath(root)) for root in roots):
         allowed = ", ".join(map(str, roots))
         raise PathRefused(f"{path} is not below a directory that this server takes adapters from ({allowed}).")

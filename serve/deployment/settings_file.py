@@ -22,6 +22,7 @@ from serve.deployment.bundle import bundles_of
 from serve.errors import StateInvalid
 from serve.settings import ServeSettings
 from serve.settings.admin_tokens import token_digests
+from serve.settings.unique_yaml import load_yaml
 
 STATE_URL_VARIABLE = "GRAFT_STATE_URL"
 _FILE = "settings_file"
@@ -83,7 +84,7 @@ def _path(value: object, name: str, path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text())
+        document = load_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise StateInvalid(f"The settings file {path} can't be read: {error}") from error
     if not isinstance(document, dict):

@@ -24,6 +24,7 @@ from serve.adapters.ingest import candidate_of
 from serve.errors import ArtifactRefused, DesiredStateInvalid, ServeError
 from serve.follower.admin_client import AdminClient
 from serve.names import AdapterRevision
+from serve.settings.unique_yaml import load_yaml
 
 StepVerb = Literal["publish", "pin", "unpin", "retire"]
 
@@ -150,7 +151,7 @@ def _take(step: Step, client: AdminClient, reason: str) -> None:
 
 def _read_file(path: Path) -> _AdaptersFile:
     try:
-        return _AdaptersFile.model_validate(yaml.safe_load(path.read_text()))
+        return _AdaptersFile.model_validate(load_yaml(path.read_text()))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DesiredStateInvalid(f"{path} can't be read: {' '.join(str(error).split())}.") from error
     except ValidationError as error:

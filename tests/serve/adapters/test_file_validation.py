@@ -174,6 +174,7 @@ def test_a_pattern_that_would_hold_up_the_engine_is_found(
         ({"peft_type": "IA3"}, "not 'LORA'"),
         ({"r": 0}, "r is not a whole number"),
         ({"r": True}, "r is not a whole number"),
+        ({"r": 10**400}, "r is not a whole number"),
         ({"use_dora": True}, "DoRA"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is set"),
         *(
@@ -191,7 +192,7 @@ def test_a_configuration_that_the_engine_would_take_otherwise_is_found(
     assert any(problem in message for message in adapter_problems(adapter, SHAPES))
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"r":' * 50_000])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"r":' * 50_000, b'{"a": "\\ud800"}'])
 def test_a_configuration_that_is_no_json_object_is_refused(adapter: Path, content: bytes) -> None:
     (adapter / CONFIG).write_bytes(content)
 

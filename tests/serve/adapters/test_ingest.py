@@ -80,6 +80,12 @@ def test_a_path_that_leads_out_of_the_roots_is_refused(desk: Desk, tmp_path: Pat
         desk.take(Path(path) if path == "relative" else tmp_path / path)
 
 
+@pytest.mark.parametrize("name", ["pirate\0", "x" * 5000, "x/" * 3000], ids=["null", "long", "deep"])
+def test_what_is_no_path_at_all_is_refused(desk: Desk, name: str) -> None:
+    with pytest.raises(PathRefused, match="is no path: "):
+        desk.take(desk.roots / name)
+
+
 def test_a_symbolic_link_inside_an_adapter_is_refused_wherever_it_leads(desk: Desk) -> None:
     path = write_adapter(desk.roots / "pirate", "pirate")
     other = write_adapter(desk.roots / "other", "other")

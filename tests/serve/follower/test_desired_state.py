@@ -46,6 +46,9 @@ def test_a_new_revision_moves_the_pin_with_it(file: Path) -> None:
         ("adapters:\n  - artifact: nowhere", "not an artifact"),
         ("adapters:\n  - {artifact: a, name: Not A Name}", "name"),
         ("adapters:\n  - artifact: a\n  - {artifact: b, name: pirate}", "pirate more than once"),
+        ("adapters: [{artifact: a}]\nretire_others: true\nadapters: []", "found the key 'adapters' twice"),
+        ("adapters:\n  - {artifact: a, pinned: true, artifact: b}", "found the key 'artifact' twice"),
+        ("? [1]\n: 2", "can't be read"),
         ("adapters: [!!python/object/apply:os.system ['true']]", "can't be read"),
     ],
 )
