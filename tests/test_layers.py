@@ -27,7 +27,7 @@ PACKAGES = ("convert", "serve", "deploy", "examples", "benchmarks", "tests")
 MOST_LINES = 300
 MOST_ENTRIES = 14
 
-TORCH_USERS = ("convert.", "serve.engine.vllm_engine", "serve.engine.cpu_lora")
+TORCH_USERS = ("convert.", "serve.engine.vllm_engine", "serve.engine.cpu_lora", "serve.engine.worker")
 
 
 @cache

@@ -199,13 +199,14 @@ def _module_problem(
 
 
 def _largest_scale(config: dict[str, Any]) -> float:
-    """An upper bound of what B A is multiplied with, in any module; infinite where an alpha is too large or no number."""
+    """An upper bound of the factor before B A, in any module; infinite where an alpha is too large, or no number."""
     pattern = config.get("alpha_pattern")
     alphas = [config.get("lora_alpha"), *(pattern.values() if isinstance(pattern, dict) else ())]
     if not all(type(alpha) in (int, float) and abs(alpha) <= _LARGEST * _LARGEST_RANK for alpha in alphas):
         return math.inf
     rank = min(_ranks(config))
-    return max(map(abs, alphas)) / (rank**0.5 if config.get("use_rslora") else rank)
+    largest: float = max(map(abs, alphas))
+    return largest / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _value_problems(directory: Path, tensors: Mapping[str, Tensor], scale: float) -> Iterator[str]:
