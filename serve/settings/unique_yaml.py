@@ -10,7 +10,11 @@ import yaml
 
 def load_yaml(text: str) -> Any:
     """The document of YAML's plain types. Raises yaml.YAMLError, also where a mapping has a key twice."""
-    return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):
