@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-# float8_e4m3fn, which vLLM stores as bytes: all bits but the sign are set in what is not a number.
-_FP8_MAGNITUDE = 0x7F
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Worker:
@@ -19,12 +18,10 @@ class Worker:
         """Sets to 0 what is infinite or not a number in the KV cache.
 
         vLLM gives the blocks of a finished request to the next one as they are. A kernel multiplies what that one has
-        not written yet with 0, and 0 times infinity is not a number: every answer from such a block would be wrong.
+        not written yet with 0, and 0 times infinity is not a number: every answer from such a block would be wrong. A
+        quantized cache stays as it is: each format has bytes of its own for what is no number, and some have none.
         """
         for cache in self.model_runner.kv_caches:
             for part in cache if isinstance(cache, list | tuple) else (cache,):
-                if part.is_floating_point() and part.element_size() > 1:
+                if part.dtype in _FLOATS:
                     part.nan_to_num_(nan=0, posinf=0, neginf=0)
-                else:
-                    data = part.view(torch.uint8)
-                    data.masked_fill_((data & _FP8_MAGNITUDE) == _FP8_MAGNITUDE, 0)
