@@ -216,7 +216,7 @@ def _value_problems(directory: Path, tensors: Mapping[str, Tensor], scale: float
     with (directory / WEIGHTS).open("rb") as stream:
         for name, tensor in tensors.items():
             magnitude = _largest_magnitude(stream, tensor)
-            if not math.isfinite(magnitude):
+            if magnitude == math.inf:
                 yield f"{name} holds values that are infinite or not a number"
             elif magnitude > _LARGEST:
                 yield f"{name} holds the value {magnitude:g}, over {_LARGEST:g}: the engine would get infinite ones"
@@ -229,7 +229,7 @@ def _value_problems(directory: Path, tensors: Mapping[str, Tensor], scale: float
 
 
 def _largest_magnitude(stream: BinaryIO, tensor: Tensor) -> float:
-    """Infinite or NaN if a value is. Reads the tensor in pieces, so that memory stays bounded."""
+    """Infinite if a value is, or is no number. Reads the tensor in pieces, so that memory stays bounded."""
     import numpy as np
 
     size, exponent = _FLOATS[tensor.dtype]
@@ -241,7 +241,7 @@ def _largest_magnitude(stream: BinaryIO, tensor: Tensor) -> float:
         # Without the sign, bits of floating-point numbers are in the order of the numbers.
         largest = max(largest, int((piece & without_sign).max()))
         remaining -= piece.nbytes
-    if largest & exponent == exponent:
+    if largest >= exponent:
         return math.inf
     if tensor.dtype == "F16":
         return float(np.array(largest, "<u2").view("<f2"))

@@ -104,14 +104,14 @@ def check_allowed(path: Path, roots: Sequence[Path]) -> Path:
             "`python -m serve publish`, which sends the files."
         )
     try:
-        real = Path(os.path.realpath(path, strict=False))
-        real.is_dir()
+        real = Path(os.path.realpath(path))
+        is_directory = real.is_dir()
     except (OSError, ValueError) as error:  # too long, or with a null byte
         raise PathRefused(f"{str(path)[:200]!r} is no path: {error}.") from None
     if not path.is_absolute() or not any(real.is_relative_to(os.path.realpath(root)) for root in roots):
         allowed = ", ".join(map(str, roots))
         raise PathRefused(f"{path} is not below a directory that this server takes adapters from ({allowed}).")
-    if not real.is_dir():
+    if not is_directory:
         raise PathRefused(f"{path} is not a directory on the server's machine.")
     for entry in real.rglob("*"):
         if not stat.S_ISREG(mode := entry.lstat().st_mode) and not stat.S_ISDIR(mode):
