@@ -144,7 +144,7 @@ def architecture_of(config: Mapping[str, Any], root: Path) -> Architecture:
 
 def is_layer_linear(module: str) -> bool:
     """Whether a module is a linear layer of a decoder layer in any family."""
-    return any(family.layer_of(module) is not None for family in _LAYOUTS)
+    return name_in_layer(module) is not None
 
 
 def name_in_layer(module: str) -> tuple[int, str] | None:

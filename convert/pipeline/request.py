@@ -232,22 +232,11 @@ def _detect_training(
     if request.trained_on:
         detection = stated_by_user(request.trained_on, detection)
     elif detection.training is Training.UNKNOWN and request.measure and not base.is_quantized:
-        detection = _measured_training(request, checkpoint, base, tokenizer, text, progress)
+        # Losses can decide only on the user's own text: an adapter fits its base on what it was trained on.
+        tokens = tokenize(text, tokenizer) if request.text else None
+        measured = measure_training(checkpoint, base, tokens, progress)
+        detection = Detection(measured.training, measured.sources, None, measured.confidence)
     return detection.require_known(request.checkpoint)
-
-
-def _measured_training(
-    request: Request,
-    checkpoint: Checkpoint,
-    base: BaseModel,
-    tokenizer: Tokenizer,
-    text: Text,
-    progress: Progress,
-) -> Detection:
-    """Losses can decide only on the user's own text: an adapter fits its base on what it was trained on."""
-    tokens = tokenize(text, tokenizer) if request.text else None
-    measurement = measure_training(checkpoint, base, tokens, progress)
-    return Detection(measurement.training, measurement.sources, None, measurement.confidence)
 
 
 def _require_apart(text: Text, calibration: Text | None) -> None:

@@ -87,3 +87,9 @@ def save_adapter(base: Path, directory: Path, **settings: Any) -> Path:
                 parameter.normal_(std=0.2)
     adapted.save_pretrained(directory)
     return parts.mark_lora(directory)
+
+
+def save_tuned(family: str, home: Path) -> tuple[Path, Path]:
+    """A base and an adapter of it, below `home`."""
+    base = save_base(family, home / "base")
+    return base, save_adapter(base, home / "adapter")

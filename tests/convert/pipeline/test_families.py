@@ -21,9 +21,7 @@ PROMPT = torch.arange(2, 42)[None]
 @pytest.fixture(scope="module", params=FAMILIES)
 def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base and an adapter of one family."""
-    home = tmp_path_factory.mktemp(request.param)
-    base = families.save_base(request.param, home / "base")
-    return base, families.save_adapter(base, home / "adapter")
+    return families.save_tuned(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def as_trained(base: Path, adapter: Path) -> Any:
@@ -60,9 +58,8 @@ def test_a_separate_adapter_on_a_written_base_is_the_function_as_trained(tuned: 
 @pytest.fixture(scope="module")
 def fused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base with fused layers, and a QLoRA of it."""
-    home = tmp_path_factory.mktemp("fused")
-    base = families.save_base("phi3", home / "base")
-    return base, parts.mark_qlora(families.save_adapter(base, home / "adapter"))
+    base, adapter = families.save_tuned("phi3", tmp_path_factory.mktemp("fused"))
+    return base, parts.mark_qlora(adapter)
 
 
 def test_a_qlora_on_fused_layers_is_separate_on_the_weights_that_bitsandbytes_makes_of_them(

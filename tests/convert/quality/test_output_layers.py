@@ -40,9 +40,7 @@ def test_logits_in_blocks_are_those_of_the_models_own_forward(family: str) -> No
 @pytest.fixture(scope="module", params=WITH_OTHER_LOGITS)
 def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base and an adapter of one family."""
-    home = tmp_path_factory.mktemp(request.param)
-    base = families.save_base(request.param, home / "base")
-    return base, families.save_adapter(base, home / "adapter")
+    return families.save_tuned(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def test_golden_answers_and_distances_are_those_of_peft(tuned: tuple[Path, Path]) -> None:
