@@ -17,7 +17,7 @@ from serve.callers.keys import KeyFile
 from serve.capacity.traffic import read_log
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.deployment.settings_file import read_settings
 from serve.follower.desired_state import DesiredState
 from serve.settings import AdmissionSettings, EngineSettings
@@ -33,7 +33,7 @@ def surfaces(artifacts: Mapping[str, Path], work: Path) -> Iterable[Surface]:
     engine = EngineSettings(
         model_path=artifacts["first"] / "model", model_name="base", fingerprint=candidate.base, max_lora_rank=64
     )
-    admission = Admission([engine], AdmissionSettings())
+    admission = Admission(lambda: [engine], AdmissionSettings())
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         yield Surface(f"adapter {file}", adapter, file, lambda directory: admission.check(candidate, directory))
     for file in sorted(path.name for path in checkpoint.iterdir() if path.is_file()):

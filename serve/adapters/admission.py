@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from convert.artifact.signature import is_signed, public_key
@@ -17,8 +17,8 @@ _SHOWN_PROBLEMS = 5
 class Admission:
     """The admission checks of one server, for its base models and its settings."""
 
-    def __init__(self, engines: Sequence[EngineSettings], settings: AdmissionSettings) -> None:
-        """`engines`: one for each base model. Raises SigningKeyInvalid."""
+    def __init__(self, engines: Callable[[], Sequence[EngineSettings]], settings: AdmissionSettings) -> None:
+        """`engines`: one for each base model that there is now. Raises SigningKeyInvalid."""
         self._engines = engines
         self._settings = settings
         self._shapes: dict[str, Mapping[str, tuple[int, int] | None]] = {}
@@ -26,7 +26,7 @@ class Admission:
 
     def check(self, candidate: Candidate, directory: Path) -> None:
         """Raises AdapterRejected, with the reason, if the files in `directory` can't be served as `candidate`."""
-        if reasons := incompatibilities(candidate, self._engines):
+        if reasons := incompatibilities(candidate, self._engines()):
             raise AdapterRejected(f"{candidate.adapter} can't be served here: {'; '.join(reasons)}.")
         self._check_signature(candidate)
         self._check_size(candidate, directory)
@@ -59,17 +59,18 @@ class Admission:
 
     def _base_shapes(self, base: str) -> Mapping[str, tuple[int, int] | None]:
         if base not in self._shapes:
-            engine = next(engine for engine in self._engines if engine.fingerprint == base)
+            engine = next(engine for engine in self._engines() if engine.fingerprint == base)
             self._shapes[base] = linear_shapes(engine.model_path)
         return self._shapes[base]
 
     def is_base_model(self, name: str) -> bool:
-        return any(engine.model_name == name for engine in self._engines)
+        return any(engine.model_name == name for engine in self._engines())
 
     def engine_for(self, base_model: str | None) -> EngineSettings:
         """The engine of an adapter that does not say what it was made for; `base_model`: what its publisher says.
         Raises AdapterRejected if that is no base model here, or if there are several and nothing is said."""
-        taking = [engine for engine in self._engines if engine.max_lora_rank] or list(self._engines)
+        engines = self._engines()
+        taking = [engine for engine in engines if engine.max_lora_rank] or list(engines)
         names = ", ".join(engine.model_name for engine in taking)
         if base_model is None:
             if len(taking) > 1:
@@ -102,5 +103,8 @@ def incompatibilities(candidate: Candidate, engines: Sequence[EngineSettings]) -
 
 def _other_base(candidate: Candidate, engines: Sequence[EngineSettings]) -> str:
     here = " and ".join(f"{engine.model_name} here is {engine.fingerprint[:12]}" for engine in engines)
-    remedy = "convert it for this base, or start the server with the artifact that holds its base model as well"
+    remedy = (
+        "convert it for this base, or serve its base model as well: python -m serve pool add ARTIFACT, with the "
+        "artifact that holds it"
+    )
     return f"it was made for the base model {candidate.base[:12]}, but {here}; {remedy}"

@@ -81,7 +81,13 @@ def ingest_path(
     Raises PathRefused for a path outside `adapter_roots` or with symbolic links in it, AdapterRejected or
     ArtifactRefused for an adapter that can't be served.
     """
-    root = check_allowed(path, admission.adapter_roots)
+    if not admission.adapter_roots:
+        raise PathRefused(
+            "This server takes no paths from callers: start it with --adapter-root DIR, or publish with "
+            "`python -m serve publish`, which sends the files."
+        )
+    root = allowed_directory(path, admission.adapter_roots)
+    check_no_links(root)
     if (root / MANIFEST).is_file():
         return ingest_artifact(open_verified(root), name, store)
     engine = engine_of_plain()
@@ -95,14 +101,9 @@ def ingest_path(
     return candidate
 
 
-def check_allowed(path: Path, roots: Sequence[Path]) -> Path:
+def allowed_directory(path: Path, roots: Sequence[Path]) -> Path:
     """The real path of a directory. Raises PathRefused unless it is below one of the roots, after all symbolic links
-    on the way to it are resolved, and holds no symbolic link itself."""
-    if not roots:
-        raise PathRefused(
-            "This server takes no paths from callers: start it with --adapter-root DIR, or publish with "
-            "`python -m serve publish`, which sends the files."
-        )
+    on the way to it are resolved."""
     try:
         real = Path(os.path.realpath(path))
         is_directory = real.is_dir()
@@ -110,13 +111,17 @@ def check_allowed(path: Path, roots: Sequence[Path]) -> Path:
         raise PathRefused(f"{str(path)[:200]!r} is no path: {error}.") from None
     if not path.is_absolute() or not any(real.is_relative_to(os.path.realpath(root)) for root in roots):
         allowed = ", ".join(map(str, roots))
-        raise PathRefused(f"{path} is not below a directory that this server takes adapters from ({allowed}).")
+        raise PathRefused(f"{path} is not below a directory that this server takes files from ({allowed}).")
     if not is_directory:
         raise PathRefused(f"{path} is not a directory on the server's machine.")
-    for entry in real.rglob("*"):
+    return real
+
+
+def check_no_links(directory: Path) -> None:
+    """Raises PathRefused if the directory holds anything but files and directories."""
+    for entry in directory.rglob("*"):
         if not stat.S_ISREG(mode := entry.lstat().st_mode) and not stat.S_ISDIR(mode):
             raise PathRefused(f"{entry} is a symbolic link or no file at all; copy the file itself there.")
-    return real
 
 
 def _check_adapter_files(root: Path) -> None:

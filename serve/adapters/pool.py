@@ -18,7 +18,7 @@ from itertools import islice
 
 from serve.adapters.slot_scheduler import SlotScheduler, WaitLimits
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.file_threads import Purpose, to_file_thread
+from serve.catalogue.storage.file_threads import Purpose, to_file_thread
 from serve.engine.protocol import Engine
 from serve.errors import AdaptersExhausted, AdapterUnavailable, ServeError
 from serve.names import AdapterRevision

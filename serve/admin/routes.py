@@ -26,8 +26,8 @@ from serve.callers.identity import key_of
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.entry import CALLER_HEADER, Audit
-from serve.catalogue.file_threads import to_file_thread
 from serve.catalogue.split import KINDS, Kind, SplitPolicy
+from serve.catalogue.storage.file_threads import to_file_thread
 from serve.errors import AdapterRejected, ArtifactRefused, InvalidBody, Unauthorized, UnknownModel
 from serve.names import AdapterRevision
 from serve.settings import AdmissionSettings, EngineSettings

@@ -8,7 +8,7 @@ from typing import Any
 
 from serve.catalogue.adapter_state import AdapterState, Revision
 from serve.catalogue.catalogue import Catalogue
-from serve.catalogue.entry import Entry
+from serve.catalogue.entry import Entry, PoolEntry
 
 
 def adapters_view(catalogue: Catalogue) -> list[dict[str, Any]]:
@@ -43,17 +43,17 @@ def revision_view(revision: Revision) -> dict[str, Any]:
     }
 
 
-def history_view(entries: Iterable[tuple[int, Entry]]) -> list[dict[str, Any]]:
-    """Entries of the catalogue's log with their epochs."""
+def history_view(entries: Iterable[tuple[int, Entry | PoolEntry]]) -> list[dict[str, Any]]:
+    """Entries of the catalogue's log with their epochs; `revision` of an entry about a pool is the pool's name."""
     return [
         {
             "epoch": epoch,
             "at": entry.at.isoformat(timespec="seconds"),
             "by": entry.by,
             "verb": entry.verb,
-            "revision": entry.candidate.adapter.engine_name,
+            "revision": entry.pool.name if isinstance(entry, PoolEntry) else entry.candidate.adapter.engine_name,
             "reason": entry.reason,
-            "split": entry.split.model_dump() if entry.split else None,
+            "split": entry.split.model_dump() if isinstance(entry, Entry) and entry.split else None,
         }
         for epoch, entry in entries
     ]

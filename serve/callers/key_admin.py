@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from serve.callers.keys import Key, KeyFile, Secret, digest_of, new_secret
-from serve.catalogue.atomic_files import replace_file
+from serve.catalogue.storage.atomic_files import replace_file
 from serve.errors import KeysInvalid
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-from serve.catalogue.object_store import ObjectStore
+from serve.catalogue.storage.object_store import ObjectStore
 from serve.engine.token_counter import Tokens
 from serve.errors import StoreUnavailable
 

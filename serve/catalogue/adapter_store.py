@@ -34,10 +34,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from convert.artifact import FileDigests, digest, file_digests
 from convert.artifact.durable_files import sync
-from serve.catalogue.atomic_files import Source, write_hashed
-from serve.catalogue.bucket_store import BucketStore
-from serve.catalogue.local_copies import LocalCopies
-from serve.catalogue.object_store import ObjectStore
+from serve.catalogue.storage.atomic_files import Source, write_hashed
+from serve.catalogue.storage.bucket_store import BucketStore
+from serve.catalogue.storage.local_copies import LocalCopies
+from serve.catalogue.storage.object_store import ObjectStore
 from serve.errors import AdapterUnavailable, ArtifactRefused, StoreUnavailable
 from serve.names import AdapterRevision
 from serve.settings import LOCAL_ADAPTER_BYTES

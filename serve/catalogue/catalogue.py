@@ -8,8 +8,9 @@ from datetime import datetime
 from functools import cached_property
 
 from serve.catalogue.adapter_state import AdapterState, Revision
+from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.candidate import Candidate
-from serve.catalogue.entry import Entry
+from serve.catalogue.entry import Entry, PoolEntry
 from serve.catalogue.split import Split
 from serve.catalogue.transitions import apply
 from serve.names import AdapterRevision, RequestedModel
@@ -17,10 +18,12 @@ from serve.names import AdapterRevision, RequestedModel
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Every name and its revisions after the first `epoch` entries of the log. Immutable."""
+    """Every name and its revisions, and the pools that were added, after the first `epoch` entries of the log.
+    Immutable."""
 
     epoch: int = 0
     adapters: Mapping[str, AdapterState] = field(default_factory=dict)  # by name; the last one changed is last
+    pools: Mapping[str, AddedPool] = field(default_factory=dict)  # by name; the same object until one is changed
 
     @cached_property
     def current(self) -> frozenset[AdapterRevision]:
@@ -91,15 +94,23 @@ class Catalogue:
             adapters={name: state for name, state in self.adapters.items() if fingerprint in state.live_bases},
         )
 
-    def after(self, *entries: Entry) -> Catalogue:
+    def after(self, *entries: Entry | PoolEntry) -> Catalogue:
         """The state once `entries` are appended."""
-        adapters = dict(self.adapters)
+        adapters, pools = dict(self.adapters), self.pools
         for number, entry in enumerate(entries, self.epoch + 1):
+            if isinstance(entry, PoolEntry):
+                pools = _with_pool(pools, entry)
+                continue
             name = entry.candidate.name
             state = apply(adapters.pop(name, AdapterState()), entry)
             adapters[name] = replace(state, entries=(*state.entries, number))
-        return Catalogue(self.epoch + len(entries), adapters)
+        return Catalogue(self.epoch + len(entries), adapters, pools)
 
     def _where(self, condition: Callable[[Revision], bool]) -> frozenset[AdapterRevision]:
         revisions = (revision for state in self.adapters.values() for revision in state.revisions.values())
         return frozenset(revision.candidate.adapter for revision in revisions if condition(revision))
+
+
+def _with_pool(pools: Mapping[str, AddedPool], entry: PoolEntry) -> Mapping[str, AddedPool]:
+    others = {name: pool for name, pool in pools.items() if name != entry.pool.name}
+    return others if entry.verb == "remove_pool" else others | {entry.pool.name: entry.pool}

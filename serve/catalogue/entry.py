@@ -1,4 +1,4 @@
-"""One entry of the catalogue's log: what was done to which revision, by whom, when and why."""
+"""One entry of the catalogue's log: what was done to which revision or pool, by whom, when and why."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import os
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.split import Split
 
 CALLER_HEADER = "x-graft-caller"  # the name that a caller of the admin API gives itself
 
 Verb = Literal["stage", "promote", "rollback", "abandon", "retire", "pin", "unpin", "split"]
+PoolVerb = Literal["add_pool", "remove_pool"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ def user_name() -> str:
 
 
 class Entry(BaseModel):
-    """Written once, never changed. Servers read entries of older versions, so the field names stay."""
+    """A change of an adapter. Written once, never changed. Servers read entries of older versions, so the field names
+    stay."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -70,3 +73,27 @@ class Entry(BaseModel):
             split=split,
             id=uuid.uuid4().hex,
         )
+
+
+class PoolEntry(BaseModel):
+    """A change of the server's pools. Written once, never changed. A server that is older than added
+    pools can't read it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    verb: PoolVerb = Field(
+        description="add_pool: the server starts a pool, and starts it again whenever it starts itself. remove_pool: "
+        "the server stops a pool that was added; its running requests may finish."
+    )
+    pool: AddedPool
+    at: datetime = Field(description="The writer's clock, UTC.")
+    by: str = ""
+    reason: str = ""
+    id: str = Field(default="", description="A writer knows its own entry by it if the store's response was lost.")
+
+    @classmethod
+    def now(cls, verb: PoolVerb, pool: AddedPool, audit: Audit) -> PoolEntry:
+        return cls(verb=verb, pool=pool, at=datetime.now(UTC), by=audit.by, reason=audit.reason, id=uuid.uuid4().hex)
+
+
+AnyEntry = Annotated[Entry | PoolEntry, Field(discriminator="verb")]

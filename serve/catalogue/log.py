@@ -1,4 +1,5 @@
-"""The durable truth of which adapters exist: an append-only log of small entries, and snapshots to shorten its replay.
+"""The durable truth of which adapters and added pools exist: an append-only log of small entries, and snapshots to
+shorten its replay.
 
     catalogue/0000000001.json, 0000000002.json, …     one entry each, kept for ever as history
     snapshots/0000000128.json                         the state after that many entries
@@ -12,20 +13,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from serve.catalogue.adapter_state import AdapterState, Revision
+from serve.catalogue.adapter_state import Revision
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.catalogue import Catalogue
-from serve.catalogue.entry import Audit, Entry
-from serve.catalogue.object_store import ObjectStore
+from serve.catalogue.documents import read_entry, read_snapshot, snapshot_of
+from serve.catalogue.entry import Audit, Entry, PoolEntry
 from serve.catalogue.split import Split
-from serve.errors import PublishFailed, StateInvalid, StoreUnavailable, TransitionRefused, UnknownModel
+from serve.catalogue.storage.object_store import ObjectStore
+from serve.errors import PublishFailed, StoreUnavailable, TransitionRefused, UnknownModel
 from serve.names import AdapterRevision
 
 SNAPSHOT_EVERY = 128
@@ -34,16 +33,8 @@ _READS_AT_ONCE = 16  # a read of an object store is mostly waiting
 _SNAPSHOTS_KEPT = 2  # the last but one is kept for readers that have listed it and read it next
 _NOBODY = Audit()
 _ENTRY_NAME = re.compile(r"(\d{10})\.json")
-_Document = TypeVar("_Document", bound=BaseModel)
 
 logger = logging.getLogger(__name__)
-
-
-class _Snapshot(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epoch: int
-    adapters: Mapping[str, AdapterState]
 
 
 class CatalogueLog:
@@ -81,14 +72,14 @@ class CatalogueLog:
             numbers = self._numbers_from(catalogue.epoch)
         return self._replay(catalogue, numbers)
 
-    def history(self, name: str | None = None, limit: int = 100) -> list[tuple[int, Entry]]:
+    def history(self, name: str | None = None, limit: int = 100) -> list[tuple[int, Entry | PoolEntry]]:
         """The last `limit` entries of one name, or of all, with their numbers; newest first."""
         catalogue = self.read()
         numbers = catalogue.state_of(name).entries if name else range(1, catalogue.epoch + 1)
         newest = numbers[-limit:][::-1] if limit else ()
         return [(number, entry) for number, entry in zip(newest, self._read_all(newest), strict=True) if entry]
 
-    def append(self, decide: Callable[[Catalogue], Entry | None]) -> Catalogue:
+    def append(self, decide: Callable[[Catalogue], Entry | PoolEntry | None]) -> Catalogue:
         """Append the entry that `decide` returns for the current state; None appends nothing. If another writer takes
         the number first, `decide` is called again with the new state. Returns the state with the entry, which is
         durable then."""
@@ -111,6 +102,8 @@ class CatalogueLog:
                     f"The name {candidate.name} belongs to an adapter for another base model, {min(others)[:12]}: "
                     "publish this one under another --name, or retire that one first."
                 )
+            if candidate.name in catalogue.pools:
+                raise TransitionRefused(f"{candidate.name} is a base model here: publish under another --name.")
             return Entry.now("stage", candidate, audit, until)
 
         return self.append(decide)
@@ -223,18 +216,18 @@ class CatalogueLog:
         names = self._objects.names("catalogue", after=_entry_name(first - 1) if first else "")
         return [int(match[1]) for name in names if (match := _ENTRY_NAME.fullmatch(name))]
 
-    def _read_all(self, numbers: Sequence[int]) -> list[Entry | None]:
+    def _read_all(self, numbers: Sequence[int]) -> list[Entry | PoolEntry | None]:
         if len(numbers) < 2:
             return [self._read(number) for number in numbers]
         with ThreadPoolExecutor(min(_READS_AT_ONCE, len(numbers))) as threads:
             return list(threads.map(self._read, numbers))
 
-    def _read(self, number: int) -> Entry | None:
+    def _read(self, number: int) -> Entry | PoolEntry | None:
         key = _entry_key(number)
         content = self._objects.read(key)
-        return None if content is None else _parse(Entry, content, self._objects.locate(key))
+        return None if content is None else read_entry(content, self._objects.locate(key))
 
-    def _create(self, number: int, entry: Entry) -> bool:
+    def _create(self, number: int, entry: Entry | PoolEntry) -> bool:
         key = _entry_key(number)
         content = entry.model_dump_json().encode()
         # An object store client repeats a request whose response was lost: the object that exists may be this entry.
@@ -244,16 +237,14 @@ class CatalogueLog:
         for name in reversed(self._objects.names("snapshots")):
             key = f"snapshots/{name}"
             if (content := self._objects.read(key)) is not None:
-                snapshot = _parse(_Snapshot, content, self._objects.locate(key))
-                return Catalogue(snapshot.epoch, snapshot.adapters)
+                return read_snapshot(content, self._objects.locate(key))
         return Catalogue()
 
     def _save_snapshot(self, catalogue: Catalogue) -> None:
         if catalogue.epoch % SNAPSHOT_EVERY:
             return
-        snapshot = _Snapshot(epoch=catalogue.epoch, adapters=catalogue.adapters)
         try:
-            self._objects.create(f"snapshots/{catalogue.epoch:010}.json", snapshot.model_dump_json().encode())
+            self._objects.create(f"snapshots/{catalogue.epoch:010}.json", snapshot_of(catalogue))
             for name in self._objects.names("snapshots")[:-_SNAPSHOTS_KEPT]:
                 self._objects.delete(f"snapshots/{name}")
         except StoreUnavailable:
@@ -283,13 +274,3 @@ def _entry_name(number: int) -> str:
 
 def _entry_key(number: int) -> str:
     return f"catalogue/{_entry_name(number)}"
-
-
-def _parse(model: type[_Document], content: bytes, location: str) -> _Document:
-    try:
-        return model.model_validate_json(content)
-    except ValidationError as error:
-        raise StateInvalid(
-            f"The catalogue entry {location} can't be read: {error}. "
-            "Restore it from a backup, or start with a new --state directory and publish again."
-        ) from error

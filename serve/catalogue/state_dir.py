@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from convert.artifact.durable_files import replace_file
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.atomic_files import create_file
-from serve.catalogue.bucket_store import BucketStore
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore, ObjectStore
+from serve.catalogue.storage.atomic_files import create_file
+from serve.catalogue.storage.bucket_store import BucketStore
+from serve.catalogue.storage.object_store import DirectoryStore, ObjectStore
 from serve.errors import ServerNotRunning, StateInvalid
 from serve.settings import LOCAL_ADAPTER_BYTES, ServeSettings
 from serve.settings.admin_tokens import read_token, token_digests

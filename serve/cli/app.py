@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from serve.cli import adapters, advise, exporter, keys, rollouts, run, size, usage
+from serve.cli import adapters, advise, exporter, keys, pools, rollouts, run, size, usage
 
 app = typer.Typer(
     name="graft-serve",
@@ -21,5 +21,6 @@ exporter.add_to(app)
 rollouts.add_to(app)
 size.add_to(app)
 advise.add_to(app)
+pools.add_to(app)
 keys.add_to(app)
 usage.add_to(app)

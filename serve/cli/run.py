@@ -16,12 +16,13 @@ from pydantic import Field
 from convert.artifact import MANIFEST
 from serve.callers.keys import KeyFile
 from serve.catalogue.state_dir import StateDir
-from serve.cli.bootstrap import check_memory, needed_rank, register
 from serve.cli.command import expand_options, setting
 from serve.cli.console import print_line, reported_errors
 from serve.cli.foreground import serve_until_stopped
 from serve.cli.options import StateOptions
-from serve.deployment.bundle import Bundle, bundles_of
+from serve.deployment.pools.bootstrap import register
+from serve.deployment.pools.bundle import Bundle, bundles_of
+from serve.deployment.pools.room import check_memory, needed_rank
 from serve.deployment.settings_file import artifact_of
 from serve.errors import ArtifactRefused, KeysInvalid, KeysMissing
 from serve.follower.desired_state import DesiredState
@@ -70,6 +71,12 @@ class RunOptions(StateOptions):
         None, description="adapters.yaml: applied when the server is up, and again when it changes."
     )
     adapter_root: list[Path] | None = setting(AdmissionSettings, "adapter_roots", "Repeatable.", default=None)
+    artifact_root: list[Path] | None = setting(
+        AdmissionSettings,
+        "artifact_roots",
+        "Repeatable. Default: the directories that hold the given artifacts.",
+        default=None,
+    )
     allow_other_template: bool = setting(AdmissionSettings, "allow_other_template")
     trusted_key: list[Path] | None = setting(AdmissionSettings, "trusted_keys", "Repeatable.", default=None)
     keys_file: Path | None = Field(
@@ -212,11 +219,13 @@ def _shared_settings(options: RunOptions, state: StateDir) -> dict[str, Any]:
         ),
         "admission": AdmissionSettings(
             adapter_roots=tuple(root.absolute() for root in options.adapter_root or ()),
+            artifact_roots=_artifact_roots(options),
             allow_other_template=options.allow_other_template,
             trusted_keys=tuple(key.absolute() for key in options.trusted_key or ()),
         ),
         "log": LogSettings(access_sample=options.access_sample, **log),
         "tracing": TracingSettings(endpoint=options.traces),
+        "takes_pools": True,
         "state_dir": state.root,
         "state_url": state.url,
         "gpus_per_replica": options.gpus_per_replica,
@@ -224,6 +233,14 @@ def _shared_settings(options: RunOptions, state: StateDir) -> dict[str, Any]:
         "local_adapter_bytes": options.local_adapter_bytes,
         "sync_timeout_s": options.sync_timeout,
     }
+
+
+def _artifact_roots(options: RunOptions) -> tuple[Path, ...]:
+    """Where artifacts for new pools may be: never the root of the file system, unless that was said."""
+    if options.artifact_root is not None:
+        return tuple(root.absolute() for root in options.artifact_root)
+    parents = dict.fromkeys(artifact.resolve().parent for artifact in options.artifacts)
+    return tuple(parent for parent in parents if parent != Path(parent.anchor))
 
 
 def _base_names(values: Iterable[str]) -> dict[Path | None, str]:

@@ -14,22 +14,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 
 from serve.catalogue.state_dir import StateDir
+from serve.deployment.background import repeated
+from serve.deployment.pools.controller import PoolController
+from serve.deployment.pools.start import Progress, wait_until_running
 from serve.deployment.ports import check_port, free_port
 from serve.deployment.proxy.environment import map_of_models, proxy_directory
-from serve.deployment.proxy.proxy_map import ProxyMap, followed
+from serve.deployment.proxy.proxy_map import ProxyMap
 from serve.deployment.ray_environment import environment, ignored_variables
-from serve.errors import EngineRefused, EngineStartFailed, NodeLost, PortInUse
+from serve.errors import EngineStartFailed, NodeLost, PortInUse
 from serve.follower.http_client import direct_client
 from serve.observability.exporter import DEFAULT_PORT
 from serve.observability.memory import MemoryWatch, memory_left
@@ -40,9 +41,6 @@ _NODE_POLL_S = 1.0
 _RAY_PROCESSES = frozenset({"raylet", "gcs_server"})
 _SOCKETS = shutil.ignore_patterns("*.sock")
 _PROXY_TIMEOUT_S = 60
-_TRACEBACK = "Traceback (most recent call last):"
-# How the last line of a traceback begins.
-_REFUSED, _FAILED = (f"{kind.__module__}.{kind.__name__}: " for kind in (EngineRefused, EngineStartFailed))
 # Ray's own sockets live below its directory, and a path of a Unix socket holds 107 bytes: keep it short.
 _TEMPORARY_PREFIX = "graft-"
 
@@ -55,10 +53,6 @@ class LocalServer:
 
     url: str
     metrics: Path
-
-
-# Called with the step that the start is at, in words.
-Progress = Callable[[str], None]
 
 
 @contextmanager
@@ -76,12 +70,13 @@ def local_server(
         progress("Ray starts")
         with (
             _exporter(directory / "metrics", metrics),
-            _proxy_map(directory, pools),
+            _proxy_map(directory, pools[0]),
             _ray(directory, pools) as resources,
         ):
             _require_gpus(resources, pools)
             _deploy(pools, host, port, progress)
-            yield LocalServer(f"http://{host}:{port}", directory / "metrics")
+            with _pool_controller(pools):
+                yield LocalServer(f"http://{host}:{port}", directory / "metrics")
     except EngineStartFailed as error:
         source, logs = directory / "ray" / "session_latest" / "logs", pools[0].state_dir / "failed-start"
         if not source.is_dir():
@@ -108,12 +103,26 @@ def _with_metrics(settings: ServeSettings, directory: Path) -> ServeSettings:
     return settings.model_copy(update={"metrics": settings.metrics.model_copy(update={"directory": directory})})
 
 
-def _proxy_map(directory: Path, pools: Sequence[ServeSettings]) -> contextlib.AbstractContextManager[None]:
-    """The map by which the proxy finds the pool of a request; needed with several pools only."""
-    if len(pools) == 1:
-        return contextlib.nullcontext()
-    log = StateDir.of_server(pools[0]).log
-    return followed(ProxyMap(map_of_models(directory), proxy_directory(directory), pools, log))
+@contextmanager
+def _proxy_map(directory: Path, settings: ServeSettings) -> Iterator[None]:
+    """The map by which the proxy finds the pool of a request. Raises StoreUnavailable if there is no catalogue."""
+    log = StateDir.of_server(settings).log
+    proxy_map = ProxyMap(map_of_models(directory), proxy_directory(directory), settings, log)
+    proxy_map.update()
+    with repeated(proxy_map.update, "the proxy's map of models could not be updated."):
+        yield
+
+
+def _pool_controller(pools: Sequence[ServeSettings]) -> contextlib.AbstractContextManager[None]:
+    """Starts and stops pools as the catalogue says."""
+    from serve.deployment import ray_patches
+    from serve.deployment.app import deploy_config
+
+    def deploy(wanted: Sequence[ServeSettings]) -> None:
+        ray_patches.deploy(deploy_config(wanted))
+
+    controller = PoolController(pools, StateDir.of_server(pools[0]).log, deploy)
+    return repeated(controller.update, "the pools could not be changed as the catalogue says.")
 
 
 @contextmanager
@@ -159,7 +168,7 @@ def _ray(directory: Path, pools: Sequence[ServeSettings]) -> Iterator[dict[str, 
     ray_patches.start_ray(directory / "ray", cpus)
     # Ray installs a handler of its own, which ends the process with status 15.
     signal.signal(signal.SIGTERM, on_sigterm)
-    shut_down: Callable[[], None] = partial(ray_patches.shut_down, [settings.application for settings in pools])
+    shut_down: Callable[[], None] = ray_patches.shut_down
     try:
         ray_patches.end_idle_processes()
         yield ray.cluster_resources()
@@ -223,42 +232,9 @@ def _deploy(pools: Sequence[ServeSettings], host: str, port: int, progress: Prog
         raise EngineStartFailed(f"The proxy did not start: {' '.join(str(error).split())}") from error
     ray_patches.deploy(deploy_config(pools))
     names = {settings.application: settings.engine.model_name for settings in pools}
-    _wait_until_running(lambda: ray_serve.status().applications, names, pools[0].all_engines, progress)
+    wait_until_running(lambda: ray_serve.status().applications, names, pools[0].all_engines, progress)
     progress("the proxy starts to answer")
     _wait_until_answering(f"http://{host}:{port}/health")
-
-
-def _wait_until_running(
-    overviews: Callable[[], Mapping[str, Any]], names: Mapping[str, str], engines: int, progress: Progress
-) -> None:
-    """`names`: the base model of each application. Raises EngineStartFailed if one of them can't start."""
-    reported: dict[str, str] = {}
-    while True:
-        known = overviews()
-        applications = {name: known[name] for name in names if name in known}
-        for name, application in applications.items():
-            _check_start(application, names[name] if len(names) > 1 else "", reported)
-        if len(applications) == len(names) and all(each.status == "RUNNING" for each in applications.values()):
-            return
-        deployments = [states for each in applications.values() for states in each.deployments.values()]
-        if applications:
-            ready = sum(states.replica_states.get("RUNNING", 0) for states in deployments)
-            progress(f"{ready} of {engines} engines are ready")
-        time.sleep(_POLL_S)
-
-
-def _check_start(application: Any, model: str, reported: dict[str, str]) -> None:
-    """Raises EngineStartFailed if the application can't start. Warns of an attempt that failed, unless that is what was
-    `reported` for the model last."""
-    if application.status == "RUNNING":
-        return
-    of_model = f" of {model}" if model else ""
-    message, reason = _message(application), _reason(application)
-    if application.status in ("DEPLOY_FAILED", "UNHEALTHY") or reason.startswith(_REFUSED):
-        raise EngineStartFailed(f"The engine{of_model} did not start: {_without_class(reason)}")
-    if _TRACEBACK in message and reason != reported.get(model):
-        logger.warning("Warning: an engine%s did not start, and is tried again: %s", of_model, _without_class(reason))
-        reported[model] = reason
 
 
 def _wait_until_answering(url: str) -> None:
@@ -271,21 +247,6 @@ def _wait_until_answering(url: str) -> None:
                     return
             time.sleep(_POLL_S)
     raise EngineStartFailed(f"The engine runs, but {url} does not answer after {_PROXY_TIMEOUT_S} s.")
-
-
-def _message(application: Any) -> str:
-    """What Ray Serve says of the application: a traceback, once an engine did not start."""
-    messages = [application.message, *(deployment.message for deployment in application.deployments.values())]
-    return str(max(messages, key=len))
-
-
-def _reason(application: Any) -> str:
-    """The exception that ended a start: the last line of the traceback."""
-    return _message(application).strip().rpartition("\n")[2]
-
-
-def _without_class(reason: str) -> str:
-    return reason.removeprefix(_REFUSED).removeprefix(_FAILED)
 
 
 def _kill_leftovers(directory: Path) -> None:

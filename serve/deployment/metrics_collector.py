@@ -18,7 +18,7 @@ from serve.adapters.reconcile import Reconciler
 from serve.adapters.rollout import Rollouts
 from serve.callers.signing_keys import SigningKeys
 from serve.catalogue.catalogue import Catalogue
-from serve.catalogue.file_threads import to_file_thread
+from serve.catalogue.storage.file_threads import to_file_thread
 from serve.engine.protocol import Engine
 from serve.gateway.body import BodyBudget
 from serve.gateway.engine_queue import EngineQueue

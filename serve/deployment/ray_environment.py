@@ -52,7 +52,7 @@ def environment(directory: Path, settings: ServeSettings) -> dict[str, str]:
         "GRAFT_SOCKETS": str(directory / "sockets"),
         "GRAFT_METRICS": str(settings.metrics.directory or ""),
         "GRAFT_BODY_TIMEOUT_S": str(math.ceil(settings.gateway.body_timeout_s)),
-        **({"GRAFT_POOLS": str(map_of_models(directory))} if settings.other_pools else {}),
+        "GRAFT_POOLS": str(map_of_models(directory)),
         **_vllm_environment(replica_cpus=max(1, (os.cpu_count() or 1) // settings.all_engines)),
     }
 

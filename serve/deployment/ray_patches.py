@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,13 @@ def deploy(config: Mapping[str, Any]) -> None:
     client.deploy_apps(ServeDeploySchema.model_validate(config))
 
 
-def shut_down(applications: Sequence[str]) -> None:
-    """Stop the applications, Ray Serve and Ray, in this order: running requests finish, and their responses pass
+def shut_down() -> None:
+    """Stop all applications, Ray Serve and Ray, in this order: running requests finish, and their responses pass
     through the proxy."""
     # Ray prints the intended end of its controller as a failed task, to standard output.
     with contextlib.redirect_stdout(io.StringIO()):
         with contextlib.suppress(Exception):
+            applications = list(ray_serve.status().applications)
             for name in applications:
                 ray_serve.delete(name, _blocking=False)  # all of them finish their requests at the same time
             for name in applications:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ray import serve as ray_serve
 
@@ -67,7 +67,8 @@ class PoolReplicas:
 class ServerReplicas:
     """serve.adapters.publish.Replicas: the replicas of all pools, by the fingerprint of their base model."""
 
-    def __init__(self, pools: Mapping[str, PoolReplicas]) -> None:
+    def __init__(self, pools: Callable[[], Mapping[str, PoolReplicas]]) -> None:
+        """`pools`: those that there are now."""
         self._pools = pools
 
     async def sync(self, awaited: str | None = None, base: str | None = None) -> Sequence[ReplicaReport]:
@@ -75,9 +76,10 @@ class ServerReplicas:
         that can't answer delays no change of this one for longer."""
         if base is None:
             return await self._sync_all()
-        others = [asyncio.create_task(pool.sync()) for known, pool in self._pools.items() if known != base]
+        pools = self._pools()
+        others = [asyncio.create_task(pool.sync()) for known, pool in pools.items() if known != base]
         try:
-            own = self._pools.get(base)
+            own = pools.get(base)
             reports = await own.sync(awaited) if own else []
             if others:
                 await asyncio.wait(others, timeout=_OTHER_POOLS_S)
@@ -89,7 +91,7 @@ class ServerReplicas:
 
     async def _sync_all(self) -> Sequence[ReplicaReport]:
         """The reports of every pool that answers. Raises ReplicaUnreachable if none does."""
-        results = await asyncio.gather(*(pool.sync() for pool in self._pools.values()), return_exceptions=True)
+        results = await asyncio.gather(*(pool.sync() for pool in self._pools().values()), return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         if len(errors) == len(results) or not all(isinstance(error, ReplicaUnreachable) for error in errors):
             raise errors[0]

@@ -19,28 +19,32 @@ from serve.adapters.reconcile import Reconciler
 from serve.adapters.rollout import Rollouts
 from serve.adapters.slot_scheduler import WaitLimits
 from serve.adapters.verification import RevisionVerifier
+from serve.admin.pool_routes import PoolRoutes
 from serve.admin.routes import Admin
-from serve.callers.ledger import RateLimitBackend
-from serve.callers.ledger_ray import ActorLedger
-from serve.callers.ledger_redis import RedisLedger
 from serve.callers.usage import Meter
 from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.catalogue import Catalogue
+from serve.catalogue.pool_changes import pools_of
 from serve.catalogue.state_dir import StateDir
 from serve.deployment.metrics_collector import MetricsCollector
 from serve.deployment.metrics_socket import MetricsSocket
+from serve.deployment.pools.changes import PoolChanges
+from serve.deployment.pools.connections import PoolConnections
 from serve.deployment.proxy.uvicorn_patches import patch_uvicorn_startup
 from serve.deployment.ray_patches import keep_replica_on, node_address
-from serve.deployment.ray_replicas import DEPLOYMENT, PoolReplicas, ServerReplicas
+from serve.deployment.ray_replicas import DEPLOYMENT, ServerReplicas
+from serve.deployment.shared_limits import rate_limit_backend_of
 from serve.engine.protocol import Engine
 from serve.gateway.app import Gateway
 from serve.gateway.request_policy import RequestPolicy
 from serve.gateway.routing.other_pool import OtherPool
+from serve.gateway.routing.other_pools import OtherPools
 from serve.gateway.routing.peers import Peers
 from serve.observability import logs
 from serve.observability.events import NO_EVENTS, Events
 from serve.observability.recorder import MetricsRecorder
 from serve.observability.tracing import tracer_of
-from serve.settings import ServeSettings
+from serve.settings import PoolSettings, ServeSettings
 
 if TYPE_CHECKING:
     from serve.engine.vllm_engine import VllmEngine
@@ -71,20 +75,13 @@ class EngineReplica:
             self._settings.engine, self._recorder.engine_finished, self._settings.tracing.endpoint
         )
         await self._open_state()
-        own = PoolReplicas(context.app_name, self._settings.sync_timeout_s)
-        others = {
-            pool.engine.fingerprint: PoolReplicas(pool.application, self._settings.sync_timeout_s)
-            for pool in self._settings.other_pools
-        }
-        self._admin = self._new_admin(ServerReplicas({self._settings.engine.fingerprint: own, **others}))
-        self._rollouts = Rollouts(self._admin.give_up)
         address = node_address()
         keep_replica_on(address)
-        self._peers = Peers(self._replica, address, own.report, lambda: self._reconciler.follow())
-        self._other_pools = [
-            OtherPool(pool, address, others[pool.engine.fingerprint].report, self._peers.forwarder)
-            for pool in self._settings.other_pools
-        ]
+        self._connections = PoolConnections(self._settings, context.app_name, address, self._current)
+        self._admin = self._new_admin(ServerReplicas(self._connections.replicas))
+        self._rollouts = Rollouts(self._admin.give_up)
+        is_alone = self._settings.replicas == 1
+        self._peers = Peers(self._replica, address, self._connections.own.report, self._catch_up, is_alone)
         patch_uvicorn_startup(self._replica, self._peers.listens_on)
         self._reconciler = self._new_reconciler()
         self._collect_all_metrics()
@@ -100,14 +97,15 @@ class EngineReplica:
             self._settings,
             self._engine,
             self._pool,
-            lambda: self._reconciler.catalogue,
+            self._current,
             self._admin,
             self._rollouts,
-            self._peers if self._settings.all_engines > 1 else None,
+            self._peers,
             policy,
             self._recorder,
             self._tracer,
-            self._other_pools,
+            OtherPools(self._settings, self._current, self._connect_to),
+            PoolRoutes(self._admin, PoolChanges(self._settings, self._log)).routes(),
         )
         self._metrics.engine_queue, self._metrics.bodies = policy.engine_queue, policy.bodies
         if gateway.keys:
@@ -149,10 +147,20 @@ class EngineReplica:
         return Admin(
             settings.gateway.admin_tokens,
             settings.admission,
-            Admission(settings.base_models, settings.admission),
+            Admission(lambda: [pool.engine for pool in pools_of(settings, self._current())], settings.admission),
             self._store,
             control,
         )
+
+    def _current(self) -> Catalogue:
+        """The copy of the catalogue by which requests are resolved."""
+        return self._reconciler.catalogue
+
+    async def _catch_up(self) -> None:
+        await self._reconciler.follow()
+
+    def _connect_to(self, pool: PoolSettings) -> OtherPool:
+        return self._connections.to_pool(pool, self._peers.forwarder)
 
     def _new_reconciler(self) -> Reconciler:
         return Reconciler(
@@ -262,18 +270,6 @@ def import_engine(settings: ServeSettings) -> type[VllmEngine]:
     from serve.engine.vllm_engine import VllmEngine
 
     return VllmEngine
-
-
-async def rate_limit_backend_of(settings: ServeSettings) -> RateLimitBackend:
-    """The place where all replicas count the requests and tokens of callers: Redis if the settings name one, else an
-    actor of Ray."""
-    gateway = settings.gateway
-    if gateway.limits_url:
-        return RedisLedger(gateway.limits_url, gateway.lease_s)
-    ledger = ActorLedger(gateway.lease_s)
-    if gateway.knows_callers:
-        await ledger.prepare()
-    return ledger
 
 
 def pool_of(engine: Engine, store: AdapterStore, settings: ServeSettings, events: Events = NO_EVENTS) -> AdapterPool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from serve.deployment.bundle import bundles_of
+from serve.deployment.pools.bundle import bundles_of
 from serve.errors import StateInvalid
 from serve.settings import ServeSettings
 from serve.settings.admin_tokens import token_digests

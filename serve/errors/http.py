@@ -178,6 +178,10 @@ class PathRefused(InvalidRequest):
     status, code = 403, "path_refused"
 
 
+class PoolRefused(InvalidRequest):
+    status, code = 409, "pool_refused"
+
+
 class AdapterRejected(InvalidRequest):
     status, code = 422, "adapter_rejected"
 

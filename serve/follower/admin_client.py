@@ -82,6 +82,9 @@ class AdminClient:
         reports: list[dict[str, Any]] = self.call("GET", "/admin/v1/replicas")["replicas"]
         return reports
 
+    def remove_pool(self, name: str, reason: str = "") -> dict[str, Any]:
+        return self.call("DELETE", f"/admin/v1/pools/{quote(name, safe='')}?reason={quote(reason, safe='')}")
+
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         import httpx  # both are imported here because that takes time, which `--help` need not wait
 

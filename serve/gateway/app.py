@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -28,7 +28,6 @@ from serve.errors import (
     MethodNotAllowed,
     PoolUnavailable,
     ServeError,
-    TaskUnsupported,
     UnknownModel,
     UnknownRoute,
 )
@@ -38,7 +37,7 @@ from serve.gateway.dispatch import EngineCall
 from serve.gateway.public_routes import ENGINE_ROUTES, error_response
 from serve.gateway.request_policy import RequestPolicy
 from serve.gateway.routing.model_cards import ModelCards
-from serve.gateway.routing.other_pool import OtherPool
+from serve.gateway.routing.other_pools import OtherPools
 from serve.gateway.routing.peers import Peers
 from serve.gateway.routing.resolver import ModelResolver
 from serve.gateway.telemetry_middleware import TelemetryMiddleware
@@ -70,26 +69,27 @@ class Gateway:
         policy: RequestPolicy | None = None,
         recorder: MetricsRecorder | None = None,
         tracer: Tracer | None = None,
-        other_pools: Sequence[OtherPool] = (),
+        other_pools: OtherPools | None = None,
+        pool_routes: Sequence[Route] = (),
     ) -> None:
         """`rollouts`: canaries and shadows, which the replica's reports contain; `peers`: the other replicas of the
-        server, if there are any; `policy`: by default one that shares no limits or usage with other replicas. Raises
-        KeysInvalid."""
+        server, if there are any, and `other_pools` theirs; `pool_routes`: to change pools; `policy`: by default
+        one that shares no limits or usage with other replicas. Raises KeysInvalid."""
         self._engine = engine
         self.policy = policy or RequestPolicy(settings.gateway, engine)
         document = openapi.document(engine.openapi, with_keys=settings.gateway.knows_callers)
         self._openapi = bytes(JSONResponse(document).body)
         rollouts = rollouts or Rollouts(admin.give_up)
-        self._other_pools = other_pools
+        self._other_pools = other_pools = other_pools or OtherPools(settings, catalogue, None)
         self._models = models = ModelResolver(settings.engine.model_name, catalogue, rollouts, other_pools)
         self._cards = ModelCards(settings.engine, lambda: engine.context_tokens, catalogue, models, other_pools)
         offered = openapi.offered_routes(engine.openapi)
         call = EngineCall(engine, pool, models, self.policy, rollouts, peers, offered)
-        # The engines of other pools may offer more.
-        paths = ENGINE_ROUTES if other_pools else offered
-        http = Starlette(routes=self._routes(call, paths, admin), exception_handlers=_EXCEPTION_HANDLERS)
+        # All of them: the engines of other pools may offer more than this one.
+        routes = [*self._routes(call, admin), *pool_routes]
+        http = Starlette(routes=routes, exception_handlers=_EXCEPTION_HANDLERS)
         http.router.redirect_slashes = False  # it would redirect to an address made of the `Host` header
-        engine_routes = EngineRoutes(call, paths, http, self.policy)
+        engine_routes = EngineRoutes(call, ENGINE_ROUTES, http, self.policy)
         recorder = recorder or MetricsRecorder(settings.metrics.max_adapters)
         access_log = AccessLog(settings.log.access_sample)
         self.keys = KeyRing(settings.gateway.keys_file) if settings.gateway.keys_file else None
@@ -105,10 +105,9 @@ class Gateway:
         else:
             await send({"type": "websocket.close", "code": 1008})
 
-    def _routes(self, call: ASGIApp, paths: Collection[str], admin: Admin) -> list[Route]:
+    def _routes(self, call: ASGIApp, admin: Admin) -> list[Route]:
         return [
-            *(Route(path, call, methods=["POST"]) for path in paths),
-            *(Route(path, _unsupported_task, methods=["POST"]) for path in ENGINE_ROUTES if path not in paths),
+            *(Route(path, call, methods=["POST"]) for path in ENGINE_ROUTES),
             Route("/openapi.json", self._describe),
             Route("/health", self._health),
             Route("/health/{name}", self._pool_health),
@@ -126,7 +125,7 @@ class Gateway:
     async def _pool_health(self, request: Request) -> Response:
         """Whether the pool of a base model has a replica that answers. Raises UnknownModel or PoolUnavailable."""
         name, key = request.path_params["name"], key_of(request.scope)
-        pool = next((pool for pool in self._other_pools if pool.name == name), None)
+        pool = self._other_pools.named(name)
         if (pool is None and name != self._models.base_model) or (key is not None and not key.may_use(name)):
             raise UnknownModel(name, self._models.known(key))
         if pool is None:
@@ -189,10 +188,6 @@ def without_root_path(scope: Scope) -> Scope:
         return scope
     path = scope["path"].removeprefix(root)
     return {**scope, "root_path": "", "path": path, "raw_path": path.encode()}
-
-
-async def _unsupported_task(request: Request) -> Response:
-    raise TaskUnsupported(request.url.path)
 
 
 async def _serve_error(request: Request, error: Exception) -> Response:

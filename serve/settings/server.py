@@ -21,6 +21,10 @@ class AdmissionSettings(FrozenSettings):
     adapter_roots: tuple[Path, ...] = Field(
         (), description="Directories in which callers of the admin API may name adapters; none: no paths are taken."
     )
+    artifact_roots: tuple[Path, ...] = Field(
+        (),
+        description="Directories in which callers of the admin API may name artifacts for new pools; none: no pools.",
+    )
     max_adapter_bytes: PositiveInt = Field(4 << 30, description="Larger adapters are refused.")
     allow_other_template: bool = Field(
         False, description="Take adapters that bring another tokenizer or chat template than the base model's."
@@ -49,13 +53,19 @@ class PoolSettings(FrozenSettings):
         "/", description="What the paths of that application begin with. The pool at `/` gets requests for all others."
     )
     replicas: PositiveInt = Field(1, description="Engines, each a process of its own with the whole model.")
+    added: bool = Field(False, description="It was added while the server ran; the others are served until it stops.")
 
 
 class ServeSettings(PoolSettings):
     """One pool of a server, and what all pools of the server share."""
 
     other_pools: tuple[PoolSettings, ...] = Field(
-        (), description="The other pools of this server, which share its catalogue, keys, limits and usage."
+        (),
+        description="The other pools that the server was started with, which share its catalogue, keys, limits and "
+        "usage. Those that were added later are in the catalogue.",
+    )
+    takes_pools: bool = Field(
+        False, description="A process of the server starts and stops pools as the catalogue says: `run` does."
     )
     gateway: GatewaySettings
     admission: AdmissionSettings = AdmissionSettings()
@@ -92,10 +102,5 @@ class ServeSettings(PoolSettings):
 
     @property
     def all_engines(self) -> int:
-        """The engines of all pools."""
+        """The engines of the pools that the server was started with."""
         return self.replicas + sum(pool.replicas for pool in self.other_pools)
-
-    @property
-    def base_models(self) -> tuple[EngineSettings, ...]:
-        """The engines' settings of all pools, this one first."""
-        return (self.engine, *(pool.engine for pool in self.other_pools))

@@ -29,7 +29,7 @@ from convert.artifact import (
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.gateway.app import Gateway
 from serve.names import AdapterRevision
 from tests.object_store import bucket_url, s3_server

@@ -22,7 +22,7 @@ from serve.adapters.reconcile import Reconciler, ReplicaReport
 from serve.admin.routes import Admin
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.deployment.proxy.uvicorn_patches import patch_uvicorn_startup
 from serve.errors import ReplicaUnreachable
 from serve.follower.http_client import direct_async_client
@@ -111,7 +111,7 @@ async def serving(
     admin = Admin(
         settings.gateway.admin_tokens,
         settings.admission,
-        Admission([settings.engine], settings.admission),
+        Admission(lambda: [settings.engine], settings.admission),
         store,
         Control(log, fleet),  # type: ignore[arg-type]
     )

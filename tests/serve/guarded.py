@@ -23,7 +23,7 @@ from serve.callers.ledger import RateLimitBackend
 from serve.callers.usage import Meter
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.engine.token_counter import current_counter
 from serve.gateway.app import Gateway
 from serve.gateway.request_policy import RequestPolicy
@@ -93,7 +93,7 @@ async def guarded_gateway(
     pool = AdapterPool(engine, store, capacity=4)
     reconciler = Reconciler("replica-1", log, engine, pool, verify_nothing)
     await reconciler.sync()
-    admission = Admission([all_settings.engine], all_settings.admission)
+    admission = Admission(lambda: [all_settings.engine], all_settings.admission)
     admin = Admin(
         gateway_settings.admin_tokens,
         all_settings.admission,

@@ -113,7 +113,7 @@ async def server(
     reconciler = Reconciler("one", log, engine, pool, verify_nothing, events=recorder)
     await reconciler.sync()
     control = ReportingControl(log, OneReplica(reconciler), events=recorder)
-    admission = Admission([settings.engine], settings.admission)
+    admission = Admission(lambda: [settings.engine], settings.admission)
     admin = Admin(settings.gateway.admin_tokens, settings.admission, admission, store, control)
     gateway = Gateway(settings, engine, pool, lambda: reconciler.catalogue, admin, recorder=recorder)
     snapshot = MetricsCollector(settings, recorder, engine, pool, reconciler, bodies=gateway.policy.bodies)

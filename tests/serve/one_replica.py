@@ -15,7 +15,7 @@ from serve.admin.routes import Admin
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.errors import AdapterRejected
 from serve.gateway.app import Gateway
 from serve.settings import EngineSettings, GatewaySettings, ServeSettings

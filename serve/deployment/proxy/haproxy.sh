@@ -27,6 +27,7 @@
 #
 # 9. With several pools, a request goes to the pool of its `model`, which is looked up in a map file. HAProxy reads it from
 #    what it holds of the body. Every other request goes to the first pool, or to another one while that has no replica.
+#    The name `*` is in the map while there are several pools (serve/deployment/proxy/proxy_map.py).
 set -eu
 config='' before=''
 for argument; do
@@ -99,7 +100,8 @@ pass_on_whole_requests() {
     rules="$rules\\n    http-request set-header x-request-disconnect-disabled ?1 if METH_POST !{ path_beg /admin }"
     if [ -n "${GRAFT_POOLS:-}" ]; then
         model="req.body,json_query('$.model'),field(1,@)"
-        rules="$rules\\n    http-request set-var(txn.pool) $model,map($GRAFT_POOLS) if METH_POST !{ path_beg /admin }"
+        several="{ str(*),map($GRAFT_POOLS) -m found }"
+        rules="$rules\\n    http-request set-var(txn.pool) $model,map($GRAFT_POOLS) if METH_POST !{ path_beg /admin } $several"
     fi
     change '^frontend http_frontend$' "a\\$rules"
 }

@@ -7,38 +7,35 @@ gets the request forwards it (serve/gateway/routing/relay.py).
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from convert.artifact.durable_files import replace_file
 from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.log import CatalogueLog
+from serve.catalogue.pool_changes import pools_of
 from serve.observability.proxy import read
-from serve.settings import PoolSettings
+from serve.settings import PoolSettings, ServeSettings
 
-_POLL_S = 0.5
+# No model can have this name. Its entry says that there are several pools; the names of pools are read only then.
+SEVERAL_POOLS = "*"
 # A proxy that was being replaced when the map changed may have read the older file.
 _COMPARE_S = 5.0
 _TIMEOUT_S = 2.0
 _NAMES_PER_COMMAND = 100  # HAProxy takes 16 KiB at once
 
-logger = logging.getLogger(__name__)
-
 
 class ProxyMap:
     """Keeps the file and the running proxies of this machine up to date."""
 
-    def __init__(self, path: Path, sockets: Path, pools: Sequence[PoolSettings], log: CatalogueLog) -> None:
-        """`sockets`: the directory of Ray Serve's files for HAProxy, one directory below it for each proxy."""
+    def __init__(self, path: Path, sockets: Path, settings: ServeSettings, log: CatalogueLog) -> None:
+        """`sockets`: the directory of Ray Serve's files for HAProxy, one directory below it for each proxy. `settings`:
+        of any pool that the server was started with."""
         self._path = path
         self._sockets = sockets
         self._log = log
-        self._backends = {pool.engine.fingerprint: backend_of(pool) for pool in pools}
-        self._base_models = {pool.engine.model_name: backend_of(pool) for pool in pools}
+        self._settings = settings
         self._catalogue = Catalogue()
         self._written: Mapping[str, str] | None = None
         self._compared_s = 0.0
@@ -46,7 +43,7 @@ class ProxyMap:
     def update(self) -> None:
         """Follow the catalogue. Raises StoreUnavailable if it can't be read."""
         self._catalogue = self._log.follow(self._catalogue)
-        names = {**self._adapters(), **self._base_models}
+        names = self._backends()
         changed = names != self._written
         if changed:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,13 +54,20 @@ class ProxyMap:
             for proxy in self._sockets.glob("*/admin.sock"):
                 self._change(proxy, names)
 
-    def _adapters(self) -> dict[str, str]:
-        return {
-            name: self._backends[base]
+    def _backends(self) -> dict[str, str]:
+        """The backend of each name. Nothing with a single pool: HAProxy then reads no body (see `haproxy.sh`)."""
+        pools = pools_of(self._settings, self._catalogue)
+        if len(pools) == 1:
+            return {}
+        by_base = {pool.engine.fingerprint: backend_of(pool) for pool in pools}
+        adapters = {
+            name: by_base[base]
             for name, state in self._catalogue.adapters.items()
             for base in state.live_bases
-            if base in self._backends
+            if base in by_base
         }
+        base_models = {pool.engine.model_name: backend_of(pool) for pool in pools}
+        return {SEVERAL_POOLS: "yes", **adapters, **base_models}
 
     def _change(self, proxy: Path, names: Mapping[str, str]) -> None:
         known = dict(line.split(" ", 2)[1:] for line in _ask(proxy, f"show map {self._path}").splitlines() if line)
@@ -75,36 +79,9 @@ class ProxyMap:
             _ask(proxy, ";".join(commands[first : first + _NAMES_PER_COMMAND]))
 
 
-@contextmanager
-def followed(proxy_map: ProxyMap) -> Iterator[None]:
-    """Has a thread update the map until the block ends. Raises StoreUnavailable if the catalogue can't be read at the
-    beginning."""
-    proxy_map.update()
-    ended = threading.Event()
-    thread = threading.Thread(target=_follow, args=(proxy_map, ended), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def backend_of(pool: PoolSettings) -> str:
     """What Ray Serve calls the pool in HAProxy's configuration."""
     return f"http-{pool.application}"
-
-
-def _follow(proxy_map: ProxyMap, ended: threading.Event) -> None:
-    failing = False
-    while not ended.wait(_POLL_S):
-        try:
-            proxy_map.update()
-            failing = False
-        except Exception:  # any error may be over at the next attempt, and requests are answered meanwhile
-            if not failing:
-                logger.warning("Warning: the proxy's map of models could not be updated.", exc_info=True)
-            failing = True
 
 
 def _ask(proxy: Path, command: str) -> str:

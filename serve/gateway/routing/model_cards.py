@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -12,7 +12,7 @@ from starlette.routing import Route
 from serve.callers.identity import key_of
 from serve.catalogue.catalogue import Catalogue
 from serve.errors import UnknownModel
-from serve.gateway.routing.other_pool import OtherPool
+from serve.gateway.routing.other_pools import OtherPools
 from serve.gateway.routing.resolver import ModelResolver
 from serve.names import AdapterRevision, RequestedModel
 from serve.settings import EngineSettings
@@ -29,19 +29,15 @@ class ModelCards:
         context_tokens: Callable[[], int],
         catalogue: Callable[[], Catalogue],
         models: ModelResolver,
-        other_pools: Sequence[OtherPool] = (),
+        other_pools: OtherPools,
     ) -> None:
         """`engine`, `context_tokens`: of this replica's own pool."""
         self._catalogue = catalogue
         self._models = models
-        self._own_base = engine.fingerprint
+        self._own = engine
         self._context_tokens = context_tokens
         self._other_pools = other_pools
-        self._engines = {
-            known.fingerprint: known for known in (engine, *(pool.settings.engine for pool in other_pools))
-        }
-        # The time of the model's files and not of the start, because it must be the same in every replica.
-        self._created = {base: int(known.model_path.stat().st_mtime) for base, known in self._engines.items()}
+        self._created: dict[str, int] = {}
         self._list: tuple[object, bytes] = (None, b"")  # what it was made of, response body
 
     def routes(self) -> list[Route]:
@@ -61,39 +57,61 @@ class ModelCards:
         """The model of that name; or the revision, under the name that an answer's `model` has."""
         name, key, catalogue = request.path_params["name"], key_of(request.scope), self._catalogue()
         tokens, requested = await self._tokens(), RequestedModel.parse(name)
-        base = next((base for base, engine in self._engines.items() if engine.model_name == name), None)
+        engine = next((engine for engine in self._engines().values() if engine.model_name == name), None)
         adapter = catalogue.resolve(requested)
-        if (adapter is None and base is None) or (key is not None and not key.may_use(requested.name)):
+        if (adapter is None and engine is None) or (key is not None and not key.may_use(requested.name)):
             raise UnknownModel(name, self._models.known(key))
-        if base or adapter is None:
-            return JSONResponse(self._base_card(base or self._own_base, tokens))
-        card = self._card(catalogue, adapter, tokens)
+        if engine or adapter is None:
+            return JSONResponse(self._base_card(engine or self._own, tokens))
+        card = self._card(catalogue, self._engines(), adapter, tokens)
         return JSONResponse(card | {"id": card["root"]} if requested.revision else card)
 
     async def _tokens(self) -> Mapping[str, int | None]:
         """The context of each base model, as far as it is known."""
-        others = {pool.base: await pool.context_tokens() for pool in self._other_pools}
-        return {self._own_base: self._context_tokens(), **others}
+        others = {pool.base: await pool.context_tokens() for pool in self._other_pools.all()}
+        return {self._own.fingerprint: self._context_tokens(), **others}
+
+    def _engines(self) -> Mapping[str, EngineSettings]:
+        """Those of all pools, by the fingerprint of the base model."""
+        others = (pool.settings.engine for pool in self._other_pools.all())
+        return {engine.fingerprint: engine for engine in (self._own, *others)}
 
     def _all(
         self, catalogue: Catalogue, tokens: Mapping[str, int | None], may_use: Callable[[str], bool]
     ) -> list[Card]:
         """The models whose names a caller may use, in an order that is the same in every replica."""
-        engines = sorted(self._engines.values(), key=lambda engine: engine.model_name)
-        bases = [self._base_card(engine.fingerprint, tokens) for engine in engines if may_use(engine.model_name)]
+        by_base = self._engines()
+        engines = sorted(by_base.values(), key=lambda engine: engine.model_name)
+        bases = [self._base_card(engine, tokens) for engine in engines if may_use(engine.model_name)]
         adapters = sorted(adapter for adapter in catalogue.current if may_use(adapter.name))
-        return [*bases, *(self._card(catalogue, adapter, tokens) for adapter in adapters)]
+        return [*bases, *(self._card(catalogue, by_base, adapter, tokens) for adapter in adapters)]
 
-    def _base_card(self, base: str, tokens: Mapping[str, int | None]) -> Card:
-        name = self._engines[base].model_name
-        return model_card(name, name, None, self._created[base], tokens[base])
+    def _base_card(self, engine: EngineSettings, tokens: Mapping[str, int | None]) -> Card:
+        name, base = engine.model_name, engine.fingerprint
+        return model_card(name, name, None, self._created_at(engine), tokens.get(base))
 
-    def _card(self, catalogue: Catalogue, current: AdapterRevision, tokens: Mapping[str, int | None]) -> Card:
-        base = catalogue.candidate(current).base
-        base = base if base in self._engines else self._own_base
+    def _created_at(self, engine: EngineSettings) -> int:
+        """The time of the model's files and not of the start, because it must be the same in every replica; 0 while the
+        files can't be reached."""
+        if engine.fingerprint not in self._created:
+            try:
+                self._created[engine.fingerprint] = int(engine.model_path.stat().st_mtime)
+            except OSError:
+                return 0
+        return self._created[engine.fingerprint]
+
+    def _card(
+        self,
+        catalogue: Catalogue,
+        engines: Mapping[str, EngineSettings],
+        current: AdapterRevision,
+        tokens: Mapping[str, int | None],
+    ) -> Card:
+        engine = engines.get(catalogue.candidate(current).base, self._own)
         revision = catalogue.revision(current)
-        created = int(revision.at.timestamp()) if revision else self._created[base]
-        return model_card(current.name, current.engine_name, self._engines[base].model_name, created, tokens[base])
+        created = int(revision.at.timestamp()) if revision else self._created_at(engine)
+        context = tokens.get(engine.fingerprint)
+        return model_card(current.name, current.engine_name, engine.model_name, created, context)
 
 
 def model_card(name: str, root: str, parent: str | None, created: int, context_tokens: int | None) -> Card:

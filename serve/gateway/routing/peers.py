@@ -58,6 +58,7 @@ class Peers:
     host: str  # where the other replicas reach this machine
     fetch_reports: FetchReports
     follow: Callable[[], Awaitable[None]]  # has this replica follow the catalogue
+    is_alone: bool = False  # its pool has no other replica
     address: str | None = None
     forwarder: Forwarder = field(default_factory=Forwarder)
     _following: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -71,6 +72,8 @@ class Peers:
     async def holder_of(self, adapter: AdapterRevision) -> ForwardTarget | None:
         """A replica that would run a request of the adapter at once; None if there is none, or if the reports don't
         come in time."""
+        if self.is_alone:
+            return None
         reports = await self._reports.get()
         own_requests = next((report.running_requests for report in reports if report.replica == self.replica), 0)
         candidates = [

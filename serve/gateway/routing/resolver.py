@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from serve.adapters.canary import RevisionChoice
 from serve.adapters.rollout import Rollouts
@@ -10,6 +10,7 @@ from serve.callers.keys import Key
 from serve.catalogue.catalogue import Catalogue
 from serve.errors import ModelMissing, UnknownModel
 from serve.gateway.routing.other_pool import OtherPool
+from serve.gateway.routing.other_pools import OtherPools
 from serve.names import AdapterRevision, RequestedModel
 
 
@@ -21,15 +22,14 @@ class ModelResolver:
         base_model: str,
         catalogue: Callable[[], Catalogue],
         rollouts: Rollouts,
-        other_pools: Sequence[OtherPool] = (),
+        other_pools: OtherPools,
     ) -> None:
         """`base_model`: of this replica's own pool; `rollouts` choose the revision for callers of an adapter that has a
         canary."""
         self.base_model = base_model
         self._catalogue = catalogue
         self._rollouts = rollouts
-        self._by_name = {pool.name: pool for pool in other_pools}
-        self._by_base = {pool.base: pool for pool in other_pools}
+        self._other_pools = other_pools
 
     def epoch(self) -> int:
         """How far this replica has followed the catalogue."""
@@ -39,11 +39,11 @@ class ModelResolver:
         """The other pool that answers requests for `model`; None if this replica answers them, or says that there is
         no such model. Raises UnknownModel for a model that the caller's key may not use, and ModelMissing: with several
         pools every request must name its model."""
-        if not self._by_name:
+        if not self._other_pools.all():
             return None
         if model is None:
             raise ModelMissing
-        pool = self._by_name.get(model)
+        pool = self._other_pools.named(model)
         name = RequestedModel.parse(model)
         if pool is None and (adapter := self._catalogue().resolve(name)):
             pool = self.pool_of(adapter)
@@ -53,7 +53,7 @@ class ModelResolver:
 
     def pool_of(self, adapter: AdapterRevision) -> OtherPool | None:
         """The other pool whose base model an adapter of the catalogue is made for; None: this replica's own."""
-        return self._by_base.get(self._catalogue().candidate(adapter).base) if self._by_base else None
+        return self._other_pools.of_base(self._catalogue().candidate(adapter).base)
 
     def resolve(self, model: str | None, caller: str, key: Key | None) -> RevisionChoice | None:
         """The revision that answers a request for `model`; None for the base model. Raises UnknownModel, also for a
@@ -75,5 +75,5 @@ class ModelResolver:
 
     def _names(self) -> Iterator[str]:
         yield self.base_model
-        yield from self._by_name
+        yield from (pool.name for pool in self._other_pools.all())
         yield from (current.name for current in self._catalogue().current)

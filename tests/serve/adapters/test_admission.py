@@ -41,9 +41,9 @@ def test_no_adapter_takes_the_name_of_any_base_model() -> None:
 
 
 def test_a_plain_adapter_must_say_its_base_model_where_several_take_adapters() -> None:
-    admission = Admission([SMALL, MERGED, LARGE], AdmissionSettings())
+    admission = Admission(lambda: [SMALL, MERGED, LARGE], AdmissionSettings())
 
-    assert Admission([MERGED, SMALL], AdmissionSettings()).engine_for(None) == SMALL
+    assert Admission(lambda: [MERGED, SMALL], AdmissionSettings()).engine_for(None) == SMALL
     assert admission.engine_for("large") == LARGE
     with pytest.raises(AdapterRejected, match="there are several here: small, large"):
         admission.engine_for(None)

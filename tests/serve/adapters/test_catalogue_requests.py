@@ -12,9 +12,9 @@ from serve.adapters.pool import AdapterPool
 from serve.adapters.publish import Control
 from serve.adapters.reconcile import Reconciler
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.bucket_store import BucketStore
 from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.log import SNAPSHOT_EVERY, CatalogueLog
+from serve.catalogue.storage.bucket_store import BucketStore
 from tests.object_store import bucket_url, s3_server
 from tests.serve.conftest import candidate, verify_nothing
 from tests.serve.fakes import FakeEngine

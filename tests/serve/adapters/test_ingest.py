@@ -16,7 +16,7 @@ from serve.adapters.admission import Admission
 from serve.adapters.ingest import ingest_artifact, ingest_path
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.candidate import Candidate
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.errors import AdapterRejected, ArtifactRefused, PathRefused, StoreUnavailable
 from serve.settings import AdmissionSettings, EngineSettings
 from tests.convert import parts
@@ -175,7 +175,7 @@ def test_where_keys_are_trusted_only_what_one_of_them_signed_gets_in(
     private, public = make_key(tmp_path)
     unsigned = desk.take(desk.roots / "a")
     engine = desk.engine.model_copy(update={"fingerprint": unsigned.base})  # type: ignore[attr-defined]
-    admission = Admission([engine], desk.settings.model_copy(update={"trusted_keys": (public,)}))
+    admission = Admission(lambda: [engine], desk.settings.model_copy(update={"trusted_keys": (public,)}))
     files = desk.store.path(unsigned.adapter)  # type: ignore[attr-defined]
 
     with pytest.raises(AdapterRejected, match="is not signed by a key"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from serve.adapters.pool import AdapterPool
 from serve.adapters.slot_scheduler import WaitLimits
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.errors import AdaptersExhausted, AdapterUnavailable
 from serve.names import AdapterRevision
 from tests.serve.conftest import revision

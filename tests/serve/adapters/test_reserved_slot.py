@@ -17,7 +17,7 @@ from serve.adapters.reconcile import Reconciler
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.errors import AdapterUnavailable, PublishFailed
 from serve.names import AdapterRevision
 from tests.serve.conftest import candidate, verify_nothing

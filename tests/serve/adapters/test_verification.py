@@ -10,7 +10,7 @@ from convert.artifact import Golden, GoldenPrompt
 from serve.adapters.verification import RevisionVerifier
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.candidate import Candidate
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.errors import AdapterRejected, AdapterUnavailable
 from serve.settings import AdmissionSettings
 from tests.serve.conftest import candidate

@@ -19,7 +19,7 @@ from serve.adapters.verification import RevisionVerifier
 from serve.admin.routes import Admin
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.gateway.app import Gateway
 from serve.settings import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
 from serve.settings.admin_tokens import sha256
@@ -51,7 +51,7 @@ async def client(
     pool = AdapterPool(engine, store, capacity=8)
     verifier = RevisionVerifier(engine, store, settings.admission)
     reconciler = Reconciler("replica-1", log, engine, pool, verifier.verify)
-    admission = Admission([settings.engine], settings.admission)
+    admission = Admission(lambda: [settings.engine], settings.admission)
     control = Control(log, OneReplica(reconciler))
     admin = Admin(settings.gateway.admin_tokens, settings.admission, admission, store, control)
     gateway = Gateway(settings, engine, pool, lambda: reconciler.catalogue, admin)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from serve.callers.usage import Meter, read_usage
-from serve.catalogue.object_store import DirectoryStore, ObjectStore
+from serve.catalogue.storage.object_store import DirectoryStore, ObjectStore
 from serve.engine.api_errors import EngineFault
 from serve.engine.token_counter import Tokens, count_outputs, count_tokens, current_counter
 from serve.errors import StoreUnavailable
@@ -129,7 +129,7 @@ async def test_it_is_written_now_and_then_and_an_outage_is_reported_once(
 
 
 def test_an_object_store_keeps_it_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    from serve.catalogue.bucket_store import BucketStore
+    from serve.catalogue.storage.bucket_store import BucketStore
 
     with s3_server() as endpoint:
         objects = BucketStore(bucket_url(endpoint, "usage", monkeypatch))

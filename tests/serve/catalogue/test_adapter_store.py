@@ -10,7 +10,7 @@ import pytest
 from serve.adapters.ingest import ingest_artifact
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.errors import AdapterUnavailable, ArtifactRefused, StoreUnavailable
 from tests.serve.conftest import MakeArtifact, candidate, revision
 

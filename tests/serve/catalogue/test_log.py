@@ -20,7 +20,7 @@ from serve.catalogue.candidate import Candidate
 from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.entry import Audit, Entry
 from serve.catalogue.log import SNAPSHOT_EVERY, CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.errors import PublishFailed, StateInvalid, StoreUnavailable, TransitionRefused, UnknownModel
 from serve.names import RequestedModel
 from tests.serve.catalogue.publishing import NEW, OLD, published

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from convert.artifact import digest, file_digests
 from serve.catalogue.state_dir import StateDir
 from serve.cli.app import app
-from serve.cli.bootstrap import check_memory
 from serve.cli.run import RunOptions, settings_of_pools
-from serve.deployment.bundle import bundles_of
+from serve.deployment.pools.bundle import bundles_of
+from serve.deployment.pools.room import check_memory
 from serve.errors import MemoryShort
 from serve.settings.admin_tokens import sha256
 from tests.serve.conftest import MakeArtifact, write_weights

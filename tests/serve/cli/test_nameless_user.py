@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy
 from serve.adapters.admission import Admission
 from serve.catalogue.state_dir import StateDir
-from serve.cli.bootstrap import register
-from serve.deployment.bundle import bundles_of
+from serve.deployment.pools.bootstrap import register
+from serve.deployment.pools.bundle import bundles_of
 from serve.settings import ServeSettings
 
 os.setgroups([])

@@ -51,7 +51,6 @@ def test_the_proxy_is_given_a_map_of_models_and_the_engines_their_share_of_the_c
     one = settings_in(tmp_path)
     other = PoolSettings(engine=one.engine.model_copy(update={"fingerprint": "1" * 64}), replicas=3)
 
-    assert "GRAFT_POOLS" not in environment(tmp_path, one)
     variables = environment(tmp_path, one.model_copy(update={"other_pools": (other,)}))
     assert variables["GRAFT_POOLS"] == str(proxy_environment.map_of_models(tmp_path))
     assert variables["OMP_NUM_THREADS"] == "2"

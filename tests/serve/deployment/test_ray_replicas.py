@@ -33,7 +33,7 @@ class Pool:
 
 
 def server(**pools: Any) -> ServerReplicas:
-    return ServerReplicas(pools)
+    return ServerReplicas(lambda: pools)
 
 
 async def test_a_change_waits_for_the_adapters_own_pool_and_the_other_one_follows() -> None:

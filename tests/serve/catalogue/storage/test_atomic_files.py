@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from serve.catalogue.atomic_files import create_file, replace_file
+from serve.catalogue.storage.atomic_files import create_file, replace_file
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def test_an_existing_file_is_never_created_again(tmp_path: Path) -> None:
@@ -69,6 +69,6 @@ def test_no_module_writes_a_file_in_place() -> None:
 
     # The store writes into a temporary directory, which is renamed as a whole. A log is only ever added to.
     assert writers == [
-        "serve/catalogue/atomic_files.py",
+        "serve/catalogue/storage/atomic_files.py",
         "serve/observability/logs.py",
     ]

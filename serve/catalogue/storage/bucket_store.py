@@ -27,7 +27,7 @@ _RETRIES, _RETRY_TIMEOUT = 3, timedelta(seconds=10)
 
 
 class BucketStore:
-    """`serve.catalogue.object_store.ObjectStore` in a bucket, which takes large files as well."""
+    """`serve.catalogue.storage.object_store.ObjectStore` in a bucket, which takes large files as well."""
 
     def __init__(self, url: str) -> None:
         """Sends no request. Raises StateInvalid if `url` is not SCHEME://BUCKET/PREFIX with one of SCHEMES."""

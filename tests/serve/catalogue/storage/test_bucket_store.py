@@ -13,9 +13,9 @@ import pytest
 from convert.artifact import digest
 from serve.adapters.ingest import ingest_artifact
 from serve.adapters.pool import AdapterPool
-from serve.catalogue.bucket_store import BucketStore
 from serve.catalogue.log import CatalogueLog
 from serve.catalogue.state_dir import StateDir
+from serve.catalogue.storage.bucket_store import BucketStore
 from serve.errors import AdapterUnavailable, StateInvalid, StoreUnavailable
 from serve.names import AdapterRevision
 from tests.serve.conftest import MakeArtifact, candidate

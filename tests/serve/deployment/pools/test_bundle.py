@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.deployment.bundle import bundles_of
+from serve.deployment.pools.bundle import bundles_of
 from serve.errors import ArtifactRefused
 from serve.settings import supported_rank
 from tests.serve.conftest import MakeArtifact

@@ -16,11 +16,11 @@ from serve.adapters.ingest import ingest_artifact
 from serve.adapters.pool import AdapterPool
 from serve.adapters.reconcile import Reconciler
 from serve.catalogue.adapter_store import AdapterStore
-from serve.catalogue.bucket_store import BucketStore
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.object_store import DirectoryStore
 from serve.catalogue.state_dir import StateDir
+from serve.catalogue.storage.bucket_store import BucketStore
+from serve.catalogue.storage.object_store import DirectoryStore
 from serve.errors import AdapterUnavailable
 from serve.names import AdapterRevision
 from tests.serve.catalogue.publishing import published

@@ -1,7 +1,7 @@
 """Where the catalogue is kept: small objects under keys, each created once and never changed.
 
 There are two implementations: files in a directory (here), and an object store of a cloud
-(`serve.catalogue.bucket_store`).
+(`serve.catalogue.storage.bucket_store`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from serve.catalogue.atomic_files import create_file
+from serve.catalogue.storage.atomic_files import create_file
 from serve.errors import StoreUnavailable
 
 

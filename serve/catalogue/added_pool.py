@@ -1,0 +1,45 @@
+"""A pool that was added to a running server, as the catalogue records it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import pydantic
+from pydantic import ConfigDict, Field
+
+from convert.artifact import Name, Sha256
+from serve.settings import APP_NAME, EngineSettings, PoolSettings
+
+
+@pydantic.dataclasses.dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class AddedPool:
+    """Entries of the log and snapshots hold these fields, so their names stay."""
+
+    name: Name = Field(description="What clients write as `model` to reach the base model or merged model.")
+    base: Sha256 = Field(description="Fingerprint of the model, which adapters for it name.")
+    model_path: Path = Field(description="The model's directory on the server's machine.")
+    replicas: Annotated[int, Field(ge=1)] = 1
+    max_lora_rank: Annotated[int, Field(ge=0, le=512)] = Field(description="0: no adapters.")
+    max_active_adapters: Annotated[int, Field(ge=1)]
+    max_resident_adapters: Annotated[int, Field(ge=1)]
+    vllm_args: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> PoolSettings:
+        """The pool as a server runs it. Raises ValidationError for an argument that vLLM may not be given."""
+        return PoolSettings(
+            engine=EngineSettings(
+                model_path=self.model_path,
+                model_name=self.name,
+                fingerprint=self.base,
+                max_lora_rank=self.max_lora_rank,
+                max_active_adapters=self.max_active_adapters,
+                max_resident_adapters=self.max_resident_adapters,
+                vllm_args=self.vllm_args,
+            ),
+            application=f"{APP_NAME}-{self.name}",
+            route_prefix=f"/pools/{self.name}",
+            replicas=self.replicas,
+            added=True,
+        )

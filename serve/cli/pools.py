@@ -1,0 +1,132 @@
+"""The commands that add pools to a running server, show them and remove them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+
+from convert.artifact import Artifact
+from serve.cli.command import expand_options
+from serve.cli.console import (
+    StepProgress,
+    counted,
+    err,
+    print_change,
+    print_json,
+    print_line,
+    print_rows,
+    reported_errors,
+)
+from serve.cli.options import ChangeOptions, QueryOptions
+from serve.errors import PoolRefused
+from serve.follower.admin_client import AdminClient
+
+PoolName = Annotated[str, typer.Argument(metavar="NAME", help="The base model or merged model, as clients write it.")]
+
+_COLUMNS = ("name", "kind", "state", "ready", "reason")
+_POLL_S = 0.5
+
+
+class _NewPoolFields(BaseModel):
+    name: Annotated[
+        str | None, typer.Option(help="What clients write as `model`; default: the artifact's own name.")
+    ] = None
+    replicas: Annotated[int, typer.Option(min=1, help="Engines, each with the whole model.")] = 1
+    max_lora_rank: Annotated[
+        int | None, typer.Option(min=0, help="Largest rank of its adapters; default: what they need now; 0: none.")
+    ] = None
+    wait: Annotated[bool, typer.Option(help="Return when its engines answer, or fail.")] = True
+
+
+class NewPoolOptions(ChangeOptions, _NewPoolFields):
+    """The options of `pool add`. `--help` lists the options of the last base class first."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Make `pool` a command of `app`."""
+    group = typer.Typer(
+        help="Pools: the base models and merged models of a running server, each with engines of its own.",
+        no_args_is_help=True,
+    )
+    for name, command in (("add", add), ("list", list_pools), ("remove", remove)):
+        group.command(name)(command)
+    app.add_typer(group, name="pool")
+
+
+@expand_options
+def add(
+    options: NewPoolOptions,
+    artifact: Annotated[
+        Path, typer.Argument(help="An artifact that holds its model, on the server's machine: merged, or 4-bit base.")
+    ],
+) -> None:
+    """Serve one more base model or merged model, while everything else keeps answering.
+
+    The server starts engines for it, with the settings that `run` was given, and starts them again whenever it starts
+    itself. If the artifact has an adapter, that is published once the engines answer.
+    """
+    with reported_errors():
+        client, root = options.client(), artifact.absolute()
+        pool = client.call("POST", "/admin/v1/pools", _body(options, root))
+        if options.wait:
+            pool = _wait_until_ready(client, pool["name"])
+            _publish_adapter(client, root, options.reason)
+    if options.as_json:
+        print_json(pool)
+    elif pool["state"] == "running":
+        err.print(f"[bold]{pool['name']}[/] answers ({counted(pool['ready'], 'engine')}).", soft_wrap=True)
+    else:
+        err.print(f"[bold]{pool['name']}[/] starts: see `python -m serve pool list`.", soft_wrap=True)
+
+
+@expand_options
+def list_pools(options: QueryOptions) -> None:
+    """Show every pool: how many of its engines are ready, and why one is not."""
+    with reported_errors():
+        pools = options.client().call("GET", "/admin/v1/pools")["pools"]
+    rows = [pool | {"ready": f"{pool['ready']} of {pool['replicas']}"} for pool in pools]
+    print_rows(rows, _COLUMNS, options.as_json, {"pools": pools})
+
+
+@expand_options
+def remove(options: ChangeOptions, name: PoolName) -> None:
+    """Stop serving a pool that was added. New requests for it get a 404, running ones may finish."""
+    with reported_errors():
+        answer = options.client().remove_pool(name, options.reason)
+        print_change(answer, options.as_json, "[bold]{name}[/] stops.")
+
+
+def _body(options: NewPoolOptions, root: Path) -> dict[str, Any]:
+    fields = options.model_dump(include={"name", "replicas", "max_lora_rank", "reason"})
+    return {"path": str(root), **fields}
+
+
+def _wait_until_ready(client: AdminClient, name: str) -> dict[str, Any]:
+    """Raises PoolRefused with the reason if the engines don't start, or if the pool is removed meanwhile."""
+    progress = StepProgress()
+    try:
+        while True:
+            pools = {pool["name"]: pool for pool in client.call("GET", "/admin/v1/pools")["pools"]}
+            if (pool := pools.get(name)) is None:
+                raise PoolRefused(f"{name} was removed before it was ready.")
+            if pool["state"] == "failed":
+                raise PoolRefused(
+                    f"The engine of {name} did not start: {pool['reason']} "
+                    f"Take the pool away with: python -m serve pool remove {name}"
+                )
+            if pool["state"] == "running":
+                return dict(pool)
+            progress.step(f"{pool['ready']} of {pool['replicas']} engines are ready")
+            time.sleep(_POLL_S)
+    finally:
+        progress.close()
+
+
+def _publish_adapter(client: AdminClient, root: Path, reason: str) -> None:
+    if root.is_dir() and Artifact.open(root).manifest.adapter is not None:
+        published = client.publish(root, reason=reason)
+        print_line(f"{published['model']} answers as {published['revision']}")

@@ -1,0 +1,118 @@
+"""serve.admin.pool_routes.Pools: a replica records what pools there should be, and asks Ray Serve how far they are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from pydantic import ValidationError
+from ray import serve as ray_serve
+
+from convert.artifact import MANIFEST, problems_of
+from serve.adapters.ingest import allowed_directory, check_no_links
+from serve.admin.pool_routes import NewPool, PoolView
+from serve.catalogue.added_pool import AddedPool
+from serve.catalogue.entry import Audit
+from serve.catalogue.log import CatalogueLog
+from serve.catalogue.pool_changes import add_pool, pools_of, remove_pool
+from serve.catalogue.storage.file_threads import to_file_thread
+from serve.deployment.pools.application_status import attempt_failed, ready_replicas, reason_of, state_of
+from serve.deployment.pools.bundle import Bundle, bundles_of
+from serve.deployment.pools.room import check_memory, needed_rank
+from serve.errors import ArtifactRefused, MemoryShort, PathRefused, PoolRefused
+from serve.observability.memory import memory_left
+from serve.settings import PoolSettings, ServeSettings
+
+_FIXED = (
+    "The pools of this server are those that it was started with: no process of its own starts others. "
+    "Start it with the artifact as well."
+)
+
+
+class PoolChanges:
+    """The pools as one replica sees and changes them."""
+
+    def __init__(self, settings: ServeSettings, log: CatalogueLog) -> None:
+        self._settings = settings
+        self._log = log
+        self._given = [pool for pool in (settings, *settings.other_pools) if not pool.added]
+
+    async def add(self, pool: NewPool, audit: Audit) -> PoolView:
+        self._require_changeable()
+        added = await to_file_thread("admin", self._checked, pool)
+        await asyncio.to_thread(add_pool, self._log, added, self._given, audit)
+        return next(view for view in await self.all() if view.name == added.name)
+
+    async def remove(self, name: str, audit: Audit) -> None:
+        self._require_changeable()
+        await asyncio.to_thread(remove_pool, self._log, name, self._given, audit)
+
+    async def all(self) -> Sequence[PoolView]:
+        catalogue, status = await asyncio.gather(asyncio.to_thread(self._log.read), asyncio.to_thread(ray_serve.status))
+        pools = pools_of(self._settings, catalogue)
+        views = [_view(pool, status.applications.get(pool.application)) for pool in pools]
+        return sorted(views, key=lambda view: view.name)
+
+    def _require_changeable(self) -> None:
+        """Raises PoolRefused."""
+        if not self._settings.takes_pools:
+            raise PoolRefused(_FIXED)
+
+    def _checked(self, pool: NewPool) -> AddedPool:
+        """The pool with what its artifact says. Raises PathRefused, or PoolRefused with the reason."""
+        roots = self._settings.admission.artifact_roots
+        if not roots:
+            raise PathRefused("This server takes no artifacts from callers: start it with --artifact-root DIR.")
+        path = allowed_directory(pool.path, roots)
+        if not (path / MANIFEST).is_file():
+            raise PoolRefused(f"{path} is no artifact: it has no {MANIFEST}. Make one with: python -m convert run")
+        check_no_links(path)
+        try:
+            (bundle,) = bundles_of([path], {None: pool.name} if pool.name else None)
+            if not self._settings.gpus_per_replica:
+                check_memory([bundle], pool.replicas, memory_left().available)
+            else:
+                _check_gpus(pool.replicas * self._settings.gpus_per_replica)
+            return self._added(pool, bundle)
+        except (ArtifactRefused, MemoryShort) as error:
+            raise PoolRefused(str(error)) from error
+        except ValidationError as error:
+            raise PoolRefused(f"The pool can't be added: {problems_of(error)}.") from error
+
+    def _added(self, pool: NewPool, bundle: Bundle) -> AddedPool:
+        engine = self._settings.engine
+        wanted = [candidate for candidate in self._log.read().wanted if candidate.base == bundle.fingerprint]
+        return AddedPool(
+            name=bundle.model_name,
+            base=bundle.fingerprint,
+            model_path=bundle.model_path,
+            replicas=pool.replicas,
+            max_lora_rank=needed_rank(pool.max_lora_rank, [bundle.max_lora_rank], wanted),
+            max_active_adapters=engine.max_active_adapters,
+            max_resident_adapters=engine.max_resident_adapters,
+            vllm_args=engine.vllm_args,
+        )
+
+
+def _check_gpus(needed: float) -> None:
+    """Raises PoolRefused; Ray Serve would wait for missing GPUs for ever."""
+    free = ray.available_resources().get("GPU", 0)
+    if needed > free:
+        raise PoolRefused(f"The engines of the pool need {needed:g} GPUs, and {free:g} are free.")
+
+
+def _view(pool: PoolSettings, application: Any) -> PoolView:
+    state = state_of(application)
+    has_failed = state == "failed" or (state == "starting" and application is not None and attempt_failed(application))
+    return PoolView(
+        name=pool.engine.model_name,
+        base=pool.engine.fingerprint,
+        kind="base model" if pool.engine.max_lora_rank else "merged model",
+        added=pool.added,
+        state=state,
+        replicas=pool.replicas,
+        ready=ready_replicas(application),
+        reason=reason_of(application) if has_failed else "",
+    )

@@ -1,0 +1,32 @@
+"""Whether this machine has room for the engines of a pool, found out before they start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from serve.catalogue.candidate import Candidate
+from serve.deployment.pools.bundle import Bundle
+from serve.errors import MemoryShort
+from serve.observability.memory import gib
+from serve.settings import supported_rank
+
+
+def check_memory(bundles: Sequence[Bundle], replicas: int, available_bytes: int) -> None:
+    """Raises MemoryShort if the weights alone of all engines on the CPU take more memory than there is: the kernel
+    would end an engine while it starts. `replicas`: engines for each bundle."""
+    needed = {bundle.model_name: replicas * bundle.weight_bytes for bundle in bundles}
+    if (total := sum(needed.values())) > available_bytes:
+        each = ", ".join(f"{gib(count)} for {name}" for name, count in needed.items())
+        raise MemoryShort(
+            f"The weights of all engines need {gib(total)} GiB ({each}), and {gib(available_bytes)} GiB of memory are "
+            "available. Serve fewer models or replicas, or convert with another --quantize."
+        )
+
+
+def needed_rank(requested: int | None, ranks: Iterable[int], wanted: Iterable[Candidate]) -> int:
+    """The largest rank of adapters that the engine must hold: the one that was requested, else the largest of `ranks`
+    and of the catalogue's adapters. Rounded up to a rank that vLLM supports; 0: no adapters."""
+    if requested is not None:
+        return supported_rank(requested) if requested else 0
+    all_ranks = (*ranks, *(candidate.rank for candidate in wanted))
+    return max((supported_rank(rank) for rank in all_ranks if rank), default=0)

@@ -1,0 +1,201 @@
+"""A server that was started with one pool gets others and loses them, while the first one answers without a failure."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from convert.artifact import Artifact
+from examples.server import running_server
+from serve.catalogue.added_pool import AddedPool
+from serve.catalogue.entry import Audit
+from serve.catalogue.pool_changes import add_pool
+from serve.catalogue.state_dir import StateDir
+from tests.convert import parts
+from tests.e2e.conftest import ENGINE_OPTIONS, Server, Story, convert, reference_logprobs
+from tests.e2e.pools.test_pools import MERGE, PROMPT, TOLERANCE_NATS, body_of
+
+MERGED, BROKEN = "german-merged", "broken"
+READY_S = 150
+LARGE = 100_000  # bytes; HAProxy holds 64 KiB
+
+
+@pytest.fixture(scope="module")
+def artifacts(story: Story, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory that the server takes artifacts from."""
+    root = tmp_path_factory.mktemp("artifacts")
+    convert(story.checkpoints["german"], story.base, root / MERGED, "--name", MERGED, *MERGE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pools(story: Story, artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """It was added a pool before it started; of another one that it was added, the model is gone."""
+    home = tmp_path_factory.mktemp("added")
+    state = StateDir(home / "state")
+    state.prepare()
+    for name, base in ((MERGED, Artifact.open(artifacts / MERGED).manifest.model.fingerprint), (BROKEN, "b" * 64)):
+        room: dict[str, int] = {"max_lora_rank": 0, "max_active_adapters": 1, "max_resident_adapters": 1}
+        pool = AddedPool(name=name, base=base, model_path=artifacts / name / "model", **room)
+        add_pool(state.log, pool, [], Audit("somebody", "before the start"))
+    options = (*ENGINE_OPTIONS, "--artifact-root", str(artifacts))
+    with running_server([story.artifacts["french"]], home / "state", *options, log=home / "server.log") as url:
+        yield Server(url, home / "state")
+
+
+@pytest.fixture(scope="module")
+def client(pools: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{pools.url}/v1", api_key="none", max_retries=0)
+
+
+def pools_of(pools: Server) -> dict[str, dict[str, Any]]:
+    listed = pools.command("pool", "list", "--json")
+    assert listed.returncode == 0, listed.stderr
+    return {pool["name"]: pool for pool in json.loads(listed.stdout)["pools"]}
+
+
+def wait_for_state(pools: Server, name: str, state: str) -> dict[str, Any]:
+    deadline = time.monotonic() + READY_S
+    while (pool := pools_of(pools)[name])["state"] != state:
+        assert time.monotonic() < deadline, pool
+        time.sleep(1)
+    return pool
+
+
+def test_pools_that_were_added_before_come_back_and_one_that_cannot_start_keeps_no_other_from_it(
+    pools: Server, client: openai.OpenAI
+) -> None:
+    assert client.completions.create(**body_of("french")).choices, "at once: the start waits for no added pool"
+    ready = wait_for_state(pools, MERGED, "running")
+    broken = wait_for_state(pools, BROKEN, "failed")
+
+    assert (ready["ready"], ready["added"], ready["kind"]) == (1, True, "merged model")
+    assert str(Path(BROKEN) / "model") in broken["reason"]
+    assert client.completions.create(**body_of(MERGED)).model == MERGED
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.completions.create(**body_of(BROKEN))
+    assert caught.value.response.status_code == 503
+    assert caught.value.response.headers["retry-after"] == "1"
+    assert pools.command("pool", "remove", BROKEN).returncode == 0
+    assert BROKEN not in pools_of(pools)
+
+
+def test_a_pool_is_removed_and_added_while_another_one_answers_every_request(
+    pools: Server, story: Story, artifacts: Path, client: openai.OpenAI
+) -> None:
+    engines = {process.pid for process in pools.actors("ServeReplica:graft:EngineReplica")}
+
+    asked = asyncio.run(remove_and_add(pools, artifacts))
+
+    assert len(asked) > 50
+    assert set(asked) == {200}
+    assert {process.pid for process in pools.actors("ServeReplica:graft:EngineReplica")} == engines, "none restarted"
+    by_id = {"return_tokens_as_token_ids": True}
+    logprobs: Any = client.completions.create(**body_of(MERGED, logprobs=5, extra_body=by_id)).choices[0].logprobs
+    trained = parts.with_adapter(parts.dequantized_model(story.base), story.checkpoints["german"])
+    expected = reference_logprobs(trained, PROMPT)
+    for token, logprob in logprobs.top_logprobs[0].items():
+        assert logprob == pytest.approx(float(expected[int(token.removeprefix("token_id:"))]), abs=TOLERANCE_NATS)
+
+
+async def remove_and_add(pools: Server, artifacts: Path) -> list[int]:
+    """The statuses of requests for the first pool meanwhile."""
+    async with asking(pools) as statuses:
+        removed = await asyncio.to_thread(pools.command, "pool", "remove", MERGED)
+        assert removed.returncode == 0, removed.stderr
+        await until_status(pools, MERGED, 404)
+        added = await asyncio.to_thread(pools.command, "pool", "add", artifacts / MERGED)
+        assert added.returncode == 0, added.stderr
+        assert f"{MERGED} answers (1 engine)" in added.stderr
+        await until_status(pools, MERGED, 200)
+    return statuses
+
+
+@contextlib.asynccontextmanager
+async def asking(pools: Server) -> AsyncIterator[list[int]]:
+    """Asks the first pool without a pause until the block ends."""
+    statuses: list[int] = []
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        while True:
+            response = await client.post(f"{pools.url}/v1/completions", json=body_of("french", max_tokens=4))
+            statuses.append(response.status_code)
+
+    # A connection for each request: one that is kept may be closed while a request is on its way.
+    async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+        task = asyncio.create_task(ask(client))
+        yield statuses
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def until_status(pools: Server, model: str, status: int) -> None:
+    deadline = time.monotonic() + READY_S
+    async with httpx.AsyncClient(timeout=60) as client:
+        while True:
+            response = await client.post(f"{pools.url}/v1/completions", json=body_of(model))
+            if response.status_code == status:
+                return
+            assert time.monotonic() < deadline, response.text
+            await asyncio.sleep(0.2)
+
+
+def test_an_added_pool_is_listed_and_answers_what_the_proxy_could_not_send_to_it(
+    pools: Server, client: openai.OpenAI
+) -> None:
+    assert {card.id for card in client.models.list()} == {"tiny-llama", "french", MERGED}
+    large = {"prompt": PROMPT, "max_tokens": 1, "user": "x" * LARGE, "model": MERGED}
+    response = httpx.post(f"{pools.url}/v1/completions", json=large, timeout=60)
+    assert (response.status_code, response.json()["model"]) == (200, MERGED)
+    assert httpx.get(f"{pools.url}/health/{MERGED}").status_code == 200
+    entries = json.loads(pools.command("history", "--json").stdout)["history"]
+    assert [(entry["verb"], entry["revision"]) for entry in entries if "pool" in entry["verb"]][:2] == [
+        ("add_pool", MERGED),
+        ("remove_pool", MERGED),
+    ]
+
+
+def test_what_cannot_be_added_or_removed_is_refused_with_the_reason(
+    pools: Server, story: Story, artifacts: Path, tmp_path: Path
+) -> None:
+    damaged = artifacts / "damaged"
+    shutil.copytree(artifacts / MERGED, damaged)
+    (damaged / "model" / "config.json").write_text("{}")
+    refusals: dict[tuple[str | Path, ...], tuple[str, str]] = {
+        ("add", artifacts / MERGED, "--name", "twin"): ("transition_refused", "is served here already, as"),
+        ("add", story.artifacts["german"]): ("path_refused", "is not below a directory"),
+        ("add", damaged): ("pool_refused", "config.json"),
+        ("add", artifacts): ("pool_refused", "manifest.json"),
+        ("remove", "tiny-llama"): ("transition_refused", "was given to `run`"),
+        ("remove", "unknown"): ("model_not_found", "`unknown`"),
+    }
+    for arguments, (code, reason) in refusals.items():
+        result = pools.command("pool", *arguments)
+        assert result.returncode == 1
+        assert f"error[{code}]" in result.stderr
+        assert reason in result.stderr.replace("\n", " ")
+    assert {name: pool["state"] for name, pool in pools_of(pools).items()} == {
+        "tiny-llama": "running",
+        MERGED: "running",
+    }
+
+
+def test_no_pool_is_changed_without_an_admin_token(pools: Server, artifacts: Path) -> None:
+    url = f"{pools.url}/admin/v1/pools"
+    for response in (
+        httpx.get(url),
+        httpx.post(url, json={"path": str(artifacts / MERGED)}),
+        httpx.delete(f"{url}/{MERGED}"),
+    ):
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")

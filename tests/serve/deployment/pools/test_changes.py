@@ -1,0 +1,124 @@
+"""What a server finds out about an artifact before it records a pool, and how it shows one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve.admin.pool_routes import NewPool
+from serve.catalogue.entry import Audit
+from serve.catalogue.log import CatalogueLog
+from serve.deployment.pools import changes
+from serve.deployment.pools.changes import PoolChanges
+from serve.errors import PathRefused, PoolRefused, ServeError
+from serve.settings import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
+from tests.serve.conftest import BASE, MakeArtifact
+
+ANN = Audit("ann")
+
+
+def settings_in(root: Path, **others: Any) -> ServeSettings:
+    engine = EngineSettings(
+        model_path=root, model_name="small", fingerprint=BASE, max_active_adapters=3, vllm_args=("--seed=1",)
+    )
+    defaults = {"takes_pools": True, "admission": AdmissionSettings(artifact_roots=(root,))}
+    gateway = GatewaySettings(admin_tokens={"admin": "0" * 64})
+    return ServeSettings(engine=engine, gateway=gateway, state_dir=root, **defaults | others)
+
+
+@pytest.fixture
+def applications(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Ray Serve's, by name. Ray itself does not run here."""
+    known: dict[str, Any] = {}
+    monkeypatch.setattr(changes.ray_serve, "status", lambda: SimpleNamespace(applications=known))
+    return known
+
+
+def application(status: str, message: str = "", ready: int = 0) -> Any:
+    deployment = SimpleNamespace(message=message, replica_states={"RUNNING": ready})
+    return SimpleNamespace(status=status, message="", deployments={"EngineReplica": deployment})
+
+
+async def test_a_pool_runs_with_what_its_artifact_needs_and_with_the_options_of_the_server(
+    log: CatalogueLog, make_artifact: MakeArtifact, tmp_path: Path, applications: dict[str, Any]
+) -> None:
+    artifact = make_artifact("pirate", rank=20, base="other base")
+    pools = PoolChanges(settings_in(tmp_path), log)
+
+    view = await pools.add(NewPool(path=artifact.root, name="other", replicas=2), ANN)
+
+    added = log.read().pools["other"]
+    assert added.model_path == artifact.model_path
+    assert added.base == artifact.manifest.model.fingerprint
+    assert (added.max_lora_rank, added.max_active_adapters, added.vllm_args) == (32, 3, ("--seed=1",))
+    assert (view.name, view.state, view.replicas, view.ready, view.added) == ("other", "starting", 2, 0, True)
+    shown = {pool.name: (pool.added, pool.kind) for pool in await pools.all()}
+    assert shown == {"other": (True, "base model"), "small": (False, "base model")}
+
+
+async def test_the_state_of_a_pool_is_that_of_its_application_with_the_reason_of_a_failure(
+    log: CatalogueLog, make_artifact: MakeArtifact, tmp_path: Path, applications: dict[str, Any]
+) -> None:
+    pools = PoolChanges(settings_in(tmp_path), log)
+    artifact = make_artifact("merged", name="merged", weights=None, base="merged weights")
+    await pools.add(NewPool(path=artifact.root), ANN)
+
+    async def seen() -> tuple[str, int, str]:
+        view = next(pool for pool in await pools.all() if pool.name == "merged")
+        return view.state, view.ready, view.reason
+
+    failure = "Traceback (most recent call last):\n  …\nserve.errors.start.EngineStartFailed: no memory\n"
+    for status, message, ready, expected in (
+        ("DEPLOYING", "more than 30s to initialize. This may be caused by a slow __init__.", 0, ("starting", 0, "")),
+        ("DEPLOYING", failure, 0, ("starting", 0, "no memory")),
+        ("DEPLOY_FAILED", failure, 0, ("failed", 0, "no memory")),
+        ("RUNNING", "", 1, ("running", 1, "")),
+        ("DELETING", "", 1, ("stopping", 1, "")),
+    ):
+        applications["graft-merged"] = application(status, message, ready)
+        assert await seen() == expected
+
+
+async def test_nothing_is_recorded_for_a_model_that_the_machine_has_no_room_for(
+    log: CatalogueLog, make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = make_artifact("merged", name="merged", weights=None, base="merged weights")
+    size = sum(file.stat().st_size for file in artifact.root.rglob("*.safetensors"))
+    monkeypatch.setattr(changes, "memory_left", lambda: SimpleNamespace(available=2 * size - 1))
+    pools = PoolChanges(settings_in(tmp_path), log)
+
+    with pytest.raises(PoolRefused, match=r"weights of all engines need .* are available"):
+        await pools.add(NewPool(path=artifact.root, replicas=2), ANN)
+    monkeypatch.setattr(changes.ray, "available_resources", lambda: {"GPU": 1.0})
+    with_gpus = PoolChanges(settings_in(tmp_path, gpus_per_replica=1), log)
+    with pytest.raises(PoolRefused, match="need 2 GPUs, and 1 are free"):
+        await with_gpus.add(NewPool(path=artifact.root, replicas=2), ANN)
+
+    assert log.read().epoch == 0
+
+
+async def test_a_path_out_of_the_roots_a_broken_artifact_and_a_server_with_fixed_pools_are_refused(
+    log: CatalogueLog, make_artifact: MakeArtifact, tmp_path: Path
+) -> None:
+    artifact = make_artifact("merged", name="merged", weights=None, base="merged weights")
+    adapter_alone = make_artifact("alone", name="alone", holds_base=False)
+    linked = tmp_path / "inside" / "linked"
+    linked.parent.mkdir()
+    linked.symlink_to(artifact.root)
+    refused: list[tuple[dict[str, Any], Path, type[ServeError], str]] = [
+        ({"takes_pools": False}, artifact.root, PoolRefused, "no process of its own starts others"),
+        ({"admission": AdmissionSettings()}, artifact.root, PathRefused, "--artifact-root"),
+        ({"admission": AdmissionSettings(artifact_roots=(linked.parent,))}, linked, PathRefused, "not below"),
+        ({}, adapter_alone.root, PoolRefused, "None of the artifacts holds the base model"),
+        ({}, tmp_path, PoolRefused, "manifest.json"),
+    ]
+    for others, path, kind, reason in refused:
+        with pytest.raises(kind, match=reason):
+            await PoolChanges(settings_in(tmp_path, **others), log).add(NewPool(path=path), ANN)
+    with pytest.raises(PoolRefused):
+        await PoolChanges(settings_in(tmp_path, takes_pools=False), log).remove("merged", ANN)
+
+    assert log.read().epoch == 0
