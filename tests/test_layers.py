@@ -17,6 +17,7 @@ IMPORTERS = {
         "serve.callers.ledger_ray",
         "serve.deployment.app",
         "serve.deployment.local",
+        "serve.deployment.pools.changes",
         "serve.deployment.ray_patches",
         "serve.deployment.ray_replicas",
         "serve.deployment.replica",
