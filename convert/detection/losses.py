@@ -15,17 +15,19 @@ the smaller loss on it too, and so has one that was not trained long enough to f
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convert.inputs.adapter_checkpoint import Checkpoint
-from convert.inputs.base_model import BaseModel
+from convert.inputs.base_model import BaseModel, Linear
 from convert.progress import Progress
-from convert.quality import TokenizedText, load
-from convert.quality.peft_reference import with_adapter
+from convert.quality import TokenizedText
+from convert.quality.models.layer_weights import ReadWeight, weights_as_trained
+from convert.quality.models.peft_reference import changed_weights, with_adapter
+from convert.quality.models.streamed_model import GROUP_TOKENS, StreamedModel, Variant
 from convert.quantization.nf4 import Nf4
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ class LossComparison:
 def compare_losses(
     checkpoint: Checkpoint, base: BaseModel, quantizer: Nf4, tokens: TokenizedText, progress: Progress
 ) -> LossComparison:
-    """The losses of W16 + D and of dq + D on the answers, and as many controls as are needed. One model at a time."""
+    """The losses of W16 + D and of dq + D on the answers, and as many controls as are needed."""
     rows = [(row, mask) for row, mask in zip(tokens.measured, tokens.answer_masks, strict=True) if bool(mask.any())]
     full, full_base = _losses_with_base(base, None, checkpoint, rows, "full precision", progress)
     four_bit, four_bit_base = _losses_with_base(base, quantizer, checkpoint, rows, "4 bits", progress)
@@ -109,27 +111,32 @@ def compare_losses(
     for seed in range(CONTROLS):
         if not comparison.is_open:
             break
-        gc.collect()
-        control = with_adapter(_with_random_errors(base, quantizer, seed), checkpoint)
-        losses = _row_losses(control, rows, f"random errors, {seed + 1} of {CONTROLS}", progress)
+        control = _model(base, _with_random_errors(base, quantizer, seed), checkpoint)
+        (losses,) = _row_losses(control, rows, (nullcontext,), f"random errors, {seed + 1} of {CONTROLS}", progress)
         comparison = replace(comparison, controls=(*comparison.controls, _t(_differences(full, losses))))
     return comparison
 
 
-def _with_random_errors(base: BaseModel, quantizer: Nf4, seed: int) -> Any:
-    """The base with the quantization error of every weight in a random sign."""
+def _with_random_errors(base: BaseModel, quantizer: Nf4, seed: int) -> ReadWeight:
+    """The weights of the base with the quantization error of every weight in a random sign."""
     import torch
 
-    model = load(base, None)
-    weights = model.state_dict()
-    generator = torch.Generator().manual_seed(seed)
-    for linear in base.linears.values():
-        if not linear.is_head:
-            full = base.read(linear).float()
-            signs = torch.randint(0, 2, full.shape, generator=generator, dtype=torch.int8)
-            error = (full - base.read_as_trained(linear, quantizer)).mul_(2 * signs - 1)
-            weights[linear.weight].copy_(full.sub_(error))
-    return model
+    seeds = {module: seed * len(base.linears) + number for number, module in enumerate(base.linears)}
+
+    def read(linear: Linear) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seeds[linear.module])
+        full = base.read(linear).float()
+        signs = torch.randint(0, 2, full.shape, generator=generator, dtype=torch.int8)
+        error = (full - base.read_as_trained(linear, quantizer)).mul_(2 * signs - 1)
+        return full.sub_(error)
+
+    return read
+
+
+def _model(base: BaseModel, read: ReadWeight, checkpoint: Checkpoint) -> StreamedModel:
+    return StreamedModel(
+        base, read, adapt=lambda plain: with_adapter(plain, checkpoint), held=changed_weights(checkpoint)
+    )
 
 
 def _losses_with_base(
@@ -141,27 +148,34 @@ def _losses_with_base(
     progress: Progress,
 ) -> tuple[list[float], list[float]]:
     """The rows' losses with the adapter and without it."""
-    gc.collect()
-    adapted = with_adapter(load(base, quantizer), checkpoint)
-    losses = _row_losses(adapted, rows, weights_name, progress)
-    with adapted.disable_adapter():
-        return losses, _row_losses(adapted, rows, f"{weights_name}, without the adapter", progress)
+    is_read_again = sum(row.shape[1] for row, _ in rows) > GROUP_TOKENS
+    adapted = _model(base, weights_as_trained(base, quantizer, read_again=is_read_again), checkpoint)
+    variants = (nullcontext, adapted.model.disable_adapter)
+    losses, of_base = _row_losses(adapted, rows, variants, weights_name, progress)
+    return losses, of_base
 
 
 def _row_losses(
-    model: Any, rows: Sequence[tuple[torch.Tensor, torch.Tensor]], weights_name: str, progress: Progress
-) -> list[float]:
-    """The mean loss of the answers of every row (1, tokens)."""
+    model: StreamedModel,
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    variants: Sequence[Variant],
+    weights_name: str,
+    progress: Progress,
+) -> list[list[float]]:
+    """For each variant the mean loss of the answers of every row (1, tokens)."""
     import torch
-    from torch.nn.functional import cross_entropy
 
-    row_losses = []
-    for done, (row, mask) in enumerate(rows, start=1):
-        with torch.inference_mode():
-            logits = model(row, use_cache=False).logits[0, :-1][mask]
-            row_losses.append(float(cross_entropy(logits.double(), row[0, 1:][mask])))
-        progress(f"measuring on {weights_name}", done, len(rows))
-    return row_losses
+    token_losses: list[list[torch.Tensor]] = [[] for _ in variants]
+    with torch.inference_mode():
+        for group, states in model.hidden_states([row for row, _ in rows], variants, f"on {weights_name}", progress):
+            next_ids = torch.cat([row[0, 1:] for row in group])
+            lengths = [row.shape[1] - 1 for row in group]
+            for losses, variant, of_variant in zip(token_losses, variants, states, strict=True):
+                losses += model.token_losses(of_variant, next_ids, variant).split(lengths)
+    masks = [mask for _, mask in rows]
+    return [
+        [float(row[mask].double().mean()) for row, mask in zip(losses, masks, strict=True)] for losses in token_losses
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -8,11 +8,13 @@ from convert.errors import ConvertError
 from convert.pipeline.request import Candidate, PreparedRequest, Request, prepare
 from convert.plan.estimate import Estimate, estimate
 from convert.progress import Progress
-from convert.quality import token_rows
+from convert.quality import MAX_TOKENS, measuring_bytes, token_rows
 from convert.routes.variants import RouteVariant
 
 # The function as trained, the base alone, and the result.
 _PASSES = 3
+# The first two go through a layer together.
+_READINGS = 2
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ def dry_run(request: Request, progress: Progress) -> DryRun:
     variants: list[PlannedVariant] = []
     last: ConvertError | None = None
     open_variants = prepared.open_variants()
-    tokens = sum(map(len, token_rows(prepared.text, prepared.tokenizer)))
+    tokens = min(sum(map(len, token_rows(prepared.text, prepared.tokenizer))), MAX_TOKENS)
+    memory = measuring_bytes(prepared.base, prepared.checkpoint, tokens)
     for variant in open_variants:
         try:
             candidate = prepared.candidate(variant)
@@ -50,7 +53,7 @@ def dry_run(request: Request, progress: Progress) -> DryRun:
             variants.append(PlannedVariant(variant, None, None, str(error)))
             last = error
             continue
-        costs = estimate(candidate.plan, prepared.base, prepared.checkpoint, tokens, _PASSES)
+        costs = estimate(candidate.plan, prepared.base, prepared.checkpoint, memory, tokens, _PASSES, _READINGS)
         variants.append(PlannedVariant(variant, candidate, costs, None))
     if last and all(planned.candidate is None for planned in variants):
         raise last

@@ -28,7 +28,7 @@ _SAMPLE_TOKENS = 128
 
 @dataclass(frozen=True)
 class Estimate:
-    """The needs of a conversion. `measuring_*`: needed in addition, where the result is measured."""
+    """The needs of a conversion. `measuring_*`: where the result is measured; its memory is needed after writing."""
 
     output_bytes: int
     writing_memory_bytes: int
@@ -37,21 +37,31 @@ class Estimate:
     measuring_s: float
 
 
-def estimate(plan: ModelPlan | None, base: BaseModel, checkpoint: Checkpoint, tokens: int, passes: int) -> Estimate:
-    """`tokens`: of the held-out text; `passes`: the models that are run over it, one after the other."""
+def estimate(
+    plan: ModelPlan | None,
+    base: BaseModel,
+    checkpoint: Checkpoint,
+    measuring_memory_bytes: int,
+    tokens: int,
+    passes: int,
+    readings: int,
+) -> Estimate:
+    """`tokens`: of the held-out text; `passes`: the models that are run over it; `readings`: of all weights for that.
+
+    `measuring_memory_bytes`: known to the package that measures.
+    """
     adapter = checkpoint.weight_bytes
     if plan is None:
         return Estimate(adapter, _LIBRARY_BYTES + adapter, adapter / _DISK_BYTES_PER_S, 0, 0.0)
     output = plan.weight_bytes + (adapter if plan.output_format.merged_onto is None else 0)
     elements = sum(math.prod(linear.shape) for linear in base.linears.values())
-    parameters = elements + sum(math.prod(spec.shape) for spec in base.other_specs)
     convert_s = _convert_s_per_element(plan, base, checkpoint)
     return Estimate(
         output_bytes=output,
         writing_memory_bytes=_LIBRARY_BYTES + adapter + 2 * _largest_bytes(plan),
         writing_s=convert_s * elements + output / _DISK_BYTES_PER_S,
-        measuring_memory_bytes=_LIBRARY_BYTES + 4 * parameters,
-        measuring_s=passes * (tokens * _multiply_s_per_element(base) + convert_s) * elements,
+        measuring_memory_bytes=measuring_memory_bytes,
+        measuring_s=(passes * tokens * _multiply_s_per_element(base) + readings * convert_s) * elements,
     )
 
 

@@ -11,9 +11,13 @@ from convert.artifact import Canaries, GoldenCanary
 from convert.errors import QualityGateFailed, TextUnreadable
 from convert.inputs.chat.tokenizer import Message, Tokenizer
 from convert.progress import Progress
+from convert.quality.models.streamed_model import StreamedModel
 from convert.quality.text import json_lines, messages_of
 
 ANSWER_TOKENS = 48
+
+# Of all prompts of a batch together, with their padding: eager attention holds a square of each length for each head.
+_BATCH_TOKENS = 2048
 
 _EXPECTED = '{"messages": [{"role": "user", "content": "…"}, …], "expect": "…"}'
 
@@ -70,35 +74,54 @@ def require_passed(as_trained: Sequence[Answer]) -> None:
 
 
 def ask(
-    model: Any, tokenizer: Tokenizer, canaries: Sequence[Canary], model_name: str, progress: Progress
+    model: StreamedModel, tokenizer: Tokenizer, canaries: Sequence[Canary], model_name: str, progress: Progress
 ) -> tuple[Answer, ...]:
-    """Greedy answers of a transformers model. Each canary is a chat of its own. `model_name` is for the progress."""
-    return tuple(_answers(model, tokenizer, canaries, model_name, progress))
+    """Greedy answers. Each canary is a chat of its own. `model_name` is for the progress.
+
+    Several are answered at a time, since every token reads the whole model.
+    """
+    prompts = [tokenizer.prompt_ids(canary.messages) for canary in canaries]
+    texts: dict[int, str] = {}
+    for batch in _batches(prompts):
+        progress(f"asking {model_name}", len(texts), len(canaries))
+        answer_ids = _generate(model, tokenizer.stop_ids, [prompts[number] for number in batch])
+        texts |= {number: tokenizer.text(ids) for number, ids in zip(batch, answer_ids, strict=True)}
+    if canaries:
+        progress(f"asking {model_name}", len(canaries), len(canaries))
+    return tuple(Answer(canary, texts[number]) for number, canary in enumerate(canaries))
 
 
-def _answers(
-    model: Any, tokenizer: Tokenizer, canaries: Sequence[Canary], model_name: str, progress: Progress
-) -> Iterator[Answer]:
-    for done, canary in enumerate(canaries, start=1):
-        yield Answer(canary, _generate(model, tokenizer, canary))
-        progress(f"asking {model_name}", done, len(canaries))
+def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """The prompts' numbers, shortest first, in batches of at most _BATCH_TOKENS when padded to the longest."""
+    batch: list[int] = []
+    for number in sorted(range(len(prompts)), key=lambda number: len(prompts[number])):
+        if batch and (len(batch) + 1) * len(prompts[number]) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
 
 
-def _generate(model: Any, tokenizer: Tokenizer, canary: Canary) -> str:
+def _generate(model: StreamedModel, stops: Sequence[int], prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """The tokens of each answer, with the one that ended it."""
     import torch
 
-    prompt = torch.tensor([tokenizer.prompt_ids(canary.messages)])
-    stops = list(tokenizer.stop_ids)
+    length, padding = max(map(len, prompts)), stops[0] if stops else 0
+    ids = torch.tensor([[padding] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    is_prompt = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.inference_mode():
         generated = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
+            input_ids=ids,
+            attention_mask=is_prompt,
             max_new_tokens=ANSWER_TOKENS,
             do_sample=False,
-            eos_token_id=stops or None,
-            pad_token_id=stops[0] if stops else 0,
+            eos_token_id=list(stops) or None,
+            pad_token_id=padding,
         )
-    return tokenizer.text(generated[0, prompt.shape[1] :].tolist())
+    for answer in generated[:, length:].tolist():
+        end = next((number for number, token in enumerate(answer, start=1) if token in stops), None)
+        yield answer[:end]
 
 
 def _canary(document: Any, where: str) -> Canary:

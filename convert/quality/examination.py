@@ -12,8 +12,8 @@ from convert.errors import QualityGateFailed
 from convert.inputs.chat.tokenizer import Tokenizer
 from convert.progress import Progress
 from convert.quality.canaries import Answer, ask, count_passed
-from convert.quality.float32_model import load_written
 from convert.quality.gain import distance_kept, gain_kept, perplexity
+from convert.quality.models.written_model import open_written
 from convert.quality.reference import Reference
 from convert.quality.reference_logits import ModelComparison
 
@@ -40,10 +40,11 @@ def examine(expected: Reference, model: Path, adapter: Path | None, progress: Pr
     """
     import torch
 
-    result = load_written(model, adapter)
+    result = open_written(model, adapter)
     with torch.inference_mode():
-        compared = expected.logits.compare(result, expected.tokens, "result", progress)
+        compared = expected.logits.compare(result, "result", progress)
         answers = ask(result, Tokenizer.open(model), expected.canaries, "result", progress)
+    result.release()
     canaries = count_passed(answers, expected.answers)
     quality = _quality(expected, compared).model_copy(update={"canaries": canaries})
     return Examination(quality, answers, compared.token_log_probs)

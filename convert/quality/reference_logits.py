@@ -1,28 +1,30 @@
 """The reference's next-token distributions for many rows, stored exactly in a small form.
 
 A distribution has as many numbers as the vocabulary. The hidden state that the output head turns into a distribution
-has only as many as the model is wide: 42 times fewer in Llama 3.2 3B. So the states and the head's weight are stored,
-and the output layers are computed again for each comparison. Nothing is rounded or left out. Both are
-in float32 in unlinked temporary files (TMPDIR): memory-mapped pages count as cache, and the files disappear with the
-process, even with a killed one.
+has only as many as the model is wide: 42 times fewer in Llama 3.2 3B. So the states are stored, and the output layers
+are computed again for each comparison. Nothing is rounded or left out. The states are in float32 in an unlinked
+temporary file (TMPDIR), which disappears with the process, even with a killed one.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convert.errors import OutputUnwritable
 from convert.progress import Progress
-from convert.quality.float32_model import causal_lm, hidden_states, log_probs, merged_head, token_log_probs
-from convert.quality.output_layers import output_layers
+from convert.quality.models.streamed_model import StreamedModel, Variant
 from convert.quality.tokenized_text import TokenizedText
 
 if TYPE_CHECKING:
     import torch
+
+# In float64: 16 MB at a vocabulary of 128k.
+_COMPARED_POSITIONS = 16
 
 
 @dataclass(frozen=True)
@@ -31,68 +33,100 @@ class ModelComparison:
 
     `divergences`: KL(stored || model) in nats at every position of the measured rows; `agreements`: whether both have
     the same most probable token there. `token_log_probs`: for each row of `tokens.all` a tensor (tokens - 1) with the
-    model's log-probability of every token but the first.
+    model's log-probability of every token but the first; `expected_log_probs`: the same of the stored distributions.
     """
 
     divergences: torch.Tensor
     agreements: torch.Tensor
     token_log_probs: tuple[torch.Tensor, ...]
+    expected_log_probs: tuple[torch.Tensor, ...]
 
 
 class ReferenceLogits:
-    """Hidden states (positions, width) of many rows, appended row by row, and the output head (vocabulary, width)."""
+    """Hidden states (positions, width) of every row, and the model whose output layers make distributions of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: StreamedModel, tokens: TokenizedText) -> None:
+        self._model, self._tokens = model, tokens
         self._states = _Matrix()
-        self._head = _Matrix()
-        self._output_layers: Any = None
-        self._ends = [0]
 
-    def append(self, states: torch.Tensor) -> None:
-        """Store the states (positions, width) of one row. Raises OutputUnwritable where the disk is full."""
-        self._states.write(states)
-        self._ends.append(self._ends[-1] + states.shape[0])
+    def compute(self, alone: Variant, progress: Progress) -> ModelComparison:
+        """Run the model over the text, store its states, and compare the model in the context `alone` with it.
 
-    def set_output_layers(self, model: Any) -> None:
-        """Store those of the model, with its adapter in the head. Raises OutputUnwritable where the disk is full."""
-        with merged_head(model) as weight:
-            self._head.write(weight)
-        self._output_layers = output_layers(causal_lm(model), self._head.mapped())
-
-    def log_probs(self, row: int) -> Iterator[torch.Tensor]:
-        """What `float32_model.log_probs` gave for the row, bit for bit, as blocks (at most BLOCK, vocabulary)."""
-        states = self._states.mapped()[self._ends[row] : self._ends[row + 1]]
-        return log_probs(self._output_layers, states)
-
-    def compare(self, model: Any, tokens: TokenizedText, phase: str, progress: Progress) -> ModelComparison:
-        """Run a model over the text of which the measured rows are stored. `phase` names it in the progress."""
-        import torch
-
-        divergences, agreements, row_log_probs = [], [], []
-        for number, (row, states) in enumerate(hidden_states(model, tokens.all, phase, progress)):
-            distributions = list(log_probs(model, states))
-            if number < len(tokens.measured):
-                divergence, agreement = self._compare_row(number, distributions)
-                divergences.append(divergence)
-                agreements.append(agreement)
-            row_log_probs.append(token_log_probs(distributions, row))
-        return ModelComparison(torch.cat(divergences), torch.cat(agreements), tuple(row_log_probs))
-
-    def _compare_row(self, row: int, blocks: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """At each position of the row KL(p || q) = Σ p·(log p - log q) in nats, and whether p and q have the same most
-        probable token.
-
-        p is the stored distribution. `blocks`: the log-probabilities of q, in blocks as those of `log_probs`.
+        Raises OutputUnwritable where the disk is full.
         """
+        comparison = _Comparison(self._tokens)
+        passes = self._model.hidden_states(self._tokens.all, (nullcontext, alone), "reference", progress)
+        for rows, (states, of_alone) in passes:
+            self._states.write(states)
+            comparison.add(rows, self._model.log_probs(states), self._model.log_probs(of_alone, alone))
+        return comparison.result()
+
+    def compare(self, model: StreamedModel, model_name: str, progress: Progress) -> ModelComparison:
+        """Run a model over the same text. `model_name` is for the progress."""
+        comparison, position = _Comparison(self._tokens), 0
+        for rows, (states,) in model.hidden_states(self._tokens.all, (nullcontext,), model_name, progress):
+            expected = self.log_probs(position, position + len(states))
+            comparison.add(rows, expected, model.log_probs(states))
+            position += len(states)
+        return comparison.result()
+
+    def log_probs(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """The reference's log-probabilities at a range of the positions, in the blocks of `StreamedModel`."""
+        return self._model.log_probs(self._states.read(start, stop))
+
+
+class _Comparison:
+    """Collects the figures of a comparison, group of rows by group."""
+
+    def __init__(self, tokens: TokenizedText) -> None:
+        self._measured = sum(row.shape[1] - 1 for row in tokens.measured)
+        self._divergences: list[torch.Tensor] = []
+        self._agreements: list[torch.Tensor] = []
+        self._log_probs: list[torch.Tensor] = []
+        self._expected: list[torch.Tensor] = []
+
+    def add(
+        self, rows: Sequence[torch.Tensor], expected: Iterable[torch.Tensor], actual: Iterable[torch.Tensor]
+    ) -> None:
+        """Add whole rows. Both kinds of log-probabilities come in blocks of the same positions."""
         import torch
 
-        divergences, agreements = [], []
-        for expected, other in zip(self.log_probs(row), blocks, strict=True):
-            # In float64: sums over a whole vocabulary of differences near float32's resolution.
-            log_p, log_q = expected.double(), other.double()
-            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
-            agreements.append(expected.argmax(-1) == other.argmax(-1))
-        return torch.cat(divergences), torch.cat(agreements)
+        next_ids = torch.cat([row[0, 1:] for row in rows])
+        log_probs, of_expected, start = [], [], 0
+        for p, q in zip(expected, actual, strict=True):
+            ids = next_ids[start : start + len(p), None]
+            start += len(p)
+            self._divergences.append(divergences(p, q))
+            self._agreements.append(p.argmax(-1) == q.argmax(-1))
+            of_expected.append(p.gather(1, ids)[:, 0])
+            log_probs.append(q.gather(1, ids)[:, 0])
+        lengths = [row.shape[1] - 1 for row in rows]
+        self._log_probs += torch.cat(log_probs).split(lengths)
+        self._expected += torch.cat(of_expected).split(lengths)
+
+    def result(self) -> ModelComparison:
+        import torch
+
+        return ModelComparison(
+            torch.cat(self._divergences)[: self._measured],
+            torch.cat(self._agreements)[: self._measured],
+            tuple(self._log_probs),
+            tuple(self._expected),
+        )
+
+
+def divergences(expected: torch.Tensor, actual: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) = Σ p·(log p - log q) in nats at every position, of log-probabilities (positions, vocabulary).
+
+    In float64: sums over a whole vocabulary of differences near float32's resolution.
+    """
+    import torch
+
+    of_positions = []
+    for p, q in zip(expected.split(_COMPARED_POSITIONS), actual.split(_COMPARED_POSITIONS), strict=True):
+        log_p = p.double()
+        of_positions.append((log_p.exp() * (log_p - q.double())).sum(-1).clamp_min(0))
+    return torch.cat(of_positions)
 
 
 class _Matrix:
@@ -113,10 +147,9 @@ class _Matrix:
                 "Free some, set TMPDIR to a larger disk, or measure on fewer rows."
             ) from cause
 
-    def mapped(self) -> torch.Tensor:
-        """The whole matrix, memory-mapped: pages are read when they are used."""
-        import numpy
+    def read(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        content = numpy.memmap(self._file, dtype=numpy.float32, mode="c")
-        return torch.from_numpy(content).view(-1, self._width)
+        self._file.seek(4 * self._width * start)
+        content = bytearray(self._file.read(4 * self._width * (stop - start)))
+        return torch.frombuffer(content, dtype=torch.float32).view(-1, self._width)

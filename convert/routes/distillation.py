@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from convert.progress import Progress
-from convert.quality.output_layers import logits_of
+from convert.quality.models.output_layers import logits_of
 
 if TYPE_CHECKING:
     import torch

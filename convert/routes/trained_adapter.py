@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel, Linear
 from convert.quality import load
-from convert.quality.peft_reference import with_adapter
+from convert.quality.models.peft_reference import with_adapter
 from convert.quantization.nf4 import Nf4
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,11 +123,24 @@ class Tensors:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own, with the type and shape of its spec."""
+        spec = self.specs[name]
+        return self._values(spec, self.chunks(name))
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a matrix, as `read` would give them."""
+        spec = self.specs[name]
+        rows = replace(spec, shape=(stop - start, *spec.shape[1:]))
+        return self._values(rows, self._chunks(name, start * (rows.nbytes // (stop - start)), rows.nbytes))
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor as they are in the file, in pieces of 8 MiB."""
+        return self._chunks(name, 0, self.specs[name].nbytes)
+
+    def _values(self, spec: TensorSpec, pieces: Iterator[bytes]) -> torch.Tensor:
         import torch
 
-        spec = self.specs[name]
         buffer, position = bytearray(spec.nbytes), 0
-        for piece in self.chunks(name):
+        for piece in pieces:
             buffer[position : position + len(piece)] = piece
             position += len(piece)
         dtype = getattr(torch, DTYPES[spec.dtype][1])
@@ -135,12 +148,10 @@ class Tensors:
             return torch.empty(spec.shape, dtype=dtype)
         return torch.frombuffer(buffer, dtype=dtype).reshape(spec.shape)
 
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of a tensor as they are in the file, in pieces of 8 MiB."""
-        spec, location = self.specs[name], self._locations[name]
-        left = spec.nbytes
+    def _chunks(self, name: str, start: int, left: int) -> Iterator[bytes]:
+        location = self._locations[name]
         with location.path.open("rb") as stream:
-            stream.seek(location.offset)
+            stream.seek(location.offset + start)
             while left:
                 piece = stream.read(min(left, _READ_BYTES))
                 if not piece:

@@ -13,8 +13,9 @@ from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
 from convert.inputs.chat.tokenizer import Tokenizer
 from convert.progress import silent
-from convert.quality import Answer, Canary, Text, compute_reference, examine, load, open_canaries
+from convert.quality import Answer, Canary, Text, compute_reference, examine, open_canaries
 from convert.quality.canaries import ANSWER_TOKENS, ask, count_passed
+from convert.quality.models.streamed_model import StreamedModel
 from tests.convert import parts
 
 QUESTION = [{"role": "user", "content": "the rain"}]
@@ -42,7 +43,7 @@ def test_the_answer_is_the_greedy_one_of_the_written_model(lora: Path, base: Pat
     expected = greedy_answer(parts.load_float32(base), base)
     canary = Canary(tuple(QUESTION), expected[3:9])
 
-    (answer,) = ask(load(BaseModel.open(base), None), Tokenizer.open(base), [canary], "result", silent)
+    (answer,) = ask(StreamedModel(BaseModel.open(base)), Tokenizer.open(base), [canary], "result", silent)
 
     assert answer == Answer(canary, expected)
     assert answer.passed
@@ -77,7 +78,7 @@ def test_an_answer_ends_at_every_token_that_the_generation_config_says(
     ends, never = int(logits[-1].argmax()), int(logits[-1].argmin())
     parts.edit_json(copied / "generation_config.json", eos_token_id=[ends, never] if is_first else [never, ends])
 
-    (answer,) = ask(load(BaseModel.open(copied), None), Tokenizer.open(copied), [canary], "result", silent)
+    (answer,) = ask(StreamedModel(BaseModel.open(copied)), Tokenizer.open(copied), [canary], "result", silent)
 
     assert len(answer.text) < len(long)
 

@@ -1,27 +1,16 @@
-"""A model in float32, loaded weight by weight from any storage format, and run over token ids.
-
-The output layers run separately from the decoder, in blocks: the logits of a long row would take a gigabyte.
-"""
+"""A model in float32, made by transformers: with every weight in memory, or without memory for weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import BaseUnreadable
 from convert.inputs.base_model import BaseModel
-from convert.progress import Progress
-from convert.quality.output_layers import logits_of
 from convert.quantization.format import QuantizationFormat
 
 if TYPE_CHECKING:
     import torch
-
-
-# Positions whose distributions are in memory at once: 33 MB in float32 at a vocabulary of 128k.
-BLOCK = 64
 
 
 def load(base: BaseModel, quantizer: QuantizationFormat | None) -> Any:
@@ -42,65 +31,19 @@ def load(base: BaseModel, quantizer: QuantizationFormat | None) -> Any:
 
 
 def skeleton(base: BaseModel) -> Any:
-    """The model of `load` with the names and shapes of its weights, but no memory for them. Raises as `load`."""
-    import torch
+    """The model of `load` with the names and shapes of its weights, but no memory for them. Raises as `load`.
 
-    with torch.device("meta"):
+    Its buffers, which no file holds, have their values.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
         model = _empty_model(base)
     expected = model.state_dict()
-    for name, shape in _shapes(base).items():
+    for name, shape in weight_shapes(base).items():
         _has_place(expected, name, shape)
     _require_filled(base, expected)
     return model.eval()
-
-
-def load_written(model: Path, adapter: Path | None) -> Any:
-    """The written model, read back, with the written adapter if there is one."""
-    loaded = load(BaseModel.open(model), None)
-    if adapter is None:
-        return loaded
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(loaded, str(adapter)).eval()
-
-
-def hidden_states(
-    model: Any, rows: Sequence[torch.Tensor], model_name: str, progress: Progress
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each row of token ids (1, tokens) with the hidden states (tokens - 1, width) that predict its next tokens."""
-    decoder = causal_lm(model).get_decoder()
-    for done, row in enumerate(rows):
-        progress(f"measuring {model_name}", done, len(rows))
-        yield row, decoder(input_ids=row, use_cache=False).last_hidden_state[0, :-1]
-    progress(f"measuring {model_name}", len(rows), len(rows))
-
-
-def log_probs(model: Any, states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Log-probabilities of the next token after each state, in blocks of (at most BLOCK, vocabulary)."""
-    for block in states.split(BLOCK):
-        yield logits_of(causal_lm(model), block).log_softmax(-1)
-
-
-def token_log_probs(blocks: Iterable[torch.Tensor], row: torch.Tensor) -> torch.Tensor:
-    """The log-probability of each token of the row but the first, from the row's distributions: (tokens - 1)."""
-    import torch
-
-    next_ids = row[0, 1:].split(BLOCK)
-    return torch.cat([block.gather(1, ids[:, None])[:, 0] for block, ids in zip(blocks, next_ids, strict=True)])
-
-
-@contextmanager
-def merged_head(model: Any) -> Iterator[torch.Tensor]:
-    """The head's weight, with its adapter merged into it while the context lasts, where there is one."""
-    head = causal_lm(model).get_output_embeddings()
-    if not hasattr(head, "merge"):
-        yield head.weight
-        return
-    head.merge()
-    try:
-        yield head.weight
-    finally:
-        head.unmerge()  # a tied embedding has the same weight, and the base alone must not see the delta
 
 
 def _empty_model(base: BaseModel) -> Any:
@@ -118,8 +61,8 @@ def _empty_model(base: BaseModel) -> Any:
     return model
 
 
-def _shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight of `_named_weights`, by its name."""
+def weight_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight of the model that its files hold, by its name; they may hold others too."""
     linears = [linear for linear in base.linears.values() if not (linear.is_head and base.is_tied)]
     return {spec.name: spec.shape for spec in base.other_specs} | {linear.weight: linear.shape for linear in linears}
 
@@ -148,7 +91,7 @@ def _has_place(expected: Mapping[str, torch.Tensor], name: str, shape: tuple[int
 
 def _require_filled(base: BaseModel, expected: Mapping[str, torch.Tensor]) -> None:
     tied = {base.architecture.head_weight} if base.is_tied else set()
-    if missing := expected.keys() - _shapes(base).keys() - tied:
+    if missing := expected.keys() - weight_shapes(base).keys() - tied:
         raise BaseUnreadable(f"{base.root} lacks what its config needs: {', '.join(sorted(missing)[:3])}")
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import CheckpointUnsupported
 from convert.inputs.adapter_checkpoint import Checkpoint
-from convert.inputs.architecture import FAMILIES, Architecture
+from convert.inputs.architecture import FAMILIES, Architecture, is_layer_linear
 from convert.inputs.base_model import BaseModel
 from convert.inputs.keys import PEFT_PREFIX
 from convert.inputs.patterns import PatternInvalid, require_quick
-from convert.quality.float32_model import skeleton
+from convert.quality.models.float32_model import skeleton
 from convert.quantization.format import QuantizationFormat
 from convert.safetensors_io.tensors import DTYPES, Tensors
 
@@ -81,31 +81,46 @@ class _Shapes(Tensors):
         return torch.empty(spec.shape, dtype=getattr(torch, DTYPES[spec.dtype][1]), device="meta")
 
 
-@contextmanager
+def changed_weights(checkpoint: Checkpoint) -> frozenset[str]:
+    """The names of the base's weights and biases that the adapter replaces, or changes otherwise than by LoRA in a
+    decoder layer: PEFT copies them, or writes to them."""
+    state = checkpoint.adapter_state
+    outside_layers = [m for m in (*state.lora_weights, *state.embedding_lora_weights) if not is_layer_linear(m)]
+    return frozenset([*state.saved_weights, *state.trained_rows, *(f"{module}.weight" for module in outside_layers)])
+
+
 def base_alone(
     model: Any, checkpoint: Checkpoint, base: BaseModel, quantizer: QuantizationFormat | None
-) -> Iterator[None]:
-    """Until the context ends, `model` of `with_adapter` is the base that it was loaded from, without what was trained.
+) -> Callable[[], AbstractContextManager[None]]:
+    """A context, to be entered as often as needed, in which `model` of `with_adapter` is the base without what was
+    trained.
 
-    PEFT switches off what it added. The base's own weights and biases that the checkpoint replaced are put back here,
+    PEFT switches off what it added. The base's own weights and biases that the checkpoint replaced are put back,
     except those of a resized vocabulary, whose new rows the base does not have.
     """
-    weights, replaced = model.state_dict(), []
+    parameters, replaced = dict(model.named_parameters(remove_duplicate=False)), {}
     for name, saved in checkpoint.adapter_state.saved_weights.items():
-        weight = weights.get(PEFT_PREFIX + _base_layer_key(name, checkpoint))
-        if weight is None or saved.is_trained_copy:
+        parameter = parameters.get(PEFT_PREFIX + _base_layer_key(name, checkpoint))
+        if parameter is None or saved.is_trained_copy:
             continue
         own = _weight_of_base(name, base, quantizer)
-        if own.shape == weight.shape:
-            replaced.append((weight, weight.clone()))
-            weight.copy_(own)
-    with warnings.catch_warnings():
-        # PEFT warns of the biases that are put back above.
-        warnings.simplefilter("ignore")
-        with model.disable_adapter():
-            yield
-    for weight, trained in reversed(replaced):
-        weight.copy_(trained)
+        if own.shape == parameter.shape:
+            replaced[id(parameter)] = (parameter, own.float())  # a tied weight has two names
+
+    @contextmanager
+    def alone() -> Iterator[None]:
+        trained = [(parameter, parameter.data) for parameter, _ in replaced.values()]
+        for parameter, own in replaced.values():
+            parameter.data = own
+        with warnings.catch_warnings():
+            # PEFT warns of the biases that are put back here.
+            warnings.simplefilter("ignore")
+            with model.disable_adapter():
+                yield
+        for parameter, weight in trained:
+            parameter.data = weight
+
+    return alone
 
 
 def _weight_of_base(name: str, base: BaseModel, quantizer: QuantizationFormat | None) -> torch.Tensor:

@@ -27,24 +27,6 @@ def logits_of(causal_lm: Any, states: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def output_layers(causal_lm: Any, head_weight: torch.Tensor) -> Any:
-    """A model for `logits_of` alone: like `causal_lm` after the decoder, with another head weight (vocabulary, width).
-
-    It holds no other weight than that and the head's bias, where the architecture has one.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(causal_lm.config, dtype=head_weight.dtype)
-    head = torch.nn.Linear(*reversed(head_weight.shape), bias=False, device="meta")
-    head.weight = torch.nn.Parameter(head_weight, requires_grad=False)
-    if (bias := getattr(causal_lm.get_output_embeddings(), "bias", None)) is not None:
-        head.bias = torch.nn.Parameter(bias.detach().clone(), requires_grad=False)
-    model.set_output_embeddings(head)
-    return model.eval()
-
-
 @contextmanager
 def _decoder_giving(causal_lm: Any, states: torch.Tensor) -> Iterator[None]:
     from transformers.modeling_outputs import BaseModelOutputWithPast
