@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_a_layer_leaves_the_memory_before_the_next_one_is_read(
     for layer in model.model.model.layers:
         layer.register_forward_hook(look)
     with torch.inference_mode():
-        list(model.hidden_states([parts.PROMPT], (torch.no_grad,), "x", silent))
+        list(model.hidden_states([parts.PROMPT], (nullcontext,), "x", silent))
         model.generate(input_ids=parts.PROMPT, max_new_tokens=2, do_sample=False)
 
     without, run = [[0, 0], [0, 0]], [[7, 0], [0, 7]]
