@@ -14,7 +14,7 @@ from convert.quality.models.vocabulary import HEAD_BLOCK_BYTES, LOGITS_BYTES
 # While distributions are compared there are two of them, and of each its logits and what transformers makes of these.
 _DISTRIBUTIONS = 6
 # Python with torch, transformers, PEFT and bitsandbytes, once models have been made.
-_LIBRARY_BYTES = 600 << 20
+_LIBRARY_BYTES = 460 << 20
 
 
 def measuring_bytes(base: BaseModel, checkpoint: Checkpoint, tokens: int) -> int:
@@ -27,7 +27,8 @@ def measuring_bytes(base: BaseModel, checkpoint: Checkpoint, tokens: int) -> int
     states = 4 * 4 * group * width
     # Beside a weight in float32 there is another one while it is read: what it is converted from.
     in_layer = max(stays, layer) + weight
-    in_head = stays + HEAD_BLOCK_BYTES * 3 // 2 + _DISTRIBUTIONS * LOGITS_BYTES
+    head = min(HEAD_BLOCK_BYTES, 4 * math.prod(base.embedding.shape))
+    in_head = stays + head * 3 // 2 + _DISTRIBUTIONS * min(LOGITS_BYTES, 4 * tokens * base.vocabulary)
     rows_of_tokens = 2 * 4 * width * min(tokens, base.vocabulary)
     # Of the reference and of the result.
     adapters = 2 * sum(4 * math.prod(spec.shape) for spec in checkpoint.adapter_state.specs)
