@@ -47,6 +47,7 @@ class LayerWeights:
         self._read = read
         self._stay = 4 * sum(p.numel() for layer in layers for p, _ in layer) <= CACHED_BYTES
         self._loaded: set[int] = set()
+        self._buffers: dict[tuple[int, ...], list[torch.Tensor]] = {}
 
     @contextmanager
     def loaded(self, layer: int) -> Iterator[None]:
@@ -74,12 +75,20 @@ class LayerWeights:
         """Free the layers that stayed in memory. They are read again when they are needed."""
         for layer in list(self._loaded):
             self._free(layer)
+        self._buffers.clear()
 
     def _load(self, layer: int) -> None:
         if layer not in self._loaded:
             for parameter, linear in self._layers[layer]:
-                parameter.data = self._read(linear)
+                parameter.data = self._buffer(linear.shape).copy_(self._read(linear))
             self._loaded.add(layer)
+
+    def _buffer(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Memory of a layer that was freed: what lives as long as a layer is not allocated among what doesn't."""
+        import torch
+
+        free = self._buffers.get(shape)
+        return free.pop() if free else torch.empty(shape)
 
     def _leave(self, layer: int) -> None:
         if not self._stay:
@@ -87,6 +96,7 @@ class LayerWeights:
 
     def _free(self, layer: int) -> None:
         for parameter, linear in self._layers[layer]:
+            self._buffers.setdefault(linear.shape, []).append(parameter.data)
             parameter.data = placeholder(linear.shape)
         self._loaded.discard(layer)
 
