@@ -242,9 +242,12 @@ def self_noise(reference: Reference, source: Path) -> float:
     """Mean KL from the function as trained in float32 to the same one in bfloat16, as its trainer computes it."""
     import torch
 
-    divergences = []
-    for number, trained in enumerate(trainer_log_probs(reference, source)):
-        reference64, trained64 = torch.cat(list(reference.logits.log_probs(number))).double(), trained.double()
+    divergences, start = [], 0
+    for trained in trainer_log_probs(reference, source):
+        stop = start + len(trained)
+        with torch.inference_mode():
+            reference64 = torch.cat(list(reference.logits.log_probs(start, stop))).double()
+        start, trained64 = stop, trained.double()
         divergences.append((reference64.exp() * (reference64 - trained64)).sum(-1).clamp_min(0))
     return float(torch.cat(divergences).mean())
 
