@@ -55,7 +55,7 @@ def test_peak_memory_is_that_of_a_layer_and_the_plan_tells_it(large: tuple[Path,
     words = [sys.executable, "-c", MEASURED, adapter, base, training]
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
-    peak, imported, told = map(int, done.stdout.split())
+    peak, imported, planned = map(int, done.stdout.split())
 
     assert peak - imported < LAYERS * LAYER_BYTES / 2
-    assert told == pytest.approx(peak, rel=0.25)
+    assert planned == pytest.approx(peak, rel=0.25)
