@@ -179,14 +179,14 @@ def history(
 @expand_options
 def apply(
     options: QueryOptions,
-    file: Annotated[Path, typer.Argument(help="adapters.yaml: the adapters that the server should have.")],
+    file: Annotated[Path, typer.Argument(help="adapters.yaml: the adapters and pools that the server should have.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")] = False,
 ) -> None:
-    """Make the running server serve the adapters that a file lists. A second run on the same file changes nothing."""
+    """Make the running server serve the adapters and pools that a file lists. A second run on it changes nothing."""
     with reported_errors():
         wanted = desired_state.DesiredState.read(file)
         client = options.client()
-        steps = desired_state.diff(wanted, client.adapters())
+        steps = desired_state.steps_to(wanted, client)
         failed = {} if dry_run else desired_state.apply(wanted, steps, client)
     if options.as_json:
         failures = [{"step": str(step), "code": error.code, "message": str(error)} for step, error in failed.items()]
@@ -209,7 +209,7 @@ def _print_steps(steps: Sequence[Step], failed: Mapping[Step, ServeError | Conve
 @expand_options
 def follow(
     options: ServerOptions,
-    file: Annotated[Path, typer.Argument(help="adapters.yaml: the adapters that the server should have.")],
+    file: Annotated[Path, typer.Argument(help="adapters.yaml: the adapters and pools that the server should have.")],
     metrics_host: Annotated[str, typer.Option(help="Address of the metrics; 0.0.0.0 for all.")] = "127.0.0.1",
     metrics_port: Annotated[
         int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,13 +21,11 @@ from serve.cli.console import (
     reported_errors,
 )
 from serve.cli.options import ChangeOptions, QueryOptions
-from serve.errors import PoolRefused
 from serve.follower.admin_client import AdminClient
 
 PoolName = Annotated[str, typer.Argument(metavar="NAME", help="The base model or merged model, as clients write it.")]
 
 _COLUMNS = ("name", "kind", "state", "ready", "reason")
-_POLL_S = 0.5
 
 
 class _NewPoolFields(BaseModel):
@@ -71,7 +68,7 @@ def add(
     """
     with reported_errors():
         client, root = options.client(), artifact.absolute()
-        pool = client.call("POST", "/admin/v1/pools", _body(options, root))
+        pool = client.add_pool(root, options.name, options.replicas, options.max_lora_rank, options.reason)
         if options.wait:
             pool = _wait_until_ready(client, pool["name"])
             _publish_adapter(client, root, options.reason)
@@ -87,7 +84,7 @@ def add(
 def list_pools(options: QueryOptions) -> None:
     """Show every pool: how many of its engines are ready, and why one is not."""
     with reported_errors():
-        pools = options.client().call("GET", "/admin/v1/pools")["pools"]
+        pools = options.client().pools()
     rows = [pool | {"ready": f"{pool['ready']} of {pool['replicas']}"} for pool in pools]
     print_rows(rows, _COLUMNS, options.as_json, {"pools": pools})
 
@@ -100,28 +97,10 @@ def remove(options: ChangeOptions, name: PoolName) -> None:
         print_change(answer, options.as_json, "[bold]{name}[/] stops.")
 
 
-def _body(options: NewPoolOptions, root: Path) -> dict[str, Any]:
-    fields = options.model_dump(include={"name", "replicas", "max_lora_rank", "reason"})
-    return {"path": str(root), **fields}
-
-
 def _wait_until_ready(client: AdminClient, name: str) -> dict[str, Any]:
-    """Raises PoolRefused with the reason if the engines don't start, or if the pool is removed meanwhile."""
     progress = StepProgress()
     try:
-        while True:
-            pools = {pool["name"]: pool for pool in client.call("GET", "/admin/v1/pools")["pools"]}
-            if (pool := pools.get(name)) is None:
-                raise PoolRefused(f"{name} was removed before it was ready.")
-            if pool["state"] == "failed":
-                raise PoolRefused(
-                    f"The engine of {name} did not start: {pool['reason']} "
-                    f"Take the pool away with: python -m serve pool remove {name}"
-                )
-            if pool["state"] == "running":
-                return dict(pool)
-            progress.step(f"{pool['ready']} of {pool['replicas']} engines are ready")
-            time.sleep(_POLL_S)
+        return client.wait_for_pool(name, progress.step)
     finally:
         progress.close()
 

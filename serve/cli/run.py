@@ -68,13 +68,13 @@ class RunOptions(StateOptions):
     max_active_adapters: int = setting(EngineSettings, "max_active_adapters")
     max_resident_adapters: int = setting(EngineSettings, "max_resident_adapters")
     adapters: Path | None = Field(
-        None, description="adapters.yaml: applied when the server is up, and again when it changes."
+        None, description="adapters.yaml, which can list pools too: applied when the server is up, and again when it changes."
     )
     adapter_root: list[Path] | None = setting(AdmissionSettings, "adapter_roots", "Repeatable.", default=None)
     artifact_root: list[Path] | None = setting(
         AdmissionSettings,
         "artifact_roots",
-        "Repeatable. Default: the directories that hold the given artifacts.",
+        "Repeatable. Default: the directories that hold the given artifacts, and those of pools in --adapters.",
         default=None,
     )
     allow_other_template: bool = setting(AdmissionSettings, "allow_other_template")
@@ -239,7 +239,9 @@ def _artifact_roots(options: RunOptions) -> tuple[Path, ...]:
     """Where artifacts for new pools may be: never the root of the file system, unless that was said."""
     if options.artifact_root is not None:
         return tuple(root.absolute() for root in options.artifact_root)
-    parents = dict.fromkeys(artifact.resolve().parent for artifact in options.artifacts)
+    desired = DesiredState.read(options.adapters).pools if options.adapters else ()
+    artifacts = [*options.artifacts, *(pool.artifact for pool in desired)]
+    parents = dict.fromkeys(artifact.resolve().parent for artifact in artifacts)
     return tuple(parent for parent in parents if parent != Path(parent.anchor))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from serve.adapters.ingest import ingest_artifact
 from serve.catalogue.entry import CALLER_HEADER, user_name
 from serve.catalogue.split import Kind
 from serve.catalogue.state_dir import StateDir
-from serve.errors import AdminRefused, ServerNotRunning
+from serve.errors import AdminRefused, PoolRefused, ServerNotRunning
 
 TOKEN_VARIABLE = "GRAFT_ADMIN_TOKEN"  # noqa: S105  (the name of a variable)
 _TIMEOUT_S = 300  # a publish waits for every replica
+_POOL_TIMEOUT_S = 1800  # a large model is read from a slow disk, three times at most
+_POOL_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,34 @@ class AdminClient:
     def replicas(self) -> list[dict[str, Any]]:
         reports: list[dict[str, Any]] = self.call("GET", "/admin/v1/replicas")["replicas"]
         return reports
+
+    def pools(self) -> list[dict[str, Any]]:
+        pools: list[dict[str, Any]] = self.call("GET", "/admin/v1/pools")["pools"]
+        return pools
+
+    def add_pool(
+        self, artifact: Path, name: str | None, replicas: int, max_lora_rank: int | None, reason: str = ""
+    ) -> dict[str, Any]:
+        """Returns while its engines start. `artifact`: on the server's machine."""
+        fields = {"name": name, "replicas": replicas, "max_lora_rank": max_lora_rank, "reason": reason}
+        return self.call("POST", "/admin/v1/pools", {"path": str(artifact.absolute()), **fields})
+
+    def wait_for_pool(self, name: str, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+        """Returns when the engines of a pool that was added answer. Raises PoolRefused with the reason if they don't
+        start, and after half an hour."""
+        deadline = time.monotonic() + _POOL_TIMEOUT_S
+        while True:
+            pool = next((pool for pool in self.pools() if pool["name"] == name), None)
+            if pool is None:
+                raise PoolRefused(f"{name} was removed before it was ready.")
+            if pool["state"] == "running":
+                return pool
+            if pool["state"] == "failed" or time.monotonic() > deadline:
+                reason = pool["reason"] or f"It is not ready after {_POOL_TIMEOUT_S} s."
+                remedy = f"Take the pool away with: python -m serve pool remove {name}"
+                raise PoolRefused(f"The engine of {name} did not start: {reason} {remedy}")
+            progress(f"{pool['ready']} of {pool['replicas']} engines are ready")
+            time.sleep(_POOL_POLL_S)
 
     def remove_pool(self, name: str, reason: str = "") -> dict[str, Any]:
         return self.call("DELETE", f"/admin/v1/pools/{quote(name, safe='')}?reason={quote(reason, safe='')}")

@@ -1,5 +1,11 @@
-"""`adapters.yaml`: the adapters that a server should have, and the steps that lead there from those that it has.
+"""`adapters.yaml`: the adapters and pools that a server should have, and the steps that lead there from what it has.
 
+pools:                              # default: none besides those that `run` was given
+  - artifact: artifacts/zephyr      # holds its model; relative to this file
+    name: zephyr                    # default: the artifact's own name
+    replicas: 2                     # default: 1
+    max_lora_rank: 32               # default: what the adapters below and the published ones need
+remove_other_pools: false           # true: remove every added pool that is not listed here
 adapters:
   - artifact: artifacts/pirate      # relative to this file
     name: pirate                    # default: the artifact's own name
@@ -10,23 +16,24 @@ retire_others: false                # true: retire every adapter that is not lis
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from convert.artifact import MANIFEST, Artifact, Name, problems_of
+from convert.artifact import MANIFEST, VLLM_LORA_RANKS, Artifact, Name, problems_of
 from convert.errors import ArtifactInvalid, ConvertError
 from serve.adapters.ingest import candidate_of
 from serve.errors import ArtifactRefused, DesiredStateInvalid, ServeError
 from serve.follower.admin_client import AdminClient
 from serve.names import AdapterRevision
+from serve.settings import supported_rank
 from serve.settings.unique_yaml import load_yaml
 
-StepVerb = Literal["publish", "pin", "unpin", "retire"]
+StepVerb = Literal["add pool", "publish", "pin", "unpin", "retire", "remove pool"]
 
 
 class _FileModel(BaseModel):
@@ -39,9 +46,18 @@ class _AdapterEntry(_FileModel):
     pinned: bool = False
 
 
+class _PoolEntry(_FileModel):
+    artifact: Path
+    name: Name | None = None
+    replicas: int = Field(1, ge=1)
+    max_lora_rank: int | None = Field(None, ge=0, le=VLLM_LORA_RANKS[-1])
+
+
 class _AdaptersFile(_FileModel):
     adapters: tuple[_AdapterEntry, ...]
     retire_others: bool = False
+    pools: tuple[_PoolEntry, ...] = ()
+    remove_other_pools: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +72,29 @@ class DesiredAdapter:
 
 
 @dataclass(frozen=True)
+class DesiredPool:
+    """One base model or merged model that the server should serve."""
+
+    base: str  # the fingerprint of the model
+    artifact: Path
+    name: str | None
+    replicas: int
+    max_lora_rank: int | None
+
+    @property
+    def shown_name(self) -> str:
+        return self.name or self.artifact.name
+
+
+@dataclass(frozen=True)
 class DesiredState:
     """The content of the file, with the revision that each artifact has now."""
 
     path: Path
     adapters: tuple[DesiredAdapter, ...]
     retire_others: bool
+    pools: tuple[DesiredPool, ...] = ()
+    remove_other_pools: bool = False
 
     @classmethod
     def read(cls, path: Path) -> DesiredState:
@@ -71,7 +104,11 @@ class DesiredState:
         names = [desired.adapter.name for desired in adapters]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise DesiredStateInvalid(f"{path} names {', '.join(repeated)} more than once.")
-        return cls(path, adapters, file.retire_others)
+        pools = tuple(_resolve_pool(path, entry) for entry in file.pools)
+        bases = [pool.base for pool in pools]
+        if repeated := sorted({pool.shown_name for pool in pools if bases.count(pool.base) > 1}):
+            raise DesiredStateInvalid(f"{path} names one model in several pools: {', '.join(repeated)}.")
+        return cls(path, adapters, file.retire_others, pools, file.remove_other_pools)
 
     @property
     def digest(self) -> str:
@@ -80,7 +117,12 @@ class DesiredState:
             f"{desired.adapter.name} {desired.adapter.revision} {desired.pinned}"
             for desired in sorted(self.adapters, key=lambda desired: desired.adapter)
         ]
-        return hashlib.sha256("\n".join([*lines, str(self.retire_others)]).encode()).hexdigest()
+        pools = [
+            f"pool {pool.base} {pool.name} {pool.replicas} {pool.max_lora_rank}"
+            for pool in sorted(self.pools, key=lambda pool: pool.base)
+        ]
+        others = [str(self.retire_others), *(["remove other pools"] if self.remove_other_pools else [])]
+        return hashlib.sha256("\n".join([*lines, *others, *pools]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -91,6 +133,7 @@ class Step:
     name: str
     revision: str | None = None  # the digest, or its first digits
     artifact: Path | None = None
+    pool: DesiredPool | None = None
 
     def __str__(self) -> str:
         return f"{self.verb} {self.name}" + (f"@{self.revision[:12]}" if self.revision else "")
@@ -100,13 +143,39 @@ def manifests_named_in(path: Path) -> list[Path]:
     """The files besides `path` that decide the desired state, whether they are there or not; none if `path` itself
     can't be used."""
     try:
-        return [_root_of(path, entry) / MANIFEST for entry in _read_file(path).adapters]
+        file = _read_file(path)
+        entries: list[_AdapterEntry | _PoolEntry] = [*file.pools, *file.adapters]
+        return [_root_of(path, entry) / MANIFEST for entry in entries]
     except DesiredStateInvalid:
         return []
 
 
+def steps_to(desired: DesiredState, client: AdminClient) -> tuple[Step, ...]:
+    """The steps from what the server has to the desired state; none if they are equal. Pools are added first, and
+    removed last. Raises as the client does."""
+    pools = client.pools() if desired.pools or desired.remove_other_pools else ()
+    return (*_pools_to_add(desired, pools), *diff(desired, client.adapters()), *_pools_to_remove(desired, pools))
+
+
+def _pools_to_add(desired: DesiredState, actual: Sequence[Mapping[str, Any]]) -> Iterator[Step]:
+    """A pool that is there with another name or number of replicas is a step, too: the server says what to do."""
+    by_base = {listed["base"]: listed for listed in actual}
+    for wanted in desired.pools:
+        listed = by_base.get(wanted.base)
+        if not listed or listed["replicas"] != wanted.replicas or wanted.name not in (None, listed["name"]):
+            ranks = [adapter.rank for adapter in desired.adapters if adapter.base == wanted.base]
+            rank = max(map(supported_rank, ranks)) if wanted.max_lora_rank is None and ranks else wanted.max_lora_rank
+            yield Step("add pool", wanted.shown_name, pool=replace(wanted, max_lora_rank=rank))
+
+
+def _pools_to_remove(desired: DesiredState, actual: Sequence[Mapping[str, Any]]) -> Iterator[Step]:
+    bases = {wanted.base for wanted in desired.pools}
+    if desired.remove_other_pools:
+        yield from (Step("remove pool", pool["name"]) for pool in actual if pool["added"] and pool["base"] not in bases)
+
+
 def diff(desired: DesiredState, actual: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
-    """The steps from `actual`, the adapters that the admin API lists, to the desired state; none if they are equal.
+    """The steps from `actual`, the adapters that the admin API lists, to the desired adapters; none if they are equal.
     New adapters are published before others are retired."""
     actual_by_name = {listed["name"]: listed for listed in actual}
     publish, pin, unpin = [], [], []
@@ -145,6 +214,12 @@ def _take(step: Step, client: AdminClient, reason: str) -> None:
         client.publish(step.artifact, step.name, reason=reason)
     elif step.verb == "retire":
         client.retire(step.name, reason)
+    elif step.pool:
+        pool = step.pool
+        added = client.add_pool(pool.artifact, pool.name, pool.replicas, pool.max_lora_rank, reason)
+        client.wait_for_pool(added["name"])
+    elif step.verb == "remove pool":
+        client.remove_pool(step.name, reason)
     else:
         client.change(step.verb, step.name, step.revision, reason)
 
@@ -155,7 +230,7 @@ def _read_file(path: Path) -> _AdaptersFile:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DesiredStateInvalid(f"{path} can't be read: {' '.join(str(error).split())}.") from error
     except ValidationError as error:
-        raise DesiredStateInvalid(f"{path} does not say what adapters there shall be: {problems_of(error)}.") from error
+        raise DesiredStateInvalid(f"{path} does not say what there shall be: {problems_of(error)}.") from error
 
 
 def _resolve(path: Path, entry: _AdapterEntry) -> DesiredAdapter:
@@ -167,7 +242,16 @@ def _resolve(path: Path, entry: _AdapterEntry) -> DesiredAdapter:
     return DesiredAdapter(candidate.adapter, candidate.base, candidate.rank, entry.pinned, root)
 
 
-def _root_of(path: Path, entry: _AdapterEntry) -> Path:
+def _resolve_pool(path: Path, entry: _PoolEntry) -> DesiredPool:
+    root = _root_of(path, entry).absolute()
+    try:
+        base = Artifact.open(root).manifest.model.fingerprint
+    except ArtifactInvalid as error:
+        raise DesiredStateInvalid(f"{path} names {entry.artifact}: {error}") from error
+    return DesiredPool(base, root, entry.name, entry.replicas, entry.max_lora_rank)
+
+
+def _root_of(path: Path, entry: _AdapterEntry | _PoolEntry) -> Path:
     return path.parent / entry.artifact
 
 

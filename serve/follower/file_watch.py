@@ -14,7 +14,7 @@ from serve.errors import EngineUnavailable, ReplicaUnreachable, ServeError, Serv
 from serve.follower.admin_client import AdminClient
 from serve.follower.applied_mark import AppliedMark
 from serve.follower.applied_metric import AppliedMetric
-from serve.follower.desired_state import DesiredState, apply, diff, manifests_named_in
+from serve.follower.desired_state import DesiredState, apply, manifests_named_in, steps_to
 
 POLL_S = 1.0
 _RETRY_S = 10.0
@@ -75,7 +75,7 @@ class FileWatcher:
         if self._applied.read() == desired.digest:
             self._succeed("nothing to change")
             return
-        steps = diff(desired, self._client.adapters())
+        steps = steps_to(desired, self._client)
         failed = apply(desired, steps, self._client)
         for step, error in failed.items():
             self._report(str(step), error)

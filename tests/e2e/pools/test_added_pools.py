@@ -111,13 +111,19 @@ def test_a_pool_is_removed_and_added_while_another_one_answers_every_request(
 async def remove_and_add(pools: Server, artifacts: Path) -> list[int]:
     """The statuses of requests for the first pool meanwhile."""
     async with asking(pools) as statuses:
-        removed = await asyncio.to_thread(pools.command, "pool", "remove", MERGED)
+        file = artifacts / "graft.yaml"
+        file.write_text("adapters: []\nremove_other_pools: true\n")
+        removed = await asyncio.to_thread(pools.command, "apply", file)
         assert removed.returncode == 0, removed.stderr
+        assert f"remove pool {MERGED}" in removed.stderr
         await until_status(pools, MERGED, 404)
         added = await asyncio.to_thread(pools.command, "pool", "add", artifacts / MERGED)
         assert added.returncode == 0, added.stderr
         assert f"{MERGED} answers (1 engine)" in added.stderr
         await until_status(pools, MERGED, 200)
+        file.write_text(f"adapters: []\nremove_other_pools: true\npools:\n  - artifact: {MERGED}\n")
+        applied = await asyncio.to_thread(pools.command, "apply", file)
+        assert "Nothing to change." in applied.stderr
     return statuses
 
 

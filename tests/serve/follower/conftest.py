@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ class RecordingClient(AdminClient):
     """The server's side in a few lines: what was asked of it, and what it lists then."""
 
     listed: list[dict[str, Any]]
+    listed_pools: list[dict[str, Any]]
     calls: list[str]
     fails: dict[str, Exception]
 
     def __init__(self, root: Path) -> None:
         super().__init__(StateDir(root), "http://nowhere", "token")
-        for name, value in (("listed", []), ("calls", []), ("fails", {})):
+        for name, value in (("listed", []), ("listed_pools", []), ("calls", []), ("fails", {})):
             object.__setattr__(self, name, value)
 
     def adapters(self) -> list[dict[str, Any]]:
@@ -36,6 +38,21 @@ class RecordingClient(AdminClient):
 
     def retire(self, name: str, reason: str = "") -> dict[str, Any]:
         return self._take(f"retire {name}", name)
+
+    def pools(self) -> list[dict[str, Any]]:
+        return self.listed_pools
+
+    def add_pool(
+        self, artifact: Path, name: str | None, replicas: int, max_lora_rank: int | None, reason: str = ""
+    ) -> dict[str, Any]:
+        self._take(f"add {artifact.name} {name} {replicas} {max_lora_rank}", artifact.name)
+        return {"name": name or artifact.name}
+
+    def wait_for_pool(self, name: str, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+        return self._take(f"wait {name}", name)
+
+    def remove_pool(self, name: str, reason: str = "") -> dict[str, Any]:
+        return self._take(f"remove {name}", name)
 
     def _take(self, call: str, name: str) -> dict[str, Any]:
         self.calls.append(call)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from serve.errors import AdminRefused, DesiredStateInvalid
-from serve.follower.desired_state import DesiredState, Step, apply, diff
+from serve.follower.desired_state import DesiredState, Step, apply, diff, steps_to
+from tests.serve.conftest import MakeArtifact
 from tests.serve.follower.conftest import RecordingClient, listing
 
 
@@ -49,6 +52,9 @@ def test_a_new_revision_moves_the_pin_with_it(file: Path) -> None:
         ("adapters: [{artifact: a}]\nretire_others: true\nadapters: []", "found the key 'adapters' twice"),
         ("adapters:\n  - {artifact: a, pinned: true, artifact: b}", "found the key 'artifact' twice"),
         ("? [1]\n: 2", "can't be read"),
+        ("adapters: []\npools: [{artifact: nowhere}]", "not an artifact"),
+        ("adapters: []\npools: [{artifact: a, replicas: 0}]", "replicas"),
+        ("adapters: []\npools: [{artifact: a}, {artifact: b, name: twin}]", "one model in several pools: a, twin"),
         ("adapters: [!!python/object/apply:os.system ['true']]", "can't be read"),
     ],
 )
@@ -69,3 +75,57 @@ def test_one_bad_adapter_blocks_no_other(file: Path, client: RecordingClient) ->
     assert [(str(step).partition("@")[0], error.code) for step, error in failed.items()] == [
         ("publish pirate", "adapter_rejected")
     ]
+
+
+def pool(base: str, name: str, replicas: int = 1, *, added: bool = True) -> dict[str, Any]:
+    """A pool as the admin API lists it."""
+    return {"name": name, "base": base, "replicas": replicas, "added": added}
+
+
+@pytest.fixture
+def with_pools(file: Path, make_artifact: MakeArtifact) -> Path:
+    make_artifact("m", name="merged", weights=None, base="merged weights")
+    make_artifact("z", name="zephyr", weights="3", base="zephyr base", rank=20)
+    pools = "pools:\n  - {artifact: m, replicas: 2}\n  - {artifact: z, name: zephyr-base}\nremove_other_pools: true\n"
+    file.write_text(pools + file.read_text() + "  - artifact: z\n")
+    return file
+
+
+def test_pools_are_added_before_their_adapters_and_removed_last(with_pools: Path, client: RecordingClient) -> None:
+    given = DesiredState.read(with_pools).adapters[0].base
+    client.listed_pools.extend([pool(given, "small", added=False), pool("f" * 64, "old")])
+
+    steps = steps_to(DesiredState.read(with_pools), client)
+    assert verbs(steps) == [
+        "add pool m", "add pool zephyr-base", "publish pirate", "publish table", "publish zephyr", "pin pirate",
+        "remove pool old",
+    ]  # fmt: skip
+    assert apply(DesiredState.read(with_pools), steps, client) == {}
+    assert client.calls[:4] == ["add m None 2 None", "wait m", "add z zephyr-base 1 32", "wait zephyr-base"]
+    assert client.calls[-1] == "remove old"
+
+
+def test_nothing_is_done_for_pools_that_are_as_desired(with_pools: Path, client: RecordingClient) -> None:
+    desired = DesiredState.read(with_pools)
+    merged, zephyr = (wanted.base for wanted in desired.pools)
+    client.listed.extend(listing(desired))
+    client.listed_pools.extend([pool(merged, "merged", 2), pool(zephyr, "zephyr-base", added=False)])
+
+    assert steps_to(desired, client) == ()
+    client.listed_pools[0]["replicas"] = 1
+    assert verbs(steps_to(desired, client)) == ["add pool m"], "which the server refuses, and says what to do"
+
+
+def test_a_file_that_says_nothing_of_pools_asks_for_none_and_keeps_its_meaning(
+    file: Path, client: RecordingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of before has no such route, and a mark of before says that this file was applied."""
+    monkeypatch.delattr(RecordingClient, "pools")
+    monkeypatch.delattr("serve.follower.admin_client.AdminClient.pools")
+    desired = DesiredState.read(file)
+
+    steps_to(desired, client)
+
+    wanted = sorted(desired.adapters, key=lambda adapter: adapter.adapter)
+    lines = [f"{one.adapter.name} {one.adapter.revision} {one.pinned}" for one in wanted]
+    assert desired.digest == hashlib.sha256("\n".join([*lines, "False"]).encode()).hexdigest()
