@@ -68,7 +68,8 @@ class RunOptions(StateOptions):
     max_active_adapters: int = setting(EngineSettings, "max_active_adapters")
     max_resident_adapters: int = setting(EngineSettings, "max_resident_adapters")
     adapters: Path | None = Field(
-        None, description="adapters.yaml, which can list pools too: applied when the server is up, and again when it changes."
+        None,
+        description="adapters.yaml, with pools or without: applied when the server is up, and again when it changes.",
     )
     adapter_root: list[Path] | None = setting(AdmissionSettings, "adapter_roots", "Repeatable.", default=None)
     artifact_root: list[Path] | None = setting(
