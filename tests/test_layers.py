@@ -12,7 +12,12 @@ import pytest
 from importlinter import cli
 
 IMPORTERS = {
-    "vllm": {"serve.engine.vllm_engine", "serve.engine.vllm_patches", "serve.engine.cpu_lora"},
+    "vllm": {
+        "serve.engine.vllm_engine",
+        "serve.engine.vllm_patches",
+        "serve.engine.cpu_lora",
+        "serve.engine.grammars.vllm_grammars",
+    },
     "ray": {
         "serve.callers.ledger_ray",
         "serve.deployment.app",

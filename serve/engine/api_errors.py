@@ -23,7 +23,7 @@ _FIELDS = {
 # Every code of an EngineError that no other error of serve.errors has.
 ENGINE_CODES = frozenset({
     "context_length_exceeded", "missing_required_parameter", "invalid_type", "invalid_value", "invalid_request",
-    "not_found", "not_implemented",
+    "not_found", "not_implemented", "grammar_too_large", "grammar_too_costly",
 })  # fmt: skip
 _CODES = {404: "not_found", 501: "not_implemented", 503: "engine_unavailable"}
 

@@ -27,6 +27,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from serve.engine.grammars.limits import GrammarLimits
+from serve.engine.grammars.vllm_grammars import EngineGrammars
 from serve.engine.prompt_size import PromptSize, measure
 from serve.engine.start_failure import engine_failures, refusals
 from serve.engine.vllm_patches import (
@@ -86,7 +88,7 @@ class VllmEngine:
         if not (settings.model_path / "config.json").is_file():
             raise EngineRefused(f"There is no model in {settings.model_path}: put its artifact back there.")
         args = parse_args(settings, traces)
-        engine = await _start_engine(args, finished)
+        engine = await _start_engine(args, finished, GrammarLimits.of(settings))
         api = await _build_application(engine, args)
         prompt_size = await measure(api)
         _tune_process()
@@ -197,17 +199,19 @@ class VllmEngine:
         self._engine.shutdown(timeout=timeout_s)
 
 
-async def _start_engine(args: argparse.Namespace, finished: FinishedListener) -> AsyncLLM:
+async def _start_engine(args: argparse.Namespace, finished: FinishedListener, limits: GrammarLimits) -> AsyncLLM:
     """Raises EngineStartFailed or EngineRefused with vLLM's reason."""
     adapter_names = AdapterNames()
     with refusals():
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config(_USAGE)
+    grammars = EngineGrammars(config, limits)
     with engine_failures():
-        engine = engine_class(adapter_names).from_vllm_config(
+        engine = engine_class(adapter_names, grammars).from_vllm_config(
             config, usage_context=_USAGE, stat_loggers=[stat_logger_class(adapter_names, finished)]
         )
         if args.worker_extension_cls == _CPU_WORKER:
             await engine.collective_rpc("group_adapters")
+    await grammars.start()
     count_generated_tokens(engine)
     return engine
 

@@ -41,6 +41,7 @@ from serve.engine.fastapi_patches import (
     set_exception_handlers,
     validate_fail_fast,
 )
+from serve.engine.grammars.vllm_grammars import EngineGrammars, GrammarTooCostly
 from serve.engine.token_counter import count_outputs, current_counter
 from serve.engine.vllm_contract import BODY_MODULES
 from serve.errors import EngineStartFailed
@@ -52,7 +53,8 @@ FinishedListener = Callable[[Finished], None]
 PROBE_ID_PREFIX = "probe-"  # of requests that Graft itself sends to the engine; they are not reported
 
 _MAX_REMEMBERED_REQUESTS = 1 << 16  # vLLM reports nothing of an aborted request, so these are never removed
-_LORA_REQUEST_POSITION = 3  # of `lora_request` among the arguments of `add_request` after the request's id
+# Among the arguments of `add_request` after the request's id.
+_PARAMETERS_POSITION, _LORA_REQUEST_POSITION = 1, 3
 _CLIENT_ERRORS = (AssertionError, AttributeError, IndexError, KeyError)
 
 logger = logging.getLogger(__name__)
@@ -67,17 +69,23 @@ class AdapterNames(OrderedDict[str, str | None]):
             self.popitem(last=False)
 
 
-def engine_class(adapter_names: AdapterNames) -> type[AsyncLLM]:
+def engine_class(adapter_names: AdapterNames, grammars: EngineGrammars) -> type[AsyncLLM]:
     """vLLM's engine, which remembers the adapter of each request: vLLM's statistics of a finished request have the
-    request's id, but not its adapter."""
+    request's id, but not its adapter. And it refuses a grammar that costs too much, before vLLM reads it."""
 
     class Engine(AsyncLLM):
         async def add_request(self, request_id: str, *args: Any, **options: Any) -> Any:
+            has_parameters = len(args) > _PARAMETERS_POSITION
+            await grammars.check(args[_PARAMETERS_POSITION] if has_parameters else options.get("params"))
             is_positional = len(args) > _LORA_REQUEST_POSITION
             adapter_names.remember(
                 request_id, args[_LORA_REQUEST_POSITION] if is_positional else options.get("lora_request")
             )
             return await super().add_request(request_id, *args, **options)
+
+        def shutdown(self, timeout: float | None = None) -> None:
+            grammars.close()
+            super().shutdown(timeout)
 
     return Engine
 
@@ -152,7 +160,8 @@ def _check_grammar(first: Any) -> None:
 
 def _fault_of(error: Exception) -> EngineFault:
     described = create_error_response(error).error
-    return EngineFault(int(described.code), {"message": described.message, "param": described.param})
+    named = {"code": error.code} if isinstance(error, GrammarTooCostly) else {}
+    return EngineFault(int(described.code), {"message": described.message, "param": described.param, **named})
 
 
 def patch_application(api: Any) -> None:

@@ -150,13 +150,18 @@ class ResponsePipeline:
         if status >= 400:
             if is_last:
                 content = b"".join(part.get("body", b"") for part in self._withheld)
-                await self._send_fault(fault_of(status, content))
+                await self._send_fault(self._named_fault() or fault_of(status, content))
         elif self._tokens.fault is not None:
             await self._send_fault(self._tokens.fault)
         elif self._tokens.has_output or is_last or body.startswith(_COMMENT):
             withheld, self._withheld = self._withheld, []
             for part in withheld:
                 await (self._send_body(part) if "body" in part else self._send_start(part))
+
+    def _named_fault(self) -> EngineFault | None:
+        """What kept the engine from generating anything, if that has a code of Graft's, which vLLM doesn't repeat."""
+        fault = self._tokens.fault
+        return fault if fault and isinstance(fault.error.get("code"), str) else None
 
     async def _send_fault(self, fault: EngineFault) -> None:
         if self._is_of_dead_engine(fault.status):

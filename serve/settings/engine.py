@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from convert.artifact import VLLM_LORA_RANKS, Name, Sha256
 from serve.settings.frozen import FrozenSettings
@@ -38,6 +38,15 @@ class EngineSettings(FrozenSettings):
         4, description="Engine slots: different adapters that run at a time and that one batch may mix."
     )
     max_resident_adapters: PositiveInt = Field(16, description="Adapters that an engine keeps in host memory.")
+    max_grammar_bytes: PositiveInt = Field(
+        256 << 10, description="Of the schema, grammar, regex or choices of one request; larger ones get a 400."
+    )
+    max_grammar_compile_s: PositiveFloat = Field(
+        20.0, description="CPU time to compile one grammar, on trial outside of the engine; costlier ones get a 400."
+    )
+    max_grammar_step_s: PositiveFloat = Field(
+        0.25, description="CPU time to find the tokens that a grammar allows next, which every request waits for."
+    )
     vllm_args: tuple[str, ...] = Field((), description="Passed to vLLM's own argument parser as they are.")
 
     @property

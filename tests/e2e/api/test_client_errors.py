@@ -186,6 +186,36 @@ def test_what_the_engine_refuses_is_a_status_before_the_first_token_of_a_stream_
     assert (caught.value.type, caught.value.param) == ("invalid_request_error", param)
 
 
+COSTLY = ".?" * 3000  # in a JSON string, for which the small vocabulary has few tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "fields", "code", "param"),
+    [
+        ("/chat/completions", {"structured_outputs": {"choice": ["a" * 7000] * 40}}, "grammar_too_large", None),
+        ("/chat/completions", {"structured_outputs": {"regex": ".?" * 400}}, "grammar_too_costly", None),
+        ("/completions", {"prompt": "a", "structured_outputs": {"grammar": f"root ::= {'[^a]? ' * 400}"}},
+         "grammar_too_costly", None),
+        ("/chat/completions", {"response_format": schema_format({"type": "string", "pattern": COSTLY})},
+         "grammar_too_costly", "response_format"),
+        ("/responses", {"input": "a", "text": {"format": {"type": "json_schema", "name": "x", "schema":
+         {"type": "string", "pattern": COSTLY}}}}, "grammar_too_costly", "text"),
+    ],
+)  # fmt: skip
+def test_a_grammar_that_would_keep_the_engine_busy_is_refused_and_others_are_served(
+    client: openai.OpenAI, path: str, fields: dict[str, Any], code: str, param: str | None, stream: bool
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post(path, body=CHAT | fields | {"stream": stream}, cast_to=object)
+
+    assert (caught.value.code, caught.value.param) == (code, param or "structured_outputs")
+    answer: Any = client.post(
+        "/chat/completions", body=CHAT | {"structured_outputs": {"choice": ["yes"]}}, cast_to=object
+    )
+    assert answer["choices"][0]["message"]["content"] == "yes"
+
+
 def test_a_schema_that_refers_to_itself_where_there_is_an_end_is_served(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}
 

@@ -21,6 +21,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from serve.engine import vllm_patches
+from serve.engine.grammars.vllm_grammars import EngineGrammars, GrammarTooCostly
 from serve.engine.token_counter import count_tokens
 from serve.engine.vllm_patches import (
     AdapterNames,
@@ -48,6 +49,18 @@ class Answer(BaseModel):
 
 class EngineFailed(Exception):
     """What the engine raises, from whatever the cause was."""
+
+
+class Grammars(EngineGrammars):
+    """Refuses the regex `costly`."""
+
+    def __init__(self) -> None:
+        """Without an engine."""
+        self._trials = None
+
+    async def check(self, parameters: Any) -> None:
+        if parameters is not None and parameters.structured_outputs.regex == "costly":
+            raise GrammarTooCostly("Send a simpler one.", "grammar_too_costly")
 
 
 def client(module_name: str) -> httpx.AsyncClient:
@@ -152,7 +165,7 @@ async def test_the_adapter_of_a_request_is_remembered(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(AsyncLLM, "add_request", add_request)
     names = AdapterNames()
-    engine = object.__new__(engine_class(names))
+    engine = object.__new__(engine_class(names, Grammars()))
 
     await engine.add_request("base", "prompt", None, lora_request=None)
     if is_positional:
@@ -162,6 +175,49 @@ async def test_the_adapter_of_a_request_is_remembered(monkeypatch: pytest.Monkey
 
     assert names == {"base": None, "1": "pirate@1"}
     assert len(passed) == 2
+
+
+@pytest.mark.parametrize("is_positional", [True, False])
+async def test_a_grammar_that_costs_too_much_never_reaches_the_engine(
+    monkeypatch: pytest.MonkeyPatch, is_positional: bool
+) -> None:
+    passed: list[str] = []
+
+    async def add_request(self: object, request_id: str, *args: object, **options: object) -> None:
+        passed.append(request_id)
+
+    monkeypatch.setattr(AsyncLLM, "add_request", add_request)
+    engine: Any = object.__new__(engine_class(AdapterNames(), Grammars()))
+
+    async def add(request_id: str, regex: str) -> None:
+        parameters = SamplingParams(structured_outputs=StructuredOutputsParams(regex=regex))
+        if is_positional:
+            await engine.add_request(request_id, "prompt", parameters)
+        else:
+            await engine.add_request(request_id, prompt="prompt", params=parameters)
+
+    await add("1", "cheap")
+    with pytest.raises(GrammarTooCostly):
+        await add("2", "costly")
+
+    assert passed == ["1"]
+
+
+async def test_the_code_of_a_grammar_that_costs_too_much_is_kept() -> None:
+    async def generate(*_: object, **__: object) -> AsyncGenerator[Any, None]:
+        raise GrammarTooCostly("Send a simpler one.", "grammar_too_costly")
+        yield
+
+    engine: Any = types.SimpleNamespace(generate=generate, encode=generate)
+    count_generated_tokens(engine)
+
+    with count_tokens() as tokens, pytest.raises(GrammarTooCostly):
+        async for _ in engine.generate("", SamplingParams()):
+            pass
+
+    assert tokens.fault is not None
+    assert tokens.fault.status == 400
+    assert (tokens.fault.error["code"], tokens.fault.error["param"]) == ("grammar_too_costly", "grammar")
 
 
 def test_a_logger_without_the_gauge_of_adapters_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

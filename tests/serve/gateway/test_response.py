@@ -241,6 +241,18 @@ async def test_errors_of_the_engine_have_openais_types_and_codes(
     assert dict(caller.sent[0]["headers"])[b"content-length"] == str(len(caller.sent[1]["body"])).encode()
 
 
+async def test_a_code_of_grafts_own_is_kept_where_vllm_answers_the_error() -> None:
+    caller = Caller()
+    pipeline = caller.pipeline(engine=FakeEngine(), tokens=(tokens := Tokens()), fields={"response_format"})
+    tokens.fault = EngineFault(400, {"message": "Too costly.", "param": "grammar", "code": "grammar_too_costly"})
+
+    answer = json.dumps({"error": {"message": "Too costly.", "param": "grammar", "code": 400}}).encode()
+    await send_all(pipeline, {**FAILED, "status": 400}, body(answer, more=False))
+
+    error = json.loads(caller.sent[1]["body"])["error"]
+    assert (error["code"], error["param"]) == ("grammar_too_costly", "response_format")
+
+
 @pytest.mark.parametrize(
     "content", [b'{"detail": "There was an error"}', b"not json", b"[]", b'{"error": "There was"}']
 )
