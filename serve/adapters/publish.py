@@ -215,7 +215,9 @@ class Control:
 
     async def _previous(self, name: str) -> Revision:
         catalogue = await asyncio.to_thread(self.log.read)
-        _revision_of(catalogue, name, None)
+        current = _revision_of(catalogue, name, None)
+        if catalogue.adapters[name].pool:
+            return current  # the alias points to a pool, and pointed to this revision before
         previous = catalogue.adapters[name].previous()
         if not previous:
             raise TransitionRefused(f"{name} has no revision before the current one: there is nothing to go back to.")

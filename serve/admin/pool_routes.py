@@ -34,6 +34,15 @@ class NewPool(BaseModel):
     reason: str = Field("", max_length=_MAX_REASON_CHARACTERS)
 
 
+class MoveBody(BaseModel):
+    """The body of a call that points an alias to a pool."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pool: Name = Field(description="The base model or merged model of the pool.")
+    reason: str = Field("", max_length=_MAX_REASON_CHARACTERS)
+
+
 class PoolView(BaseModel):
     """A pool as the admin API shows it."""
 
@@ -60,6 +69,11 @@ class Pools(Protocol):
         """Records that the pool is not wanted any more. Raises PoolRefused, TransitionRefused or UnknownModel."""
         ...
 
+    async def move(self, name: str, pool: str, audit: Audit) -> int:
+        """Points an alias to a pool that runs, and returns when every replica follows: the number of replicas. Raises
+        TransitionRefused, UnknownModel or PublishUnconfirmed."""
+        ...
+
     async def all(self) -> Sequence[PoolView]:
         """Those that there should be, in the order of their names."""
         ...
@@ -78,6 +92,7 @@ class PoolRoutes:
             Route(path, self.list_pools, methods=["GET"]),
             Route(path, self.add, methods=["POST"]),
             Route(f"{path}/{{name}}", self.remove, methods=["DELETE"]),
+            Route("/admin/v1/adapters/{name}/move", self.move, methods=["POST"]),
         ]
 
     async def list_pools(self, request: Request) -> Response:
@@ -89,6 +104,12 @@ class PoolRoutes:
         caller = self._admin.caller(request)
         body = parse_body(NewPool, await request.body() or b"{}")
         return JSONResponse((await self._pools.add(body, Audit(caller, body.reason))).model_dump(), status_code=202)
+
+    async def move(self, request: Request) -> Response:
+        caller, name = self._admin.caller(request), request.path_params["name"]
+        body = parse_body(MoveBody, await request.body() or b"{}")
+        replicas = await self._pools.move(name, body.pool, Audit(caller, body.reason))
+        return JSONResponse({"model": name, "pool": body.pool, "replicas": replicas})
 
     async def remove(self, request: Request) -> Response:
         name, reason = request.path_params["name"], request.query_params.get("reason", "")[:_MAX_REASON_CHARACTERS]

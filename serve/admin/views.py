@@ -53,6 +53,7 @@ def history_view(entries: Iterable[tuple[int, Entry | PoolEntry]]) -> list[dict[
             "verb": entry.verb,
             "revision": entry.pool.name if isinstance(entry, PoolEntry) else entry.candidate.adapter.engine_name,
             "reason": entry.reason,
+            "pool": entry.pool if isinstance(entry, Entry) else entry.pool.name,
             "split": entry.split.model_dump() if isinstance(entry, Entry) and entry.split else None,
         }
         for epoch, entry in entries
@@ -64,6 +65,7 @@ def _summary(name: str, state: AdapterState) -> dict[str, Any]:
     return {
         "name": name,
         "current": _engine_name(state.current),
+        "pool": state.pool,
         "previous": _engine_name(next(iter(state.previous()), None)),
         "staged": [_engine_name(revision) for revision in revisions if revision.staged],
         "pinned": [_engine_name(revision) for revision in revisions if revision.pinned],

@@ -56,6 +56,7 @@ class AdapterState:
     line: tuple[str, ...] = ()  # digests of the revisions that led to the current one, which is the last
     entries: tuple[int, ...] = ()  # numbers of the log entries about this name
     split: Split | None = None  # the staged revision that gets a share of the traffic
+    pool: str | None = None  # the pool that the alias points to instead, by its model's name
 
     @property
     def current(self) -> Revision | None:

@@ -71,6 +71,15 @@ class Catalogue:
         revision = state.current if requested.revision is None else state.find(requested.revision)
         return revision.candidate.adapter if revision and revision.is_live else None
 
+    def pool_of_name(self, requested: RequestedModel) -> str | None:
+        """The pool that the alias points to, by its model's name; None if it points to an adapter, or if a revision is
+        asked for."""
+        return self.state_of(requested.name).pool if requested.revision is None else None
+
+    def answers_for_its_name(self, adapter: AdapterRevision) -> bool:
+        """Whether the alias points to the revision, and not to a pool."""
+        return adapter in self.current and self.state_of(adapter.name).pool is None
+
     def is_reachable(self, adapter: AdapterRevision) -> bool:
         """Whether a request may name the revision: it was neither abandoned nor retired."""
         return self.resolve(RequestedModel(adapter.name, adapter.revision)) is not None

@@ -36,9 +36,15 @@ def read_entry(content: bytes, location: str) -> Entry | PoolEntry:
 
 
 def snapshot_of(catalogue: Catalogue) -> bytes:
-    """Its document. Without an added pool a server that knows no such pools can read it."""
+    """Its document. Without what has to do with pools an older server can read it."""
     snapshot = _Snapshot(epoch=catalogue.epoch, adapters=catalogue.adapters, pools=catalogue.pools)
-    return snapshot.model_dump_json(exclude=None if catalogue.pools else {"pools"}).encode()
+    return snapshot.model_dump_json(exclude_defaults=True).encode()
+
+
+def entry_document(entry: Entry | PoolEntry) -> bytes:
+    """Its document. An older server can read every entry that has nothing to do with pools."""
+    exclude = {"pool"} if isinstance(entry, Entry) and entry.pool is None else None
+    return entry.model_dump_json(exclude=exclude).encode()
 
 
 def read_snapshot(content: bytes, location: str) -> Catalogue:

@@ -11,13 +11,14 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from convert.artifact import Name
 from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.split import Split
 
 CALLER_HEADER = "x-graft-caller"  # the name that a caller of the admin API gives itself
 
-Verb = Literal["stage", "promote", "rollback", "abandon", "retire", "pin", "unpin", "split"]
+Verb = Literal["stage", "promote", "rollback", "abandon", "retire", "pin", "unpin", "split", "move"]
 PoolVerb = Literal["add_pool", "remove_pool"]
 
 
@@ -47,7 +48,8 @@ class Entry(BaseModel):
         description="stage: every replica loads the revision. promote: the alias points to it. rollback: the alias "
         "points to it again. abandon: its staging ends. retire: the alias is removed. pin: every replica keeps it "
         "loaded even if it is not used. unpin: no longer. split: the staged revision gets a share of the alias's "
-        "traffic until the alias moves or the revision is abandoned."
+        "traffic until the alias moves or the revision is abandoned. move: the alias points to a pool, whose model "
+        "answers instead of the adapter; the revision that it pointed to stays loaded."
     )
     candidate: Candidate
     at: datetime = Field(description="The writer's clock, UTC.")
@@ -57,11 +59,18 @@ class Entry(BaseModel):
         default=None, description="A staged revision that is not promoted by then is abandoned."
     )
     split: Split | None = Field(default=None, description="With the verb `split` only.")
+    pool: Name | None = Field(default=None, description="With the verb `move` only: the name of the pool's model.")
     id: str = Field(default="", description="A writer knows its own entry by it if the store's response was lost.")
 
     @classmethod
     def now(
-        cls, verb: Verb, candidate: Candidate, audit: Audit, until: datetime | None = None, split: Split | None = None
+        cls,
+        verb: Verb,
+        candidate: Candidate,
+        audit: Audit,
+        until: datetime | None = None,
+        split: Split | None = None,
+        pool: str | None = None,
     ) -> Entry:
         return cls(
             verb=verb,
@@ -71,6 +80,7 @@ class Entry(BaseModel):
             reason=audit.reason,
             until=until,
             split=split,
+            pool=pool,
             id=uuid.uuid4().hex,
         )
 

@@ -20,7 +20,7 @@ from datetime import datetime
 from serve.catalogue.adapter_state import Revision
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.catalogue import Catalogue
-from serve.catalogue.documents import read_entry, read_snapshot, snapshot_of
+from serve.catalogue.documents import entry_document, read_entry, read_snapshot, snapshot_of
 from serve.catalogue.entry import Audit, Entry, PoolEntry
 from serve.catalogue.split import Split
 from serve.catalogue.storage.object_store import ObjectStore
@@ -114,7 +114,7 @@ class CatalogueLog:
 
         def decide(catalogue: Catalogue) -> Entry | None:
             if candidate.adapter not in catalogue.staged:
-                if candidate.adapter in catalogue.current:
+                if catalogue.answers_for_its_name(candidate.adapter):
                     return None
                 raise PublishFailed(
                     f"{candidate.adapter} is not staged any more: another publish or a retire was faster."
@@ -128,7 +128,7 @@ class CatalogueLog:
         TransitionRefused if it did not point there since the name was last retired."""
 
         def decide(catalogue: Catalogue) -> Entry | None:
-            if candidate.adapter in catalogue.current:
+            if catalogue.answers_for_its_name(candidate.adapter):
                 return None
             if not catalogue.was_promoted(candidate.adapter):
                 raise TransitionRefused(f"{candidate.adapter} never served here: publish or promote it.")
@@ -229,7 +229,7 @@ class CatalogueLog:
 
     def _create(self, number: int, entry: Entry | PoolEntry) -> bool:
         key = _entry_key(number)
-        content = entry.model_dump_json().encode()
+        content = entry_document(entry)
         # An object store client repeats a request whose response was lost: the object that exists may be this entry.
         return self._objects.create(key, content) or self._objects.read(key) == content
 

@@ -1,5 +1,5 @@
-"""Adding pools to a server and removing them, as entries of the catalogue's log. Both raise StoreUnavailable and
-StateInvalid as the log does."""
+"""Adding pools to a server, removing them, and pointing an alias to one, as entries of the catalogue's log. All raise
+StoreUnavailable and StateInvalid as the log does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.catalogue import Catalogue
-from serve.catalogue.entry import Audit, PoolEntry
+from serve.catalogue.entry import Audit, Entry, PoolEntry
 from serve.catalogue.log import CatalogueLog
 from serve.errors import TransitionRefused, UnknownModel
 from serve.settings import PoolSettings, ServeSettings
@@ -46,11 +46,34 @@ def remove_pool(log: CatalogueLog, name: str, given: Sequence[PoolSettings], aud
             raise TransitionRefused(f"{name} was given to `run`, and is served until the server stops.")
         if (pool := catalogue.pools.get(name)) is None:
             raise UnknownModel(name, catalogue.pools)
+        if aliases := sorted(alias for alias, state in catalogue.adapters.items() if state.pool == name):
+            raise TransitionRefused(f"{name} answers for {', '.join(aliases[:_SHOWN_ADAPTERS])}: roll back first.")
         if adapters := sorted(catalogue.of_base(pool.base).adapters):
             named = ", ".join(adapters[:_SHOWN_ADAPTERS])
             more = f" and {len(adapters) - _SHOWN_ADAPTERS} more" if len(adapters) > _SHOWN_ADAPTERS else ""
             raise TransitionRefused(f"{name} is the base model of {named}{more}: retire them first.")
         return PoolEntry.now("remove_pool", pool, audit)
+
+    return log.append(decide)
+
+
+def move_alias(log: CatalogueLog, name: str, pool: PoolSettings, audit: Audit) -> Catalogue:
+    """Point an alias to a pool; nothing happens if it points there already. The adapter stays loaded, so that a
+    rollback is one entry, too. Raises UnknownModel if there is no such alias, TransitionRefused if the
+    pool is that of the adapter's own base model, or is not there any more."""
+    model = pool.engine.model_name
+
+    def decide(catalogue: Catalogue) -> Entry | None:
+        state = catalogue.state_of(name)
+        if state.current is None:
+            raise UnknownModel(name, {adapter.name for adapter in catalogue.current})
+        if state.pool == model:
+            return None
+        if state.current.candidate.base == pool.engine.fingerprint:
+            raise TransitionRefused(f"{model} is the base model of {name}, without what was trained.")
+        if pool.added and model not in catalogue.pools:
+            raise TransitionRefused(f"The pool {model} was removed meanwhile.")
+        return Entry.now("move", state.current.candidate, audit, pool=model)
 
     return log.append(decide)
 

@@ -44,11 +44,12 @@ def _rollback(state: AdapterState, entry: Entry) -> AdapterState:
 
 def _point_alias(state: AdapterState, entry: Entry, line: tuple[str, ...]) -> AdapterState:
     """Point the alias to the end of `line`. The revision that it pointed to becomes a previous one. A split ends,
-    because the stable revision that it was compared with is replaced."""
+    because the stable revision that it was compared with is replaced. If the alias pointed to a pool, it does not any
+    more."""
     replaced = [_changed(state.current, entry, state="previous")] if state.current else []
     before = state.revisions.get(entry.candidate.revision) or _stage(state, entry).revisions[entry.candidate.revision]
     serving = _changed(before, entry, state="serving", staged=False, until=None)
-    return _end_split(replace(_with_revisions(state, *replaced, serving), line=line), entry)
+    return _end_split(replace(_with_revisions(state, *replaced, serving), line=line, pool=None), entry)
 
 
 def _abandon(state: AdapterState, entry: Entry) -> AdapterState:
@@ -71,7 +72,7 @@ def _retire(state: AdapterState, entry: Entry) -> AdapterState:
     """The alias and the revisions behind it go away: a request for one of its revisions is refused too."""
     live = [revision for revision in state.revisions.values() if revision.is_live]
     retired = [_changed(revision, entry, state="retired", staged=False, until=None, pinned=False) for revision in live]
-    return replace(_with_revisions(state, *retired), line=(), split=None)
+    return replace(_with_revisions(state, *retired), line=(), split=None, pool=None)
 
 
 def _pin(state: AdapterState, entry: Entry) -> AdapterState:
@@ -95,6 +96,11 @@ def _split(state: AdapterState, entry: Entry) -> AdapterState:
     if state.split and state.split.revision != entry.split.revision:
         state = _end_split(state, entry)
     return replace(_with_revisions(state, replace(before, staged=True, until=None)), split=entry.split)
+
+
+def _move(state: AdapterState, entry: Entry) -> AdapterState:
+    """A split ends: what it was compared with does not answer any more."""
+    return _end_split(replace(state, pool=entry.pool), entry) if state.current else state
 
 
 def _end_split(state: AdapterState, entry: Entry) -> AdapterState:
@@ -125,4 +131,5 @@ _TRANSITIONS: dict[str, Callable[[AdapterState, Entry], AdapterState]] = {
     "pin": _pin,
     "unpin": _unpin,
     "split": _split,
+    "move": _move,
 }

@@ -20,7 +20,7 @@ from serve.cli.console import (
     print_rows,
     reported_errors,
 )
-from serve.cli.options import ChangeOptions, QueryOptions
+from serve.cli.options import AdapterName, ChangeOptions, QueryOptions
 from serve.follower.admin_client import AdminClient
 
 PoolName = Annotated[str, typer.Argument(metavar="NAME", help="The base model or merged model, as clients write it.")]
@@ -52,6 +52,7 @@ def add_to(app: typer.Typer) -> None:
     for name, command in (("add", add), ("list", list_pools), ("remove", remove)):
         group.command(name)(command)
     app.add_typer(group, name="pool")
+    app.command()(move)
 
 
 @expand_options
@@ -95,6 +96,21 @@ def remove(options: ChangeOptions, name: PoolName) -> None:
     with reported_errors():
         answer = options.client().remove_pool(name, options.reason)
         print_change(answer, options.as_json, "[bold]{name}[/] stops.")
+
+
+@expand_options
+def move(
+    options: ChangeOptions,
+    name: AdapterName,
+    pool: Annotated[str, typer.Argument(metavar="POOL", help="A pool that runs: see `pool list`.")],
+) -> None:
+    """Point an adapter's name to a pool: its merged model answers then, and callers change nothing.
+
+    The adapter stays loaded, so `rollback` is as quick. A request is answered by one of the two as a whole.
+    """
+    with reported_errors():
+        answer = options.client().move(name, pool, options.reason)
+        print_change(answer, options.as_json, "[bold]{model}[/] is answered by the pool [bold]{pool}[/] {on_replicas}.")
 
 
 def _wait_until_ready(client: AdminClient, name: str) -> dict[str, Any]:

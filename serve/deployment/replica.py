@@ -35,6 +35,7 @@ from serve.deployment.ray_patches import keep_replica_on, node_address
 from serve.deployment.ray_replicas import DEPLOYMENT, ServerReplicas
 from serve.deployment.shared_limits import rate_limit_backend_of
 from serve.engine.protocol import Engine
+from serve.errors import EngineRefused
 from serve.gateway.app import Gateway
 from serve.gateway.request_policy import RequestPolicy
 from serve.gateway.routing.other_pool import OtherPool
@@ -105,7 +106,7 @@ class EngineReplica:
             self._recorder,
             self._tracer,
             OtherPools(self._settings, self._current, self._connect_to),
-            PoolRoutes(self._admin, PoolChanges(self._settings, self._log)).routes(),
+            PoolRoutes(self._admin, PoolChanges(self._settings, self._log, self._admin.control.replicas)).routes(),
         )
         self._metrics.engine_queue, self._metrics.bodies = policy.engine_queue, policy.bodies
         if gateway.keys:
@@ -262,7 +263,10 @@ class EngineReplica:
 
 
 def import_engine(settings: ServeSettings) -> type[VllmEngine]:
-    """The engine's class. Importing vLLM takes seconds, and only replicas need it."""
+    """The engine's class. Importing vLLM takes seconds, and only replicas need it. Raises EngineRefused, without that,
+    where there is no model."""
+    if not (settings.engine.model_path / "config.json").is_file():
+        raise EngineRefused(f"There is no model in {settings.engine.model_path}: put its artifact back there.")
     if not settings.gpus_per_replica:
         # On a CPU nothing is compiled while it runs: vLLM would begin with the first request for log-probabilities,
         # which takes seconds, and where there is no compiler that request would end the engine.

@@ -85,8 +85,6 @@ class VllmEngine:
         if traces:  # vLLM's default is gRPC
             os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
         drop_service_link()
-        if not (settings.model_path / "config.json").is_file():
-            raise EngineRefused(f"There is no model in {settings.model_path}: put its artifact back there.")
         args = parse_args(settings, traces)
         engine = await _start_engine(args, finished, GrammarLimits.of(settings))
         api = await _build_application(engine, args)

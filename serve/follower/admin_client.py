@@ -62,8 +62,10 @@ class AdminClient:
 
     def roll_back(self, name: str, revision: str | None, reason: str = "") -> dict[str, Any]:
         """Looks up the revision before the call, so that a proxy that repeats the call does not roll back twice."""
-        if revision is None and (previous := self.show(name)["previous"]):
-            revision = previous.partition("@")[2]
+        if revision is None:
+            shown = self.show(name)
+            target = shown["current"] if shown["pool"] else shown["previous"]
+            revision = target.partition("@")[2] if target else None
         return self.change("rollback", name, revision, reason)
 
     def begin_split(self, kind: Kind, name: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +98,9 @@ class AdminClient:
         """Returns while its engines start. `artifact`: on the server's machine."""
         fields = {"name": name, "replicas": replicas, "max_lora_rank": max_lora_rank, "reason": reason}
         return self.call("POST", "/admin/v1/pools", {"path": str(artifact.absolute()), **fields})
+
+    def move(self, name: str, pool: str, reason: str = "") -> dict[str, Any]:
+        return self.call("POST", f"{_path_of(name)}/move", {"pool": pool, "reason": reason})
 
     def wait_for_pool(self, name: str, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
         """Returns when the engines of a pool that was added answer. Raises PoolRefused with the reason if they don't

@@ -119,10 +119,14 @@ class EngineCall:
 
     async def _run_base(self, request: ParsedRequest) -> None:
         model = self._models.base_model
-        request.record.resolved_to(BASE, model, request.caller)
-        async with self._policy.enforce(request.scope, model, request.fields) as admitted:
+        name = self._models.public_name(request.model)
+        if name == model:
+            request.record.resolved_to(BASE, model, request.caller)
+        else:
+            request.run_as(name, model)
+        async with self._policy.enforce(request.scope, name, request.fields) as admitted:
             request.client.body = with_fields(request.body, request.fields, admitted.added_fields)
-            async with self._policy.engine_queue.acquire(request.caller, model) as release:
+            async with self._policy.engine_queue.acquire(request.caller, name) as release:
                 await self._run(request, model, admitted, release)
 
     async def _run_adapter(self, request: ParsedRequest, choice: RevisionChoice) -> None:
@@ -140,7 +144,7 @@ class EngineCall:
         was chosen before. Raises UnknownModel if the model is gone, and CatalogueBehind."""
         await self._relay.catch_up(epoch)
         choice = await self._resolve(request)
-        assert choice is not None, "a name of an adapter never becomes that of the base model"
+        assert choice is not None, "an adapter's name never stands for the base model that it is made for"
         return choice
 
     async def _run_adapter_here(self, request: ParsedRequest, choice: RevisionChoice) -> None:

@@ -10,18 +10,30 @@ import ray
 from pydantic import ValidationError
 from ray import serve as ray_serve
 
-from convert.artifact import MANIFEST, problems_of
+from convert.artifact import MANIFEST, Artifact, problems_of
+from convert.errors import ArtifactInvalid
 from serve.adapters.ingest import allowed_directory, check_no_links
+from serve.adapters.publish import Replicas
 from serve.admin.pool_routes import NewPool, PoolView
+from serve.catalogue.adapter_state import Revision
 from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.pool_changes import add_pool, pools_of, remove_pool
+from serve.catalogue.pool_changes import add_pool, move_alias, pools_of, remove_pool
 from serve.catalogue.storage.file_threads import to_file_thread
 from serve.deployment.pools.application_status import attempt_failed, ready_replicas, reason_of, state_of
 from serve.deployment.pools.bundle import Bundle, bundles_of
 from serve.deployment.pools.room import check_memory, needed_rank
-from serve.errors import ArtifactRefused, MemoryShort, PathRefused, PoolRefused
+from serve.errors import (
+    ArtifactRefused,
+    MemoryShort,
+    PathRefused,
+    PoolRefused,
+    PublishUnconfirmed,
+    ReplicaUnreachable,
+    TransitionRefused,
+    UnknownModel,
+)
 from serve.observability.memory import memory_left
 from serve.settings import PoolSettings, ServeSettings
 
@@ -34,9 +46,10 @@ _FIXED = (
 class PoolChanges:
     """The pools as one replica sees and changes them."""
 
-    def __init__(self, settings: ServeSettings, log: CatalogueLog) -> None:
+    def __init__(self, settings: ServeSettings, log: CatalogueLog, replicas: Replicas) -> None:
         self._settings = settings
         self._log = log
+        self._replicas = replicas
         self._given = [pool for pool in (settings, *settings.other_pools) if not pool.added]
 
     async def add(self, pool: NewPool, audit: Audit) -> PoolView:
@@ -48,6 +61,26 @@ class PoolChanges:
     async def remove(self, name: str, audit: Audit) -> None:
         self._require_changeable()
         await asyncio.to_thread(remove_pool, self._log, name, self._given, audit)
+
+    async def move(self, name: str, pool: str, audit: Audit) -> int:
+        catalogue = await asyncio.to_thread(self._log.read)
+        target = next((known for known in pools_of(self._settings, catalogue) if known.engine.model_name == pool), None)
+        if target is None:
+            raise UnknownModel(pool, catalogue.pools)
+        if (view := next(view for view in await self.all() if view.name == pool)).state != "running":
+            raise TransitionRefused(f"The pool {pool} is {view.state}: an alias is pointed to one that answers.")
+        await asyncio.to_thread(_check_origin, target, catalogue.state_of(name).current)
+        epoch = (await asyncio.to_thread(move_alias, self._log, name, target, audit)).epoch
+        return await self._confirm(f"{name} is moved to {pool}", epoch)
+
+    async def _confirm(self, change: str, epoch: int) -> int:
+        try:
+            reports = await self._replicas.sync()
+        except ReplicaUnreachable as error:
+            raise PublishUnconfirmed(f"{change}, but not every replica confirmed it: {error}") from error
+        if behind := sorted(report.replica for report in reports if report.epoch < epoch):
+            raise PublishUnconfirmed(f"{change}, but these replicas do not follow yet: {', '.join(behind)}.")
+        return len(reports)
 
     async def all(self) -> Sequence[PoolView]:
         catalogue, status = await asyncio.gather(asyncio.to_thread(self._log.read), asyncio.to_thread(ray_serve.status))
@@ -93,6 +126,21 @@ class PoolChanges:
             max_active_adapters=engine.max_active_adapters,
             max_resident_adapters=engine.max_resident_adapters,
             vllm_args=engine.vllm_args,
+        )
+
+
+def _check_origin(pool: PoolSettings, current: Revision | None) -> None:
+    """Raises TransitionRefused if the pool's model was made of another checkpoint than the adapter. What is not known,
+    as of a model that is no artifact, is left to who asks."""
+    lineage = current.candidate.lineage if current else None
+    try:
+        origin = Artifact.open(pool.engine.model_path.parent).manifest.origin.digest
+    except ArtifactInvalid:
+        return
+    if current and lineage and None not in (origin, lineage.origin) and origin != lineage.origin:
+        raise TransitionRefused(
+            f"{pool.engine.model_name} was made of another checkpoint than {current.candidate.adapter}: "
+            "convert that adapter's checkpoint with --route merge, and add the result."
         )
 
 

@@ -60,14 +60,11 @@ class ProxyMap:
         if len(pools) == 1:
             return {}
         by_base = {pool.engine.fingerprint: backend_of(pool) for pool in pools}
-        adapters = {
-            name: by_base[base]
-            for name, state in self._catalogue.adapters.items()
-            for base in state.live_bases
-            if base in by_base
-        }
+        states = self._catalogue.adapters.items()
+        adapters = {name: by_base[base] for name, state in states for base in state.live_bases if base in by_base}
         base_models = {pool.engine.model_name: backend_of(pool) for pool in pools}
-        return {SEVERAL_POOLS: "yes", **adapters, **base_models}
+        moved = {name: base_models[state.pool] for name, state in states if state.pool in base_models}
+        return {SEVERAL_POOLS: "yes", **adapters, **moved, **base_models}
 
     def _change(self, proxy: Path, names: Mapping[str, str]) -> None:
         known = dict(line.split(" ", 2)[1:] for line in _ask(proxy, f"show map {self._path}").splitlines() if line)

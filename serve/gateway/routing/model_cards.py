@@ -64,7 +64,7 @@ class ModelCards:
         if engine or adapter is None:
             return JSONResponse(self._base_card(engine or self._own, tokens))
         card = self._card(catalogue, self._engines(), adapter, tokens)
-        return JSONResponse(card | {"id": card["root"]} if requested.revision else card)
+        return JSONResponse(card | {"id": adapter.engine_name} if requested.revision else card)
 
     async def _tokens(self) -> Mapping[str, int | None]:
         """The context of each base model, as far as it is known."""
@@ -107,6 +107,10 @@ class ModelCards:
         current: AdapterRevision,
         tokens: Mapping[str, int | None],
     ) -> Card:
+        by_name = {engine.model_name: engine for engine in engines.values()}
+        if pool := by_name.get(catalogue.state_of(current.name).pool or ""):
+            created, context = self._created_at(pool), tokens.get(pool.fingerprint)
+            return model_card(current.name, pool.model_name, None, created, context)
         engine = engines.get(catalogue.candidate(current).base, self._own)
         revision = catalogue.revision(current)
         created = int(revision.at.timestamp()) if revision else self._created_at(engine)

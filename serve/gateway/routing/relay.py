@@ -39,8 +39,12 @@ class ParsedRequest:
 
     def run_with(self, adapter: AdapterRevision) -> None:
         """Has the fields and the body name the revision that the request was resolved to."""
-        self.record.resolved_to(adapter.name, adapter.engine_name, self.caller)
-        self.fields = self.fields | {"model": adapter.engine_name}
+        self.run_as(adapter.name, adapter.engine_name)
+
+    def run_as(self, name: str, engine_name: str) -> None:
+        """Has the fields and the body name what the engine knows; the request is counted under `name`."""
+        self.record.resolved_to(name, engine_name, self.caller)
+        self.fields = self.fields | {"model": engine_name}
         self.body = msgspec.json.encode(self.fields)
 
 

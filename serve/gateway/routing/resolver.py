@@ -45,7 +45,9 @@ class ModelResolver:
             raise ModelMissing
         pool = self._other_pools.named(model)
         name = RequestedModel.parse(model)
-        if pool is None and (adapter := self._catalogue().resolve(name)):
+        if pool is None and (model_of_pool := self._catalogue().pool_of_name(name)):
+            pool = self._other_pools.named(model_of_pool)
+        elif pool is None and (adapter := self._catalogue().resolve(name)):
             pool = self.pool_of(adapter)
         if pool is not None and key is not None and not key.may_use(name.name):
             raise UnknownModel(model, self.known(key))
@@ -56,18 +58,29 @@ class ModelResolver:
         return self._other_pools.of_base(self._catalogue().candidate(adapter).base)
 
     def resolve(self, model: str | None, caller: str, key: Key | None) -> RevisionChoice | None:
-        """The revision that answers a request for `model`; None for the base model. Raises UnknownModel, also for a
-        model of another pool, or that the caller's key may not use."""
+        """The revision that answers a request for `model`; None for the base model, also where an alias points to it.
+        Raises UnknownModel, also for a model of another pool, or that the caller's key may not use."""
         catalogue = self._catalogue()
         if model is None or model == self.base_model:
             if key is None or key.may_use(self.base_model):
                 return None
             raise UnknownModel(model or "", self.known(key))
         requested = RequestedModel.parse(model)
-        adapter = catalogue.resolve(requested)
-        if adapter is None or self.pool_of(adapter) or (key is not None and not key.may_use(adapter.name)):
+        model_of_pool, adapter = catalogue.pool_of_name(requested), catalogue.resolve(requested)
+        if adapter is None or (key is not None and not key.may_use(adapter.name)):
+            raise UnknownModel(model, self.known(key))
+        if model_of_pool == self.base_model:
+            return None
+        if model_of_pool or self.pool_of(adapter):
             raise UnknownModel(model, self.known(key))
         return RevisionChoice(adapter) if requested.revision else self._rollouts.choose(catalogue, adapter, caller)
+
+    def public_name(self, model: str | None) -> str:
+        """What a request for this replica's base model is counted as: an alias that points to it, or its own name."""
+        if model is None:
+            return self.base_model
+        requested = RequestedModel.parse(model)
+        return requested.name if self._catalogue().pool_of_name(requested) == self.base_model else self.base_model
 
     def known(self, key: Key | None) -> set[str]:
         """The model names that a caller with this key may see."""

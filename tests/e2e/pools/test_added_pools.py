@@ -21,12 +21,14 @@ from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.entry import Audit
 from serve.catalogue.pool_changes import add_pool
 from serve.catalogue.state_dir import StateDir
+from serve.follower.admin_client import AdminClient
 from tests.convert import parts
 from tests.e2e.conftest import ENGINE_OPTIONS, Server, Story, convert, reference_logprobs
 from tests.e2e.pools.test_pools import MERGE, PROMPT, TOLERANCE_NATS, body_of
 
 MERGED, BROKEN = "german-merged", "broken"
-READY_S = 150
+READY_S = 240
+MOVES = 5
 LARGE = 100_000  # bytes; HAProxy holds 64 KiB
 
 
@@ -170,6 +172,50 @@ def test_an_added_pool_is_listed_and_answers_what_the_proxy_could_not_send_to_it
         ("add_pool", MERGED),
         ("remove_pool", MERGED),
     ]
+
+
+def test_a_name_moves_to_its_merged_twin_and_back_under_load_with_no_failed_and_no_mixed_answer(
+    pools: Server, story: Story
+) -> None:
+    published = pools.command("publish", story.artifacts["german"])
+    assert published.returncode == 0, published.stderr
+    adapter = Artifact.open(story.artifacts["german"]).manifest.adapter
+    assert adapter is not None
+    forms = {f"german@{adapter.revision[:12]}", MERGED}
+
+    statuses, seen = asyncio.run(move_under_load(pools))
+
+    assert set(statuses) == {200}
+    assert {model for model, _ in seen} == forms, "both answered"
+    assert all(header == model for header, model in seen), "the header and the answer name one form"
+    refused = pools.command("move", "german", "tiny-llama")
+    assert "is the base model of german" in refused.stderr
+    other = pools.command("move", "french", MERGED)
+    assert "was made of another checkpoint" in other.stderr.replace("\n", " ")
+
+
+async def move_under_load(pools: Server) -> tuple[list[int], set[tuple[str, str]]]:
+    """The statuses of requests for the name during moves, and what answered: by header and by body."""
+    admin, statuses, seen = AdminClient.of(StateDir(pools.state)), [], set()
+    is_over = asyncio.Event()
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        while not is_over.is_set():
+            response = await client.post(f"{pools.url}/v1/completions", json=body_of("german", max_tokens=4))
+            statuses.append(response.status_code)
+            seen.add((response.headers.get("x-graft-model", ""), response.json().get("model", "")))
+
+    async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+        tasks = [asyncio.create_task(ask(client)) for _ in range(3)]
+        for _ in range(MOVES):
+            moved = await asyncio.to_thread(admin.move, "german", MERGED)
+            assert moved["replicas"] == 2
+            await asyncio.sleep(0.5)
+            await asyncio.to_thread(admin.roll_back, "german", None)
+            await asyncio.sleep(0.5)
+        is_over.set()
+        await asyncio.gather(*tasks)
+    return statuses, seen
 
 
 def test_what_cannot_be_added_or_removed_is_refused_with_the_reason(

@@ -90,7 +90,7 @@ async def test_an_adapters_life_is_listed_and_shown(client: httpx.AsyncClient, r
 
     assert listed["adapters"] == [
         {
-            "name": "pirate", "current": first["revision"], "previous": None,
+            "name": "pirate", "current": first["revision"], "pool": None, "previous": None,
             "staged": [staged["revision"]], "pinned": [first["revision"]],
         }
     ]  # fmt: skip

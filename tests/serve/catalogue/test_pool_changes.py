@@ -14,9 +14,11 @@ from serve.catalogue.candidate import Candidate
 from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.entry import Audit, PoolEntry
 from serve.catalogue.log import SNAPSHOT_EVERY, CatalogueLog
-from serve.catalogue.pool_changes import add_pool, pools_of, remove_pool
+from serve.catalogue.pool_changes import add_pool, move_alias, pools_of, remove_pool
+from serve.catalogue.split import Split
 from serve.catalogue.storage.object_store import DirectoryStore
 from serve.errors import TransitionRefused, UnknownModel
+from serve.names import RequestedModel
 from serve.settings import EngineSettings, GatewaySettings, PoolSettings, ServeSettings
 from tests.serve.conftest import BASE, candidate
 
@@ -139,3 +141,93 @@ def test_the_pools_of_a_server_are_its_own_those_of_its_start_and_the_added_ones
     assert others[1].added
     assert (others[1].application, others[1].route_prefix) == ("graft-ticket", "/pools/ticket")
     assert others[1].engine.vllm_args == ("--seed=1",)
+
+
+@pytest.fixture
+def moved(log: CatalogueLog) -> CatalogueLog:
+    """`pirate`, second revision, whose name points to the pool `ticket`."""
+    add_pool(log, TICKET, [GIVEN], ANN)
+    for content in ("one", "two"):
+        log.stage(candidate("pirate", content))
+        log.promote(candidate("pirate", content))
+    move_alias(log, "pirate", TICKET.settings, ANN)
+    return log
+
+
+def test_a_moved_name_points_to_the_pool_and_its_revisions_stay_reachable_and_loaded(moved: CatalogueLog) -> None:
+    catalogue, second = moved.read(), candidate("pirate", "two").adapter
+
+    assert catalogue.pool_of_name(RequestedModel("pirate")) == "ticket"
+    assert catalogue.pool_of_name(RequestedModel("pirate", second.revision)) is None
+    assert catalogue.resolve(RequestedModel("pirate", second.revision)) == second
+    assert second in catalogue.needed(keep_previous=0)
+    assert move_alias(moved, "pirate", TICKET.settings, ANN).epoch == catalogue.epoch, "once is enough"
+
+
+def test_a_rollback_from_a_pool_is_one_entry_and_leads_to_the_revision_of_before(moved: CatalogueLog) -> None:
+    before, second = moved.read(), candidate("pirate", "two")
+
+    after = moved.roll_back(second, ANN)
+
+    assert (after.epoch, after.pool_of_name(RequestedModel("pirate"))) == (before.epoch + 1, None)
+    assert after.resolve(RequestedModel("pirate")) == second.adapter
+    assert (
+        moved.roll_back(candidate("pirate", "one")).resolve(RequestedModel("pirate"))
+        == candidate("pirate", "one").adapter
+    )
+
+
+def test_a_publish_moves_the_name_back_to_an_adapter_and_a_retire_ends_it(moved: CatalogueLog) -> None:
+    third = candidate("pirate", "three")
+    moved.stage(third)
+    assert moved.promote(third).pool_of_name(RequestedModel("pirate")) is None
+
+    move_alias(moved, "pirate", TICKET.settings, ANN)
+    assert moved.retire("pirate").pool_of_name(RequestedModel("pirate")) is None
+    assert remove_pool(moved, "ticket", [GIVEN], ANN).pools == {}
+
+
+def test_a_move_ends_a_canary(moved: CatalogueLog) -> None:
+    third = candidate("pirate", "three")
+    moved.roll_back(candidate("pirate", "two"))
+    moved.stage(third)
+    moved.split(third, Split(kind="canary", revision=third.revision))
+
+    catalogue = move_alias(moved, "pirate", TICKET.settings, ANN)
+
+    assert catalogue.split_of("pirate") is None
+    assert third.adapter not in catalogue.staged
+
+
+def test_a_pool_that_answers_for_a_name_is_not_removed(moved: CatalogueLog) -> None:
+    with pytest.raises(TransitionRefused, match="ticket answers for pirate: roll back first"):
+        remove_pool(moved, "ticket", [GIVEN], ANN)
+
+
+def test_no_name_is_moved_to_its_own_base_model_or_to_a_pool_that_is_gone(log: CatalogueLog) -> None:
+    log.stage(candidate("pirate", "one"))
+    with pytest.raises(UnknownModel):
+        move_alias(log, "pirate", TICKET.settings, ANN)
+    log.promote(candidate("pirate", "one"))
+
+    with pytest.raises(TransitionRefused, match="small is the base model of pirate"):
+        move_alias(log, "pirate", GIVEN, ANN)
+    with pytest.raises(TransitionRefused, match="ticket was removed meanwhile"):
+        move_alias(log, "pirate", TICKET.settings, ANN)
+
+
+def test_a_snapshot_keeps_where_a_name_points(moved: CatalogueLog, tmp_path: Path) -> None:
+    while moved.read().epoch < SNAPSHOT_EVERY:
+        moved.stage(candidate("other", str(moved.read().epoch)))
+    for entry in (tmp_path / "catalogue").iterdir():
+        if int(entry.stem) < SNAPSHOT_EVERY:
+            entry.unlink()
+
+    assert CatalogueLog(DirectoryStore(tmp_path)).read() == moved.read()
+
+
+def test_entries_that_have_nothing_to_do_with_pools_say_nothing_of_them(log: CatalogueLog, tmp_path: Path) -> None:
+    """An older server refuses an entry with a field that it does not know."""
+    log.stage(candidate("pirate", "one"))
+
+    assert "pool" not in json.loads((tmp_path / "catalogue" / "0000000001.json").read_bytes())

@@ -18,6 +18,7 @@ from serve.settings import AdmissionSettings, EngineSettings, GatewaySettings, S
 from tests.serve.conftest import BASE, MakeArtifact
 
 ANN = Audit("ann")
+NOBODY: Any = None  # in place of the replicas, whom only a move asks
 
 
 def settings_in(root: Path, **others: Any) -> ServeSettings:
@@ -46,7 +47,7 @@ async def test_a_pool_runs_with_what_its_artifact_needs_and_with_the_options_of_
     log: CatalogueLog, make_artifact: MakeArtifact, tmp_path: Path, applications: dict[str, Any]
 ) -> None:
     artifact = make_artifact("pirate", rank=20, base="other base")
-    pools = PoolChanges(settings_in(tmp_path), log)
+    pools = PoolChanges(settings_in(tmp_path), log, NOBODY)
 
     view = await pools.add(NewPool(path=artifact.root, name="other", replicas=2), ANN)
 
@@ -62,7 +63,7 @@ async def test_a_pool_runs_with_what_its_artifact_needs_and_with_the_options_of_
 async def test_the_state_of_a_pool_is_that_of_its_application_with_the_reason_of_a_failure(
     log: CatalogueLog, make_artifact: MakeArtifact, tmp_path: Path, applications: dict[str, Any]
 ) -> None:
-    pools = PoolChanges(settings_in(tmp_path), log)
+    pools = PoolChanges(settings_in(tmp_path), log, NOBODY)
     artifact = make_artifact("merged", name="merged", weights=None, base="merged weights")
     await pools.add(NewPool(path=artifact.root), ANN)
 
@@ -88,12 +89,12 @@ async def test_nothing_is_recorded_for_a_model_that_the_machine_has_no_room_for(
     artifact = make_artifact("merged", name="merged", weights=None, base="merged weights")
     size = sum(file.stat().st_size for file in artifact.root.rglob("*.safetensors"))
     monkeypatch.setattr(changes, "memory_left", lambda: SimpleNamespace(available=2 * size - 1))
-    pools = PoolChanges(settings_in(tmp_path), log)
+    pools = PoolChanges(settings_in(tmp_path), log, NOBODY)
 
     with pytest.raises(PoolRefused, match=r"weights of all engines need .* are available"):
         await pools.add(NewPool(path=artifact.root, replicas=2), ANN)
     monkeypatch.setattr(changes.ray, "available_resources", lambda: {"GPU": 1.0})
-    with_gpus = PoolChanges(settings_in(tmp_path, gpus_per_replica=1), log)
+    with_gpus = PoolChanges(settings_in(tmp_path, gpus_per_replica=1), log, NOBODY)
     with pytest.raises(PoolRefused, match="need 2 GPUs, and 1 are free"):
         await with_gpus.add(NewPool(path=artifact.root, replicas=2), ANN)
 
@@ -117,8 +118,8 @@ async def test_a_path_out_of_the_roots_a_broken_artifact_and_a_server_with_fixed
     ]
     for others, path, kind, reason in refused:
         with pytest.raises(kind, match=reason):
-            await PoolChanges(settings_in(tmp_path, **others), log).add(NewPool(path=path), ANN)
+            await PoolChanges(settings_in(tmp_path, **others), log, NOBODY).add(NewPool(path=path), ANN)
     with pytest.raises(PoolRefused):
-        await PoolChanges(settings_in(tmp_path, takes_pools=False), log).remove("merged", ANN)
+        await PoolChanges(settings_in(tmp_path, takes_pools=False), log, NOBODY).remove("merged", ANN)
 
     assert log.read().epoch == 0

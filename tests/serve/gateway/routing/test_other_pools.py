@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from serve.callers import key_admin
+from serve.callers.keys import Key
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.entry import Audit
-from serve.catalogue.pool_changes import add_pool, remove_pool
-from tests.serve.gateway.routing.two_pools import MERGED, two_pools
+from serve.catalogue.pool_changes import add_pool, move_alias, remove_pool
+from tests.serve.gateway.routing.two_pools import MERGED, PIRATE, two_pools
 
 
 async def test_a_replica_forwards_to_a_pool_from_its_entry_until_its_removal(
@@ -35,3 +39,66 @@ async def test_a_replica_forwards_to_a_pool_from_its_entry_until_its_removal(
         await first.reconciler.follow()
         assert (await first.ask("ticket")).status_code == 404
         assert [card["id"] for card in (await first.get("/v1/models"))["data"]] == ["small-llama", "pirate"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+async def test_a_name_that_points_to_a_pool_is_answered_there_and_by_its_adapter_after_a_rollback(
+    store: AdapterStore, tmp_path: Path, at: int
+) -> None:
+    async with two_pools(store, tmp_path) as pools:
+        adapters, merged = pools
+        move_alias(adapters.log, "pirate", merged.settings, Audit())
+        for replica in pools:
+            await replica.reconciler.follow()
+
+        answer = await pools[at].ask("pirate")
+        assert (answer.json()["pool"], answer.json()["model"]) == ("ticket", "ticket"), "what the engine knows"
+        assert answer.headers["x-graft-model"] == "ticket"
+        revision = await pools[at].ask(PIRATE.adapter.engine_name)
+        assert revision.headers["x-graft-model"] == PIRATE.adapter.engine_name, "the adapter is still there"
+        card = await pools[at].get("/v1/models/pirate")
+        assert (card["id"], card["root"], card["parent"]) == ("pirate", "ticket", None)
+
+        adapters.log.roll_back(PIRATE)
+        for replica in pools:
+            await replica.reconciler.follow()
+        assert (await pools[at].ask("pirate")).headers["x-graft-model"] == PIRATE.adapter.engine_name
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize("back", [False, True])
+async def test_no_request_fails_while_one_replica_knows_of_a_move_and_the_other_does_not(
+    store: AdapterStore, tmp_path: Path, behind: int, back: bool
+) -> None:
+    async with two_pools(store, tmp_path) as pools:
+        if back:
+            move_alias(pools[0].log, "pirate", pools[1].settings, Audit())
+            for replica in pools:
+                await replica.reconciler.follow()
+            pools[0].log.roll_back(PIRATE)
+        else:
+            move_alias(pools[0].log, "pirate", pools[1].settings, Audit())
+        await pools[1 - behind].reconciler.follow()
+
+        for replica in (pools[behind], pools[1 - behind], pools[behind]):
+            answer = await replica.ask("pirate")
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["x-graft-model"] in {"ticket", PIRATE.adapter.engine_name}
+
+
+async def test_a_key_for_the_name_alone_may_use_it_wherever_it_points_and_is_counted_under_it(
+    store: AdapterStore, tmp_path: Path
+) -> None:
+    secret = key_admin.create(
+        tmp_path / "keys.json", lambda secrets: Key(id="team", secrets=secrets, models=("pirate",))
+    )
+    async with two_pools(store, tmp_path, keys_file=tmp_path / "keys.json") as (adapters, merged):
+        move_alias(adapters.log, "pirate", merged.settings, Audit())
+        for replica in (adapters, merged):
+            await replica.reconciler.follow()
+        bearer = {"authorization": f"Bearer {secret}"}
+
+        for replica in (adapters, merged):
+            assert (await replica.ask("pirate", **bearer)).status_code == 200
+            assert (await replica.ask("ticket", **bearer)).status_code == 404
+            assert (await replica.ask("small-llama", **bearer)).status_code == 404
