@@ -132,12 +132,14 @@ class PoolChanges:
 def _check_origin(pool: PoolSettings, current: Revision | None) -> None:
     """Raises TransitionRefused if the pool's model was made of another checkpoint than the adapter. What is not known,
     as of a model that is no artifact, is left to who asks."""
-    lineage = current.candidate.lineage if current else None
+    if current is None or current.candidate.base == pool.engine.fingerprint:
+        return  # refused for another reason
+    lineage = current.candidate.lineage
     try:
         origin = Artifact.open(pool.engine.model_path.parent).manifest.origin.digest
     except ArtifactInvalid:
         return
-    if current and lineage and None not in (origin, lineage.origin) and origin != lineage.origin:
+    if lineage and None not in (origin, lineage.origin) and origin != lineage.origin:
         raise TransitionRefused(
             f"{pool.engine.model_name} was made of another checkpoint than {current.candidate.adapter}: "
             "convert that adapter's checkpoint with --route merge, and add the result."

@@ -186,6 +186,7 @@ def test_a_name_moves_to_its_merged_twin_and_back_under_load_with_no_failed_and_
     statuses, seen = asyncio.run(move_under_load(pools))
 
     assert set(statuses) == {200}
+    assert len(statuses) > 50
     assert {model for model, _ in seen} == forms, "both answered"
     assert all(header == model for header, model in seen), "the header and the answer name one form"
     refused = pools.command("move", "german", "tiny-llama")
@@ -250,4 +251,4 @@ def test_no_pool_is_changed_without_an_admin_token(pools: Server, artifacts: Pat
         httpx.post(url, json={"path": str(artifacts / MERGED)}),
         httpx.delete(f"{url}/{MERGED}"),
     ):
-        assert (response.status_code, response.json()["error"]["code"]) == (401, "unauthorized")
+        assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_admin_token")
