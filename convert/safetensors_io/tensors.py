@@ -129,8 +129,8 @@ class Tensors:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of a matrix, as `read` would give them."""
         spec = self.specs[name]
-        rows = replace(spec, shape=(stop - start, *spec.shape[1:]))
-        return self._values(rows, self._chunks(name, start * (rows.nbytes // (stop - start)), rows.nbytes))
+        before, rows = (replace(spec, shape=(count, *spec.shape[1:])) for count in (start, stop - start))
+        return self._values(rows, self._chunks(name, before.nbytes, rows.nbytes))
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of a tensor as they are in the file, in pieces of 8 MiB."""

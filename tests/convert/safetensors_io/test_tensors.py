@@ -44,6 +44,18 @@ def test_tensors_read_as_they_were_saved(tmp_path: Path) -> None:
         assert torch.equal(tensors.read(name), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_a_matrix_read_as_they_were_saved(tmp_path: Path, dtype: torch.dtype) -> None:
+    matrix = torch.randn(7, 3).to(dtype)
+    save_file({"a": torch.ones(5), "matrix": matrix, "z": torch.ones(2)}, tmp_path / "model.safetensors")
+
+    tensors = Tensors.open(tmp_path, "model", CheckpointUnreadable)
+
+    assert torch.equal(tensors.read_rows("matrix", 0, 7), matrix)
+    assert torch.equal(tensors.read_rows("matrix", 2, 3), matrix[2:3])
+    assert torch.equal(tensors.read_rows("matrix", 4, 7), matrix[4:])
+
+
 def test_an_index_spans_files(tmp_path: Path) -> None:
     save_file({"a": SAMPLE["a"]}, tmp_path / "one.safetensors")
     save_file({"b": SAMPLE["b"]}, tmp_path / "two.safetensors")
