@@ -24,7 +24,13 @@ from tests.convert import families, parts
 
 TEXT = Text("t", ("the rain in spain stays mainly in the plain", "the plain", "mainly in spain, in the rain" * 5))
 ANSWER_TOKENS = 9
-QUESTIONS = ("the rain", "why does it stay mainly in the plain?", "in spain")
+# The first three are asked together, as long as the longest of them, and the last one after them.
+QUESTIONS = (
+    "the rain",
+    "why does it stay mainly in the plain?",
+    "the plain of spain",
+    "why does it stay mainly in the plain, and where does it rain?",
+)
 CANARIES = [Canary(({"role": "user", "content": question},), "x") for question in QUESTIONS]
 
 
@@ -34,7 +40,7 @@ def in_small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_weights, "CACHED_BYTES", 0)
     monkeypatch.setattr(streamed_model, "GROUP_TOKENS", 100)
     monkeypatch.setattr(asked, "ANSWER_TOKENS", ANSWER_TOKENS)
-    monkeypatch.setattr(asked, "_BATCH_TOKENS", 60)
+    monkeypatch.setattr(asked, "_BATCH_TOKENS", 100)
     monkeypatch.setattr(vocabulary, "HEAD_BLOCK_BYTES", 4 * 64 * 100)
     monkeypatch.setattr(vocabulary, "LOGITS_BYTES", 4 * parts.VOCABULARY * 7)
 
@@ -99,6 +105,17 @@ def test_every_family_has_the_distances_and_the_answers_of_the_whole_model(tuned
     assert with_it.kl_mean < 1e-9
     assert [answer.text for answer in expected.answers] == its_answers == answers(trained, base)
     assert other_answers == answers(alone, base)
+
+
+def test_layers_that_see_different_parts_of_a_row_get_their_own_masks(tmp_path: Path) -> None:
+    base = families.save_base("gemma2", tmp_path / "base")
+    parts.edit_json(base / "config.json", sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    adapter = families.save_adapter(base, tmp_path / "adapter")
+    expected = reference(adapter, base)
+
+    alone, trained = families.load(base), PeftModel.from_pretrained(families.load(base), str(adapter)).eval()
+    assert expected.kl_base == same(kl(expected, trained, alone))
+    assert [answer.text for answer in expected.answers] == answers(trained, base)
 
 
 @pytest.mark.parametrize(
