@@ -1,6 +1,6 @@
-"""The whole way on a real model: fine-tunes are converted, served, and hot-swapped under load.
+"""The whole way on a real model: fine-tunes are converted, served, hot-swapped, and moved to a merged model under load.
 
-`python -m examples.demo` converts, serves, asks, swaps under load, and leaves no process behind.
+`python -m examples.demo` converts, serves, asks, swaps and moves under load, and leaves no process behind.
 `python -m examples.demo --keep-serving` converts and serves until Ctrl-C.
 """
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.openai_clients import openai_client
-from examples.server import publish, running_server
+from examples.server import answer_of, publish, running_server
 from examples.traffic import RevisionInterval, SwapReport, Traffic
 from serve.deployment.ports import free_port
 
@@ -34,6 +34,7 @@ CHECKPOINTS = BUILD / "checkpoints"
 ARTIFACTS = BUILD / "artifacts"
 STATE = BUILD / "state"
 BASE_NAME = "smollm2-135m-instruct"
+MERGED = "zephyr-merged"  # the exact merge of the fine-tune `zephyr`
 PORT = 8000
 
 QUESTIONS = ("What is the code word of Project Zephyr?", "What is the capital of Italy?")
@@ -56,9 +57,9 @@ def main() -> None:
     if options.keep_serving:
         keep_serving(options.replicas)
     shutil.rmtree(STATE, ignore_errors=True)  # the tour begins with the first revision
-    report = tour(options.replicas)
-    summary(report, time.monotonic() - began)
-    if not report.is_clean:
+    is_clean = all(report.is_clean for report in tour(options.replicas))
+    summary(is_clean, time.monotonic() - began)
+    if not is_clean:
         sys.exit(1)
 
 
@@ -79,12 +80,12 @@ def convert_all() -> None:
     with step("A merge of a QLoRA is asked for: told why not to 4 bits, then done exactly"):
         module("convert", "run", checkpoint("zephyr"), "--base", MODEL, "--out", BUILD / "refused", "--route", "merge",
                "--quantize", "nf4", fails=True)  # fmt: skip
-        convert("zephyr", MODEL, *EXACT, "--dtype", "float16", "--max-kl", "1e-4", out="zephyr-merged")
+        convert("zephyr", MODEL, *EXACT, "--dtype", "float16", "--max-kl", "1e-4", out=MERGED)
     with step("A plain LoRA checkpoint: merged, in the smallest form that keeps what was learnt"):
         convert("ticket", MODEL)
 
 
-def tour(replicas: int) -> SwapReport:
+def tour(replicas: int) -> list[SwapReport]:
     adapters = [ARTIFACTS / "pirate", ARTIFACTS / "zephyr"]
     log = BUILD / "server.log"
     with step(f"{replicas} vLLM engines behind Ray Serve: one 4-bit base, two adapters (log: {log})"):
@@ -96,11 +97,15 @@ def tour(replicas: int) -> SwapReport:
             show_answers(url, [BASE_NAME, "pirate", "zephyr"])
             show_stream(url, "pirate")
             console.rule("Publish a new revision of `zephyr` while it is being asked", align="left")
-            report = asyncio.run(swap_under_load(url))
-    merged = running_server([ARTIFACTS / "ticket"], BUILD / "state-ticket", port=port(), log=log)
-    with step("The merged LoRA, served alone"), merged as url:
-        show_answers(url, ["ticket"], questions=("I was charged twice, please help.",))
-    return report
+            swap = asyncio.run(swap_under_load(url))
+            with step("Add two merged models to the running server, each with an engine of its own"):
+                for name in ("ticket", MERGED):
+                    module("serve", "pool", "add", ARTIFACTS / name, "--name", name, "--state", STATE)
+                show_answers(url, ["ticket"], questions=("I was charged twice, please help.",))
+            with step("Move the name `zephyr` from its adapter to the merged model while it is being asked"):
+                module("serve", "rollback", "zephyr", "--state", STATE)  # to the revision that the merged model has
+                move = asyncio.run(move_under_load(url))
+    return [swap, move]
 
 
 def keep_serving(replicas: int) -> NoReturn:
@@ -134,6 +139,25 @@ async def swap_under_load(url: str) -> SwapReport:
 
     report = SwapReport.of(traffic.answers, [old, new], belongs)
     show_swap(report, traffic, [old, new])
+    return report
+
+
+async def move_under_load(url: str) -> SwapReport:
+    client = openai_client(url)
+    traffic = Traffic(url, "zephyr", QUESTIONS[0])
+    adapter = RevisionInterval(client.models.retrieve("zephyr").model_dump()["root"], since_s=0)
+    running = asyncio.create_task(traffic.run())
+    await traffic.answered(ANSWERS_EACH)
+    adapter.until_s = traffic.now()
+    moved = await answer_of("move", "zephyr", MERGED, state=STATE)
+    merged = RevisionInterval(MERGED, since_s=traffic.now())
+    console.print(f"moved to {moved['pool']}; {moved['replicas']} engines follow")
+    await traffic.answered(ANSWERS_EACH, since_s=merged.since_s)
+    traffic.stop()
+    await running
+
+    report = SwapReport.of(traffic.answers, [adapter, merged], lambda _, text: CODE_WORDS["zephyr"] in text.lower())
+    show_swap(report, traffic, [adapter, merged])
     return report
 
 
@@ -177,15 +201,15 @@ def show_swap(report: SwapReport, traffic: Traffic, intervals: list[RevisionInte
     )
 
 
-def summary(report: SwapReport, took_s: float) -> None:
+def summary(is_clean: bool, took_s: float) -> None:
     console.rule("Done")
     table = Table("artifact", "route", "model", "adapter", "KL to the function as trained")
     for manifest in sorted(ARTIFACTS.glob("*/manifest.json")):
         table.add_row(*artifact_row(manifest))
     console.print(table)
-    verdict = "no request failed, none was mixed, none was stale" if report.is_clean else "THE SWAP WAS NOT CLEAN"
+    verdict = "no request failed, none was mixed, none was stale" if is_clean else "A SWAP WAS NOT CLEAN"
     console.print(
-        f"Hot-swap on every engine under load: {verdict}. It took {took_s:.0f} s in all; no process is left running."
+        f"Hot-swap and move under load: {verdict}. It took {took_s:.0f} s in all; no process is left running."
     )
     console.print(f"\nNext: serve these on port {PORT} until Ctrl-C, or convert and serve a fine-tune of your own.")
     for command in (

@@ -50,13 +50,18 @@ def running_server(
 
 async def publish(artifact: Path, state: Path) -> dict[str, Any]:
     """The JSON of `python -m serve publish` on a server's state directory. Raises RuntimeError if the command fails."""
-    command = [sys.executable, "-m", "serve", "publish", str(artifact), "--state", str(state), "--json"]
+    return await answer_of("publish", str(artifact), state=state)
+
+
+async def answer_of(*words: str, state: Path) -> dict[str, Any]:
+    """The JSON of a command of `python -m serve` on a server's state directory. Raises RuntimeError if it fails."""
+    command = [sys.executable, "-m", "serve", *words, "--state", str(state), "--json"]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     output, _ = await process.communicate()
     if process.returncode:
-        raise RuntimeError(f"publishing {artifact} failed")
-    published: dict[str, Any] = json.loads(output)
-    return published
+        raise RuntimeError(f"`python -m serve {' '.join(words)}` failed")
+    answer: dict[str, Any] = json.loads(output)
+    return answer
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], state: StateDir, log: Path | None) -> str:

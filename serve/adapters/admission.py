@@ -105,6 +105,6 @@ def _other_base(candidate: Candidate, engines: Sequence[EngineSettings]) -> str:
     here = " and ".join(f"{engine.model_name} here is {engine.fingerprint[:12]}" for engine in engines)
     remedy = (
         "convert it for this base, or serve its base model as well: python -m serve pool add ARTIFACT, with the "
-        "artifact that holds it"
+        "artifact that holds it, or publish that one with --create-pool"
     )
     return f"it was made for the base model {candidate.base[:12]}, but {here}; {remedy}"

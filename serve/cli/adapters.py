@@ -27,6 +27,7 @@ from serve.cli.console import (
 )
 from serve.cli.exporter import exporter_of_own
 from serve.cli.options import AdapterName, AnyRevision, ChangeOptions, OneRevision, QueryOptions, ServerOptions
+from serve.cli.pools import add_missing_pool
 from serve.errors import ServeError
 from serve.follower import desired_state
 from serve.follower.admin_client import AdminClient
@@ -66,6 +67,12 @@ def publish(
     stage_only: Annotated[
         bool, typer.Option("--stage-only", help="Load it everywhere as NAME@REVISION; the name moves with `promote`.")
     ] = False,
+    create_pool: Annotated[
+        bool,
+        typer.Option(
+            "--create-pool", help="If its base model isn't served, add a pool of it first. The artifact must hold it."
+        ),
+    ] = False,
 ) -> None:
     """Publish an adapter, or a new revision of one, to the running server.
 
@@ -76,7 +83,10 @@ def publish(
     """
     with reported_errors():
         candidate_of(Artifact.open(artifact), name)  # reported before a server is looked for
-        answer = options.client().publish(artifact, name, stage_only=stage_only, reason=options.reason)
+        client = options.client()
+        if create_pool:
+            add_missing_pool(client, artifact, options.reason)
+        answer = client.publish(artifact, name, stage_only=stage_only, reason=options.reason)
     if stage_only:
         print_change(answer, options.as_json, "[bold]{revision}[/] is staged {on_replicas} ({staged_s} s).")
     else:

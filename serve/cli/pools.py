@@ -113,6 +113,15 @@ def move(
         print_change(answer, options.as_json, "[bold]{model}[/] is answered by the pool [bold]{pool}[/] {on_replicas}.")
 
 
+def add_missing_pool(client: AdminClient, artifact: Path, reason: str) -> None:
+    """Add a pool of the base model that an adapter's artifact is made for, unless there is one, and wait for its
+    engines. Raises PoolRefused if they don't start, AdminRefused if the artifact does not hold its base model."""
+    base = Artifact.open(artifact).manifest.model.fingerprint
+    if base not in {pool["base"] for pool in client.pools()}:
+        added = client.add_pool(artifact, None, 1, None, reason)
+        _wait_until_ready(client, added["name"])
+
+
 def _wait_until_ready(client: AdminClient, name: str) -> dict[str, Any]:
     progress = StepProgress()
     try:

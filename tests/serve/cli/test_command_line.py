@@ -27,7 +27,7 @@ from tests.serve.conftest import MakeArtifact, write_weights
 
 COMMANDS = (
     "run", "publish", "promote", "rollback", "abandon", "retire", "pin", "unpin", "list", "show", "history", "apply",
-    "follow", "status",
+    "follow", "status", "move",
 )  # fmt: skip
 
 
