@@ -59,7 +59,7 @@ def test_every_error_code_is_documented_and_every_documented_one_exists() -> Non
 
     assert first_column(page, "Converting") == codes(convert.errors.ConvertError)
     serving = codes(serve.errors.ServeError) | ENGINE_CODES
-    assert first_column(page, "Serving") == serving | {"server_error", "invalid_settings"}
+    assert first_column(page, "Serving") == serving | {"server_error", "invalid_settings", "malformed_request"}
 
 
 SETTINGS = [

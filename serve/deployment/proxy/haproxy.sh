@@ -14,7 +14,8 @@
 # 4. A replica of this machine is reached through its Unix socket, if it has one (`uvicorn_patches.py`).
 #
 # 5. While no replica can be reached, clients get a 503 in the form of the API, with a header to retry. Ray Serve would
-#    answer with a plain 500, and with a 404 as long as it knows no replica.
+#    answer with a plain 500, and with a 404 as long as it knows no replica. HAProxy's other
+#    answers, which are HTML, get that form too, but for those to what it can't parse as HTTP: they can't be changed.
 #
 # 6. The page of statistics and the metrics for Prometheus are off. Everyone who reaches the machine could read them,
 #    nothing does, and a port that is taken would keep HAProxy from starting.
@@ -80,6 +81,12 @@ answer_errors_as_the_api() {
     patience_s=${GRAFT_BODY_TIMEOUT_S:-30}
     reply 408 'Request Timeout' '' invalid_request_error body_too_slow \
         "The request body did not arrive within $patience_s s."
+    reply 400 'Bad Request' '' invalid_request_error malformed_request \
+        'The proxy can not serve this request: it is not complete, or not valid HTTP.'
+    reply 413 'Payload Too Large' '' invalid_request_error body_too_large 'The request is too large; send less at once.'
+    reply 500 'Internal Server Error' '' server_error server_error 'The proxy had an error with this request.'
+    reply 501 'Not Implemented' '' invalid_request_error not_implemented \
+        'The proxy has not implemented what this request asks of HTTP.'
     reply 503 'Service Unavailable' 'retry-after: 1\r\n' service_unavailable engine_unavailable \
         'No engine can be reached at the moment; try again.'
     printf '%s' "$body" >"$directory/503.json"
@@ -92,6 +99,7 @@ answer_errors_as_the_api() {
 
 pass_on_whole_requests() {
     rules="    errorfile 408 $directory/408.http"
+    for status in 400 413 500 501; do rules="$rules\\n    errorfile $status $directory/$status.http"; done
     rules="$rules\\n    http-request wait-for-body time ${patience_s}s if METH_POST"
     # Of replicas alone, which ask each other directly (serve/gateway/routing/forwarding.py).
     rules="$rules\\n    http-request del-header x-graft-forwarded"

@@ -196,6 +196,42 @@ def test_a_body_that_does_not_arrive_is_told_in_the_form_of_the_api(proxy: str) 
 
 
 @pytest.mark.parametrize(
+    ("status", "kind", "code"),
+    [
+        (400, "invalid_request_error", "malformed_request"),
+        (413, "invalid_request_error", "body_too_large"),
+        (500, "server_error", "server_error"),
+        (501, "invalid_request_error", "not_implemented"),
+    ],
+)
+def test_what_it_refuses_by_itself_is_told_in_the_form_of_the_api(
+    tmp_path: Path, status: int, kind: str, code: str
+) -> None:
+    rule = f"    http-request deny deny_status {status} if {{{{ path /refused }}}}\n"
+    text = CONFIG.replace("frontend http_frontend\n", f"frontend http_frontend\n{rule}")
+    with replica(Living) as living, running_proxy(tmp_path, living, living, text) as url:
+        answer = httpx.get(f"{url}/refused")
+
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == (kind, code)
+
+
+@pytest.mark.parametrize("status", [400, 408, 413, 500, 501, 502, 503, 504])
+def test_every_answer_that_it_may_give_by_itself_is_json_of_the_length_that_it_says(
+    proxy: str, tmp_path: Path, status: int
+) -> None:
+    own = re.findall(rf"errorfile {status} (\S+)", (tmp_path / "haproxy.cfg").read_text())
+
+    assert own
+    head, _, body = Path(own[0]).read_bytes().partition(b"\r\n\r\n")
+    headers = head.decode().split("\r\n")[1:]
+    assert f"content-length: {len(body)}" in headers
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+    assert ("retry-after: 1" in headers) == (status in (502, 503, 504))
+
+
+@pytest.mark.parametrize(
     ("method", "path", "expected"),
     [("POST", "/v1/completions", ["?1"]), ("GET", "/v1/usage", []), ("POST", "/admin/v1/adapters", [])],
 )
