@@ -28,6 +28,7 @@ from convert.artifact.manifest import (
     Sha256,
     Trial,
     problems_of,
+    reason_of,
 )
 
 __all__ = [
@@ -65,5 +66,6 @@ __all__ = [
     "file_digests",
     "file_sha256",
     "problems_of",
+    "reason_of",
     "size_bytes",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -169,6 +171,27 @@ class Manifest(ManifestPart):
     versions: dict[str, str] = Field(description="Versions of the libraries that made it.")
 
 
+_LIST, _OBJECT = "a valid list", "an object of names and values"
+# pydantic's kinds of errors that it words as a Python programmer would.
+_EXPECTED = {
+    **dict.fromkeys(("tuple_type", "list_type", "set_type", "frozen_set_type"), _LIST),
+    **dict.fromkeys(("dict_type", "mapping_type", "model_type", "model_attributes_type", "dataclass_type"), _OBJECT),
+    "path_type": "a path",
+    "bytes_type": "a text",
+    "none_required": "null",
+}
+_OF_PYTHON = re.compile(r"^(Tuple|Set|Frozenset|Dictionary|Mapping) should")
+
+
 def problems_of(error: ValidationError) -> str:
     """Every field that was wrong and why, on one line."""
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    places = ((".".join(map(str, problem["loc"])), reason_of(problem)) for problem in error.errors())
+    return "; ".join(f"{place}: {reason}" if place else reason for place, reason in places)
+
+
+def reason_of(problem: Mapping[str, Any]) -> str:
+    """What one of pydantic's errors says, with the words for a file or a body instead of those of Python."""
+    if expected := _EXPECTED.get(problem["type"]):
+        return f"Input should be {expected}"
+    words = {"Dictionary": "Object", "Mapping": "Object"}
+    return _OF_PYTHON.sub(lambda match: f"{words.get(match[1], 'List')} should", str(problem["msg"]))

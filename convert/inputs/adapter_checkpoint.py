@@ -24,7 +24,7 @@ from convert.inputs.adapter_state import AdapterState, SavedWeight, TrainedRows
 from convert.inputs.architecture import is_layer_linear
 from convert.inputs.keys import TORCHTUNE_TARGETS
 from convert.inputs.lora_weights import LoraWeights
-from convert.inputs.peft_settings import HARMLESS_SETTINGS, PLAIN_INITS, UNSUPPORTED_SETTINGS
+from convert.inputs.peft_settings import HARMLESS_SETTINGS, PLAIN_INITS, UNSUPPORTED_SETTINGS, type_problem
 from convert.safetensors_io.directories import checkpoints_below, gathering_problem, why_no_adapter, why_no_directory
 from convert.safetensors_io.tensors import Tensors, all_finite
 
@@ -285,6 +285,8 @@ def _setting_problem(name: str, value: object) -> str | None:
             f"init_lora_weights={value!r} changed the base weights before training, so the adapter alone is wrong "
             "on the original base: save it converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
+    if problem := type_problem(name, value):
+        return problem
     if name in HARMLESS_SETTINGS or value in _NEUTRAL:
         return None
     return f"{name}={value!r} is a setting not known here: it may change what the adapter does"

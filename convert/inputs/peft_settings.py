@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from convert.artifact.json_files import shown
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -76,6 +78,27 @@ HARMLESS_SETTINGS = frozenset(
         "velora_config",
     }
 )
+
+# Settings that name modules. PEFT doesn't check their types, and fails where it uses them.
+_NAMES = "expected the name of a module, a list of names, or null"
+_LIST_OF_NAMES = "expected a list of names of modules, or null"
+_NAME_SETTINGS: Mapping[str, str] = {
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    "layers_pattern": _NAMES,
+    "modules_to_save": _LIST_OF_NAMES,
+}
+
+
+def type_problem(name: str, value: object) -> str | None:
+    """What is wrong with the type of a setting that names modules."""
+    expected = _NAME_SETTINGS.get(name)
+    if expected is None or value is None or (isinstance(value, str) and expected is _NAMES):
+        return None
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return None
+    return f"{name}={shown(value)}: {expected}, as PEFT's save_pretrained writes it"
+
 
 # Initialisations that leave the base weights alone. The others (pissa, olora, corda, loftq, lora_ga) change the base
 # weights before training, so that the adapter is wrong on the published base.

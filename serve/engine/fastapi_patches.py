@@ -17,6 +17,7 @@ from pydantic_core import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from convert.artifact import reason_of
 from serve.engine.body_validator import BodyValidator
 from serve.errors import EngineStartFailed
 
@@ -84,7 +85,7 @@ def described_error(errors: Sequence[Any], body: Any = None) -> dict[str, Any]:
     else:
         structured, paths = _of_what_is_there(structured, [_path(error, body) for error in structured])
         param = _text_of(_common_path(paths))
-        messages = [str(error["msg"]).removeprefix("Value error, ") for error in structured]
+        messages = [reason_of(error).removeprefix("Value error, ") for error in structured]
         reasons = dict.fromkeys(
             f"{_text_of(path)}: {message}" if _text_of(path) != param else message
             for path, message in zip(paths, messages, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _model_decoder = msgspec.json.Decoder(str | None)
 
 _DIGITS_OF_64_BITS = 20
+_ESCAPE = re.compile(rb"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+_HIGH_SURROGATES, _LOW_SURROGATES = range(0xD800, 0xDC00), range(0xDC00, 0xE000)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _TOOLS_OF_CLIENTS = frozenset({"function", "custom", "namespace"})
 _OFF = frozenset({b"null", b"false"})
@@ -169,14 +172,42 @@ def parse_fields(body: bytes) -> Fields:
         fields = _fields_decoder.decode(body.removeprefix(_BYTE_ORDER_MARK))
     except UnicodeDecodeError as error:
         raise InvalidBody(f"The request body must be JSON in UTF-8: byte {error.start} is not.") from None
-    except msgspec.DecodeError:
-        raise InvalidBody("The request body must be a JSON object.") from None
+    except msgspec.ValidationError as error:
+        raise InvalidBody(f"The request body must be a JSON object. {error}.") from None
+    except msgspec.DecodeError as error:
+        raise InvalidBody(
+            f"The request body must be a JSON object, and is not valid JSON: {_fault(body, error)}."
+        ) from None
     except RecursionError:
         raise InvalidBody("The request body is nested too deeply.") from None
+    if "" in fields:
+        raise InvalidBody("The request body has a field without a name.")
     for name, value in fields.items():
         if _exceeds_64_bits(memoryview(value)):
             raise InvalidBody(f"`{name}` is a number of more than 64 bits.")
     return fields
+
+
+def _fault(body: bytes, error: msgspec.DecodeError) -> str:
+    """What makes a body no JSON. The decoder takes half of a surrogate pair at the end of a text for the body's end."""
+    if not body:
+        return "it is empty"
+    if lone := _lone_surrogate(body):
+        return f"{lone.decode()} is half of a surrogate pair, and no character without the other half"
+    return str(error)
+
+
+def _lone_surrogate(body: bytes) -> bytes | None:
+    """The first escape sequence of a surrogate without its other half."""
+    is_high, last, end = False, b"", -1
+    for match in _ESCAPE.finditer(body):
+        code = int(match[1], 16) if match[1] else 0
+        if is_high and not (match.start() == end and code in _LOW_SURROGATES):
+            return last
+        if not is_high and code in _LOW_SURROGATES:
+            return match[0]
+        is_high, last, end = code in _HIGH_SURROGATES, match[0], match.end()
+    return last if is_high else None
 
 
 def _exceeds_64_bits(value: memoryview) -> bool:

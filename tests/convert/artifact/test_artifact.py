@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import BaseModel, Field, ValidationError
 from typer.testing import CliRunner
 
-from convert.artifact import MANIFEST, Artifact, digest, file_digests
+from convert.artifact import MANIFEST, Artifact, digest, file_digests, problems_of
 from convert.cli.app import app
 from convert.errors import ArtifactInvalid
 from tests.convert.asking import Request, convert
@@ -123,3 +125,39 @@ def test_another_format_of_manifest_is_refused(artifact: Artifact, change: dict[
 
     with pytest.raises(ArtifactInvalid, match=next(iter(change))):
         Artifact.open(artifact.root)
+
+
+def test_what_is_wrong_with_a_file_is_told_without_the_words_of_python() -> None:
+    class Part(BaseModel):
+        name: str
+
+    class File(BaseModel):
+        adapters: tuple[Part, ...]
+        names: Annotated[frozenset[str], Field(min_length=2)]
+        versions: Mapping[str, str]
+        labels: dict[str, str]
+        root: Path
+        nothing: None
+        pair: Annotated[tuple[int, ...], Field(min_length=1)] = (1,)
+        part: Part
+
+    wrong = {"adapters": 5, "names": ["a"], "versions": 5, "labels": [], "root": 5, "nothing": 5, "pair": [], "part": 5}
+    with pytest.raises(ValidationError) as caught:
+        File.model_validate(wrong)
+    with pytest.raises(ValidationError) as of_all:
+        File.model_validate([])
+
+    said = problems_of(caught.value)
+    for place, reason in {
+        "adapters": "Input should be a valid list",
+        "names": "List should have at least 2 items",
+        "versions": "Input should be an object of names and values",
+        "labels": "Input should be an object of names and values",
+        "root": "Input should be a path",
+        "nothing": "Input should be null",
+        "pair": "List should have at least 1 item",
+        "part": "Input should be an object of names and values",
+    }.items():
+        assert f"{place}: {reason}" in said
+    assert problems_of(of_all.value) == "Input should be an object of names and values"
+    assert not re.search("tuple|frozenset|dictionary|mapping|None|instance|class", said, re.IGNORECASE)

@@ -107,6 +107,18 @@ BAD: dict[str, Bad] = {
         f"start {init}": Bad(settings(init_lora_weights=init), CheckpointUnsupported, "save it converted to plain LoRA")
         for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
     },
+    **{
+        f"{name} is {value!r}": Bad(
+            settings(**{name: value}), CheckpointUnsupported, f"{name}={shown}: expected {what}"
+        )
+        for name, value, shown, what in (
+            ("target_modules", 5, "5", "the name of a module, a list of names, or null"),
+            ("target_modules", ["q_proj", 5], '["q_proj", 5]', "the name of a module, a list"),
+            ("exclude_modules", {}, "{}", "the name of a module, a list of names, or null"),
+            ("modules_to_save", "lm_head", '"lm_head"', "a list of names of modules, or null"),
+            ("layers_pattern", True, "true", "the name of a module, a list of names, or null"),
+        )
+    },
     "IA3": Bad(settings(peft_type="IA3"), CheckpointUnsupported, "only LORA adapters are supported"),
     "a setting nobody knows": Bad(settings(use_magic=True), CheckpointUnsupported, "not known here"),
     "rank of another run": Bad(settings(r=16), CheckpointUnsupported, "of this training run"),

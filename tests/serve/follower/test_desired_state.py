@@ -52,6 +52,8 @@ def test_a_new_revision_moves_the_pin_with_it(file: Path) -> None:
         ("adapters: [{artifact: a}]\nretire_others: true\nadapters: []", "found the key 'adapters' twice"),
         ("adapters:\n  - {artifact: a, pinned: true, artifact: b}", "found the key 'artifact' twice"),
         ("? [1]\n: 2", "can't be read"),
+        ("adapters: 5", "adapters: Input should be a valid list"),
+        ("adapters: [5]", "adapters.0: Input should be an object of names and values"),
         ("adapters: []\npools: [{artifact: nowhere}]", "not an artifact"),
         ("adapters: []\npools: [{artifact: a, replicas: 0}]", "replicas"),
         ("adapters: []\npools: [{artifact: a}, {artifact: b, name: twin}]", "one model in several pools: a, twin"),

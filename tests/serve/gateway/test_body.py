@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
 from starlette.types import Message
 
-from serve.errors import BodyTooLarge, BodyTooSlow
+from serve.errors import BodyTooLarge, BodyTooSlow, InvalidBody
 from serve.gateway.body import (
     BodyBudget,
     Charge,
@@ -129,3 +130,28 @@ async def test_a_tool_that_the_server_would_have_to_run_is_refused_where_it_runs
         if expected:
             error = response.json()["error"]
             assert (error["code"], error["param"]) == ("tool_unsupported", expected)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (rb'{"prompt": "\ud800"}', r"\\ud800 is half of a surrogate pair"),
+        (rb'{"prompt": "\ud83d\ude00 \uDC00 a"}', r"\\uDC00 is half of a surrogate pair"),
+        (rb'{"\ud800": 1}', r"\\ud800 is half of a surrogate pair"),
+        (rb'{"messages": [{"content": "\\ud800 \ud801\n"}]}', r"\\ud801 is half of a surrogate pair"),
+        (b'{"prompt": "a', "not valid JSON: Input data was truncated"),
+        (b'{"a": NaN}', r"not valid JSON: .*invalid character \(byte 6\)"),
+        (b"", "not valid JSON: it is empty"),
+        (b"[]", "must be a JSON object. Expected `object`, got `array`"),
+        (b'{"": 1, "prompt": "a"}', "a field without a name"),
+    ],
+)
+def test_a_body_that_can_not_be_read_is_told_what_is_wrong_with_it(body: bytes, said: str) -> None:
+    with pytest.raises(InvalidBody, match=said):
+        parse_fields(body)
+
+
+def test_both_halves_of_a_surrogate_pair_and_what_only_looks_like_one_are_text() -> None:
+    body = rb'{"prompt": "\ud83d\ude00 \\ud800"}'
+
+    assert json.loads(bytes(parse_fields(body)["prompt"])) == "\U0001f600 \\ud800"
