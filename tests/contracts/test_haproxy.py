@@ -53,7 +53,7 @@ def written_by_ray() -> str:
     backend = {"name": "http-graft", "servers": [replica], "fallback_server": fallback}
     pool = {"name": "http-graft-ticket", "path_prefix": "/pools/ticket", "servers": [], "fallback_server": fallback}
     return environment.from_string(templates["HAPROXY_CONFIG_TEMPLATE"]).render(
-        config={"error_file_path": "500.http"},
+        config={"error_file_path": "of-ray.http"},
         backends=[pool, backend],
         backends_with_health_config=[{"backend": each, "health_config": {}} for each in (pool, backend)],
     )
@@ -85,7 +85,7 @@ def test_every_change_finds_its_lines(tmp_path: Path) -> None:
     result, text = changed(tmp_path, written_by_ray())
 
     assert (result.returncode, result.stderr) == (0, "")
-    assert "500.http" not in text
+    assert "of-ray.http" not in text
     assert "status 404" not in text
     assert SERVER in text
     assert FALLBACK not in text
