@@ -92,7 +92,9 @@ def incompatibilities(candidate: Candidate, engines: Sequence[EngineSettings]) -
         reasons.append(f"its name is the name of the base model, {candidate.name}; give it another with --name")
     engine = (of_its_base or engines)[0]
     if engine.max_lora_rank == 0:
-        reasons.append(f"{engine.model_name} runs without adapters; start a server with the artifact of an adapter")
+        reasons.append(
+            f"{engine.model_name} runs without adapters; serve it with --max-lora-rank {candidate.rank} or more"
+        )
     elif candidate.rank > engine.max_lora_rank:
         reasons.append(
             f"its rank {candidate.rank} is above this server's {engine.max_lora_rank}; "
@@ -104,7 +106,7 @@ def incompatibilities(candidate: Candidate, engines: Sequence[EngineSettings]) -
 def _other_base(candidate: Candidate, engines: Sequence[EngineSettings]) -> str:
     here = " and ".join(f"{engine.model_name} here is {engine.fingerprint[:12]}" for engine in engines)
     remedy = (
-        "convert it for this base, or serve its base model as well: python -m serve pool add ARTIFACT, with the "
-        "artifact that holds it, or publish that one with --create-pool"
+        "convert it for this base, or serve its base model as well: give the artifact that holds it to `run`, or while "
+        "the server runs to `python -m serve pool add`"
     )
     return f"it was made for the base model {candidate.base[:12]}, but {here}; {remedy}"

@@ -65,6 +65,7 @@ class Control:
     replicas: Replicas
     sync_timeout_s: float = 60.0
     max_pinned: int = 8
+    given_bases: frozenset[str] = frozenset()  # of the pools that the server was started with, if it takes others
 
     async def publish(self, candidate: Candidate, audit: Audit = _NO_AUDIT) -> Published:
         """Stages the candidate on all replicas, then moves the alias. If one replica can't hold or verify it, nothing
@@ -173,7 +174,7 @@ class Control:
         """Stages the candidate and returns when every replica holds it. `until`: see `stage_deadline`; None for no
         deadline. If a replica fails, the revision is abandoned and PublishFailed raised with the reason."""
         adapter = candidate.adapter
-        catalogue = await asyncio.to_thread(self.log.stage, candidate, audit, until)
+        catalogue = await asyncio.to_thread(self.log.stage, candidate, audit, until, self.given_bases)
         try:
             reports = await self.sync(candidate, awaited=True)
             check_holding(reports, adapter)

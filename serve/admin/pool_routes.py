@@ -54,6 +54,7 @@ class PoolView(BaseModel):
     added: bool  # while the server ran; false: the server was started with it
     state: PoolState
     replicas: int
+    max_lora_rank: int
     ready: int  # replicas that answer
     reason: str = ""  # why it failed, or why the last attempt did, if it is tried again
 

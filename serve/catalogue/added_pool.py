@@ -21,23 +21,17 @@ class AddedPool:
     model_path: Path = Field(description="The model's directory on the server's machine.")
     replicas: Annotated[int, Field(ge=1)] = 1
     max_lora_rank: Annotated[int, Field(ge=0, le=512)] = Field(description="0: no adapters.")
-    max_active_adapters: Annotated[int, Field(ge=1)]
-    max_resident_adapters: Annotated[int, Field(ge=1)]
-    vllm_args: tuple[str, ...] = ()
 
-    @property
-    def settings(self) -> PoolSettings:
-        """The pool as a server runs it. Raises ValidationError for an argument that vLLM may not be given."""
+    def settings(self, engine: EngineSettings) -> PoolSettings:
+        """The pool as a server runs it whose other pools have these settings of the engine, besides the model's own."""
+        own = {
+            "model_path": self.model_path,
+            "model_name": self.name,
+            "fingerprint": self.base,
+            "max_lora_rank": self.max_lora_rank,
+        }
         return PoolSettings(
-            engine=EngineSettings(
-                model_path=self.model_path,
-                model_name=self.name,
-                fingerprint=self.base,
-                max_lora_rank=self.max_lora_rank,
-                max_active_adapters=self.max_active_adapters,
-                max_resident_adapters=self.max_resident_adapters,
-                vllm_args=self.vllm_args,
-            ),
+            engine=engine.model_copy(update=own),
             application=f"{APP_NAME}-{self.name}",
             route_prefix=f"/pools/{self.name}",
             replicas=self.replicas,

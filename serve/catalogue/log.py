@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
@@ -92,9 +92,16 @@ class CatalogueLog:
             catalogue = self.follow(catalogue)
         return catalogue
 
-    def stage(self, candidate: Candidate, audit: Audit = _NOBODY, until: datetime | None = None) -> Catalogue:
+    def stage(
+        self,
+        candidate: Candidate,
+        audit: Audit = _NOBODY,
+        until: datetime | None = None,
+        given_bases: Collection[str] = (),
+    ) -> Catalogue:
         """Let all replicas of its base model load a revision. If it is not promoted before `until`, any replica
-        abandons it. Raises TransitionRefused if its name has revisions for another base model."""
+        abandons it. `given_bases`: of the pools that the server was started with, if it takes others. Raises
+        TransitionRefused if its name has revisions for another base model, or if its own has no pool any more."""
 
         def decide(catalogue: Catalogue) -> Entry:
             if others := catalogue.state_of(candidate.name).live_bases - {candidate.base}:
@@ -102,6 +109,8 @@ class CatalogueLog:
                     f"The name {candidate.name} belongs to an adapter for another base model, {min(others)[:12]}: "
                     "publish this one under another --name, or retire that one first."
                 )
+            if given_bases and candidate.base not in {*given_bases, *(pool.base for pool in catalogue.pools.values())}:
+                raise TransitionRefused(f"The pool of the base model of {candidate.adapter} was removed meanwhile.")
             if candidate.name in catalogue.pools:
                 raise TransitionRefused(f"{candidate.name} is a base model here: publish under another --name.")
             return Entry.now("stage", candidate, audit, until)

@@ -16,12 +16,23 @@ _SHOWN_ADAPTERS = 5
 
 
 def pools_of(settings: ServeSettings, catalogue: Catalogue) -> tuple[PoolSettings, ...]:
-    """All pools of the server: the one of the settings, those that it was started with, and those that were added. Of
-    two pools with one base model the first counts."""
-    pools: dict[str, PoolSettings] = {settings.engine.fingerprint: settings}
-    for pool in (*settings.other_pools, *(added.settings for added in catalogue.pools.values())):
-        pools.setdefault(pool.engine.fingerprint, pool)
-    return tuple(pools.values())
+    """All pools of the server: the one of the settings, those that it was started with, and those that were added. An
+    added pool with the base model or the name of another one does not count."""
+    pools: list[PoolSettings] = [settings, *settings.other_pools]
+    bases = {pool.engine.fingerprint for pool in pools}
+    names = {pool.engine.model_name for pool in pools}
+    for added in catalogue.pools.values():
+        if added.base not in bases and added.name not in names:
+            pools.append(added.settings(settings.engine))
+            bases.add(added.base)
+            names.add(added.name)
+    return tuple(pools)
+
+
+def given_bases(settings: ServeSettings) -> frozenset[str]:
+    """The base models of the pools that the server was started with; none if it takes no others."""
+    given = (pool for pool in (settings, *settings.other_pools) if not pool.added)
+    return frozenset(pool.engine.fingerprint for pool in given) if settings.takes_pools else frozenset()
 
 
 def add_pool(log: CatalogueLog, pool: AddedPool, given: Sequence[PoolSettings], audit: Audit) -> Catalogue:
@@ -31,7 +42,7 @@ def add_pool(log: CatalogueLog, pool: AddedPool, given: Sequence[PoolSettings], 
     def decide(catalogue: Catalogue) -> PoolEntry | None:
         if catalogue.pools.get(pool.name) == pool:
             return None
-        _check_free(pool, given, catalogue)
+        check_free(pool, given, catalogue)
         return PoolEntry.now("add_pool", pool, audit)
 
     return log.append(decide)
@@ -40,12 +51,15 @@ def add_pool(log: CatalogueLog, pool: AddedPool, given: Sequence[PoolSettings], 
 def remove_pool(log: CatalogueLog, name: str, given: Sequence[PoolSettings], audit: Audit) -> Catalogue:
     """Record that a pool which was added is no longer wanted. Raises UnknownModel if there is none of that name,
     TransitionRefused for one that the server was started with, or while adapters for it are live."""
+    names, bases = {pool.engine.model_name for pool in given}, {pool.engine.fingerprint for pool in given}
 
     def decide(catalogue: Catalogue) -> PoolEntry:
-        if any(pool.engine.model_name == name for pool in given):
-            raise TransitionRefused(f"{name} was given to `run`, and is served until the server stops.")
         if (pool := catalogue.pools.get(name)) is None:
-            raise UnknownModel(name, catalogue.pools)
+            if name in names:
+                raise TransitionRefused(f"{name} was given to `run`, and is served until the server stops.")
+            raise UnknownModel(name, names | catalogue.pools.keys())
+        if pool.base in bases or name in names:  # it is recorded, and what was given to `run` is served instead
+            return PoolEntry.now("remove_pool", pool, audit)
         if aliases := sorted(alias for alias, state in catalogue.adapters.items() if state.pool == name):
             raise TransitionRefused(f"{name} answers for {', '.join(aliases[:_SHOWN_ADAPTERS])}: roll back first.")
         if adapters := sorted(catalogue.of_base(pool.base).adapters):
@@ -78,7 +92,8 @@ def move_alias(log: CatalogueLog, name: str, pool: PoolSettings, audit: Audit) -
     return log.append(decide)
 
 
-def _check_free(pool: AddedPool, given: Sequence[PoolSettings], catalogue: Catalogue) -> None:
+def check_free(pool: AddedPool, given: Sequence[PoolSettings], catalogue: Catalogue) -> None:
+    """Raises TransitionRefused if the name or the base model of a new pool is taken."""
     names = {known.engine.model_name for known in given} | catalogue.pools.keys()
     bases = {known.engine.fingerprint: known.engine.model_name for known in given}
     bases |= {known.base: name for name, known in catalogue.pools.items()}

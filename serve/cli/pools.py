@@ -65,7 +65,7 @@ def add(
     """Serve one more base model or merged model, while everything else keeps answering.
 
     The server starts engines for it, with the settings that `run` was given, and starts them again whenever it starts
-    itself. If the artifact has an adapter, that is published once the engines answer.
+    itself. If the artifact has an adapter, that is published once the engines answer, unless --no-wait is given.
     """
     with reported_errors():
         client, root = options.client(), artifact.absolute()
@@ -117,9 +117,10 @@ def add_missing_pool(client: AdminClient, artifact: Path, reason: str) -> None:
     """Add a pool of the base model that an adapter's artifact is made for, unless there is one, and wait for its
     engines. Raises PoolRefused if they don't start, AdminRefused if the artifact does not hold its base model."""
     base = Artifact.open(artifact).manifest.model.fingerprint
-    if base not in {pool["base"] for pool in client.pools()}:
-        added = client.add_pool(artifact, None, 1, None, reason)
-        _wait_until_ready(client, added["name"])
+    pool = next((pool for pool in client.pools() if pool["base"] == base), None)
+    if pool is None:
+        pool = client.add_pool(artifact, None, 1, None, reason)
+    _wait_until_ready(client, pool["name"])
 
 
 def _wait_until_ready(client: AdminClient, name: str) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class RunOptions(StateOptions):
     artifact_root: list[Path] | None = setting(
         AdmissionSettings,
         "artifact_roots",
-        "Repeatable. Default: the directories that hold the given artifacts, and those of pools in --adapters.",
+        "Repeatable. Default: the directories that hold the given artifacts, and those of pools in --adapters; none "
+        "with --trusted-key.",
         default=None,
     )
     allow_other_template: bool = setting(AdmissionSettings, "allow_other_template")
@@ -240,6 +241,8 @@ def _artifact_roots(options: RunOptions) -> tuple[Path, ...]:
     """Where artifacts for new pools may be: never the root of the file system, unless that was said."""
     if options.artifact_root is not None:
         return tuple(root.absolute() for root in options.artifact_root)
+    if options.trusted_key:
+        return ()  # a merged model has no signature, so who may add one is said, or nobody
     desired = DesiredState.read(options.adapters).pools if options.adapters else ()
     artifacts = [*options.artifacts, *(pool.artifact for pool in desired)]
     parents = dict.fromkeys(artifact.resolve().parent for artifact in artifacts)

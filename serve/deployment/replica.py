@@ -24,18 +24,18 @@ from serve.admin.routes import Admin
 from serve.callers.usage import Meter
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.catalogue import Catalogue
-from serve.catalogue.pool_changes import pools_of
+from serve.catalogue.pool_changes import given_bases, pools_of
 from serve.catalogue.state_dir import StateDir
 from serve.deployment.metrics_collector import MetricsCollector
 from serve.deployment.metrics_socket import MetricsSocket
 from serve.deployment.pools.changes import PoolChanges
 from serve.deployment.pools.connections import PoolConnections
+from serve.deployment.pools.room import check_model
 from serve.deployment.proxy.uvicorn_patches import patch_uvicorn_startup
 from serve.deployment.ray_patches import keep_replica_on, node_address
 from serve.deployment.ray_replicas import DEPLOYMENT, ServerReplicas
 from serve.deployment.shared_limits import rate_limit_backend_of
 from serve.engine.protocol import Engine
-from serve.errors import EngineRefused
 from serve.gateway.app import Gateway
 from serve.gateway.request_policy import RequestPolicy
 from serve.gateway.routing.other_pool import OtherPool
@@ -143,6 +143,7 @@ class EngineReplica:
             replicas,
             settings.sync_timeout_s,
             max_pinned(settings.engine.adapter_capacity),
+            given_bases(settings),
             self._recorder,
         )
         return Admin(
@@ -264,9 +265,8 @@ class EngineReplica:
 
 def import_engine(settings: ServeSettings) -> type[VllmEngine]:
     """The engine's class. Importing vLLM takes seconds, and only replicas need it. Raises EngineRefused, without that,
-    where there is no model."""
-    if not (settings.engine.model_path / "config.json").is_file():
-        raise EngineRefused(f"There is no model in {settings.engine.model_path}: put its artifact back there.")
+    where there is no model, or another one."""
+    check_model(settings)
     if not settings.gpus_per_replica:
         # On a CPU nothing is compiled while it runs: vLLM would begin with the first request for log-probabilities,
         # which takes seconds, and where there is no compiler that request would end the engine.

@@ -135,6 +135,11 @@ class Step:
     artifact: Path | None = None
     pool: DesiredPool | None = None
 
+    def waits_for(self, other: Step) -> bool:
+        """Whether it is not taken after the other one has failed."""
+        is_of_pool = other.verb in ("add pool", "remove pool")
+        return self.verb == "remove pool" if is_of_pool else self.name == other.name
+
     def __str__(self) -> str:
         return f"{self.verb} {self.name}" + (f"@{self.revision[:12]}" if self.revision else "")
 
@@ -158,14 +163,24 @@ def steps_to(desired: DesiredState, client: AdminClient) -> tuple[Step, ...]:
 
 
 def _pools_to_add(desired: DesiredState, actual: Sequence[Mapping[str, Any]]) -> Iterator[Step]:
-    """A pool that is there with another name or number of replicas is a step, too: the server says what to do."""
+    """A pool that is there but not as desired is a step, too: the server says what to do. One that does not run yet is
+    waited for."""
     by_base = {listed["base"]: listed for listed in actual}
     for wanted in desired.pools:
-        listed = by_base.get(wanted.base)
-        if not listed or listed["replicas"] != wanted.replicas or wanted.name not in (None, listed["name"]):
+        if not _is_as_desired(wanted, by_base.get(wanted.base)):
             ranks = [adapter.rank for adapter in desired.adapters if adapter.base == wanted.base]
             rank = max(map(supported_rank, ranks)) if wanted.max_lora_rank is None and ranks else wanted.max_lora_rank
             yield Step("add pool", wanted.shown_name, pool=replace(wanted, max_lora_rank=rank))
+
+
+def _is_as_desired(wanted: DesiredPool, listed: Mapping[str, Any] | None) -> bool:
+    return (
+        listed is not None
+        and listed["state"] == "running"
+        and listed["replicas"] == wanted.replicas
+        and wanted.name in (None, listed["name"])
+        and wanted.max_lora_rank in (None, listed["max_lora_rank"])
+    )
 
 
 def _pools_to_remove(desired: DesiredState, actual: Sequence[Mapping[str, Any]]) -> Iterator[Step]:
@@ -196,11 +211,12 @@ def apply(desired: DesiredState, steps: Sequence[Step], client: AdminClient) -> 
     """Takes the steps in their order. Returns those that failed, with the reasons.
 
     After a failure the later steps of the same name are skipped, but not those of other names, so that one bad adapter
-    blocks no other. A repetition of `diff` and `apply` takes the remaining steps.
+    blocks no other. No pool is removed if one could not be added: the old one may be what the new one should replace.
+    A repetition of `steps_to` and `apply` takes the remaining steps.
     """
     failed: dict[Step, ServeError | ConvertError] = {}
     for step in steps:
-        if step.name in {failed_step.name for failed_step in failed}:
+        if any(step.waits_for(failed_step) for failed_step in failed):
             continue
         try:
             _take(step, client, f"as desired by {desired.path.name}")

@@ -10,7 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from convert.errors import ConvertError
-from serve.errors import EngineUnavailable, ReplicaUnreachable, ServeError, ServerNotRunning, StoreUnavailable
+from serve.errors import (
+    EngineUnavailable,
+    PoolRefused,
+    ReplicaUnreachable,
+    ServeError,
+    ServerNotRunning,
+    StoreUnavailable,
+)
 from serve.follower.admin_client import AdminClient
 from serve.follower.applied_mark import AppliedMark
 from serve.follower.applied_metric import AppliedMetric
@@ -18,7 +25,9 @@ from serve.follower.desired_state import DesiredState, apply, manifests_named_in
 
 POLL_S = 1.0
 _RETRY_S = 10.0
-_TRANSIENT = {error.code for error in (StoreUnavailable, ReplicaUnreachable, EngineUnavailable, ServerNotRunning)}
+_TRANSIENT = {
+    error.code for error in (StoreUnavailable, ReplicaUnreachable, EngineUnavailable, ServerNotRunning, PoolRefused)
+}
 
 logger = logging.getLogger(__name__)
 

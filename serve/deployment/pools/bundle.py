@@ -27,12 +27,17 @@ class Bundle:
     @property
     def weight_bytes(self) -> int:
         """The weights as they are stored, which is the least that an engine needs for them."""
-        return sum(file.stat().st_size for file in self.model_path.glob("*.safetensors"))
+        return weight_bytes(self.model_path)
 
     @property
     def max_lora_rank(self) -> int:
         """0 without adapters: the engine then runs without LoRA, which is faster."""
         return max((supported_rank(candidate.rank) for candidate, _ in self.adapters), default=0)
+
+
+def weight_bytes(model_path: Path) -> int:
+    """The weights of a model as they are stored; 0 if it is gone."""
+    return sum(file.stat().st_size for file in model_path.glob("*.safetensors"))
 
 
 def bundles_of(roots: Sequence[Path], base_names: Mapping[Path | None, str] | None = None) -> tuple[Bundle, ...]:

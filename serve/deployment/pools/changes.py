@@ -7,22 +7,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from pydantic import ValidationError
 from ray import serve as ray_serve
 
-from convert.artifact import MANIFEST, Artifact, problems_of
+from convert.artifact import MANIFEST, Artifact
 from convert.errors import ArtifactInvalid
 from serve.adapters.ingest import allowed_directory, check_no_links
 from serve.adapters.publish import Replicas
 from serve.admin.pool_routes import NewPool, PoolView
 from serve.catalogue.adapter_state import Revision
 from serve.catalogue.added_pool import AddedPool
+from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.pool_changes import add_pool, move_alias, pools_of, remove_pool
+from serve.catalogue.pool_changes import add_pool, check_free, move_alias, pools_of, remove_pool
 from serve.catalogue.storage.file_threads import to_file_thread
 from serve.deployment.pools.application_status import attempt_failed, ready_replicas, reason_of, state_of
-from serve.deployment.pools.bundle import Bundle, bundles_of
+from serve.deployment.pools.bundle import Bundle, bundles_of, weight_bytes
 from serve.deployment.pools.room import check_memory, needed_rank
 from serve.errors import (
     ArtifactRefused,
@@ -54,9 +54,14 @@ class PoolChanges:
 
     async def add(self, pool: NewPool, audit: Audit) -> PoolView:
         self._require_changeable()
-        added = await to_file_thread("admin", self._checked, pool)
+        bundle = await to_file_thread("admin", self._bundle, pool)
+        catalogue = await asyncio.to_thread(self._log.read)
+        added = _added(pool, bundle, catalogue)
+        if catalogue.pools.get(added.name) != added:
+            check_free(added, self._given, catalogue)
+            await self._check_room(bundle, pool.replicas, catalogue)
         await asyncio.to_thread(add_pool, self._log, added, self._given, audit)
-        return next(view for view in await self.all() if view.name == added.name)
+        return await self._view_of(added.name)
 
     async def remove(self, name: str, audit: Audit) -> None:
         self._require_changeable()
@@ -66,12 +71,19 @@ class PoolChanges:
         catalogue = await asyncio.to_thread(self._log.read)
         target = next((known for known in pools_of(self._settings, catalogue) if known.engine.model_name == pool), None)
         if target is None:
-            raise UnknownModel(pool, catalogue.pools)
-        if (view := next(view for view in await self.all() if view.name == pool)).state != "running":
+            raise UnknownModel(pool, {known.engine.model_name for known in pools_of(self._settings, catalogue)})
+        if (view := await self._view_of(pool)).state != "running":
             raise TransitionRefused(f"The pool {pool} is {view.state}: an alias is pointed to one that answers.")
         await asyncio.to_thread(_check_origin, target, catalogue.state_of(name).current)
         epoch = (await asyncio.to_thread(move_alias, self._log, name, target, audit)).epoch
         return await self._confirm(f"{name} is moved to {pool}", epoch)
+
+    async def _view_of(self, name: str) -> PoolView:
+        """Raises TransitionRefused if the pool is gone, or if another pool of its model is served instead."""
+        view = next((view for view in await self.all() if view.name == name), None)
+        if view is None:
+            raise TransitionRefused(f"The pool {name} was removed meanwhile, or its model has another name here.")
+        return view
 
     async def _confirm(self, change: str, epoch: int) -> int:
         try:
@@ -93,8 +105,8 @@ class PoolChanges:
         if not self._settings.takes_pools:
             raise PoolRefused(_FIXED)
 
-    def _checked(self, pool: NewPool) -> AddedPool:
-        """The pool with what its artifact says. Raises PathRefused, or PoolRefused with the reason."""
+    def _bundle(self, pool: NewPool) -> Bundle:
+        """What the artifact holds. Raises PathRefused, or PoolRefused with the reason."""
         roots = self._settings.admission.artifact_roots
         if not roots:
             raise PathRefused("This server takes no artifacts from callers: start it with --artifact-root DIR.")
@@ -104,29 +116,37 @@ class PoolChanges:
         check_no_links(path)
         try:
             (bundle,) = bundles_of([path], {None: pool.name} if pool.name else None)
-            if not self._settings.gpus_per_replica:
-                check_memory([bundle], pool.replicas, memory_left().available)
-            else:
-                _check_gpus(pool.replicas * self._settings.gpus_per_replica)
-            return self._added(pool, bundle)
-        except (ArtifactRefused, MemoryShort) as error:
+        except ArtifactRefused as error:
             raise PoolRefused(str(error)) from error
-        except ValidationError as error:
-            raise PoolRefused(f"The pool can't be added: {problems_of(error)}.") from error
+        return bundle
 
-    def _added(self, pool: NewPool, bundle: Bundle) -> AddedPool:
-        engine = self._settings.engine
-        wanted = [candidate for candidate in self._log.read().wanted if candidate.base == bundle.fingerprint]
+    async def _check_room(self, bundle: Bundle, replicas: int, catalogue: Catalogue) -> None:
+        """Raises PoolRefused. Memory that a pool which starts will take is not there for another one."""
+        if self._settings.gpus_per_replica:
+            _check_gpus(replicas * self._settings.gpus_per_replica)
+            return
+        starting = {view.base for view in await self.all() if view.state == "starting"}
+        pools = [pool for pool in catalogue.pools.values() if pool.base in starting]
+        promised = sum(pool.replicas * weight_bytes(pool.model_path) for pool in pools)
+        try:
+            check_memory([bundle], replicas, max(0, memory_left().available - promised))
+        except MemoryShort as error:
+            raise PoolRefused(str(error)) from error
+
+
+def _added(pool: NewPool, bundle: Bundle, catalogue: Catalogue) -> AddedPool:
+    """The pool as it is recorded. Raises PoolRefused for a rank that vLLM does not serve."""
+    wanted = [candidate for candidate in catalogue.wanted if candidate.base == bundle.fingerprint]
+    try:
         return AddedPool(
             name=bundle.model_name,
             base=bundle.fingerprint,
             model_path=bundle.model_path,
             replicas=pool.replicas,
             max_lora_rank=needed_rank(pool.max_lora_rank, [bundle.max_lora_rank], wanted),
-            max_active_adapters=engine.max_active_adapters,
-            max_resident_adapters=engine.max_resident_adapters,
-            vllm_args=engine.vllm_args,
         )
+    except ValueError as error:  # pydantic's ValidationError too
+        raise PoolRefused(f"The pool can't be added: {error}.") from error
 
 
 def _check_origin(pool: PoolSettings, current: Revision | None) -> None:
@@ -163,6 +183,7 @@ def _view(pool: PoolSettings, application: Any) -> PoolView:
         added=pool.added,
         state=state,
         replicas=pool.replicas,
+        max_lora_rank=pool.engine.max_lora_rank,
         ready=ready_replicas(application),
         reason=reason_of(application) if has_failed else "",
     )

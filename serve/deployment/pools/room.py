@@ -1,14 +1,16 @@
-"""Whether this machine has room for the engines of a pool, found out before they start."""
+"""Whether a pool's engines can start on this machine, found out before they do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from convert.artifact import Artifact
+from convert.errors import ArtifactInvalid
 from serve.catalogue.candidate import Candidate
 from serve.deployment.pools.bundle import Bundle
-from serve.errors import MemoryShort
+from serve.errors import EngineRefused, MemoryShort
 from serve.observability.memory import gib
-from serve.settings import supported_rank
+from serve.settings import ServeSettings, supported_rank
 
 
 def check_memory(bundles: Sequence[Bundle], replicas: int, available_bytes: int) -> None:
@@ -20,6 +22,24 @@ def check_memory(bundles: Sequence[Bundle], replicas: int, available_bytes: int)
         raise MemoryShort(
             f"The weights of all engines need {gib(total)} GiB ({each}), and {gib(available_bytes)} GiB of memory are "
             "available. Serve fewer models or replicas, or convert with another --quantize."
+        )
+
+
+def check_model(settings: ServeSettings) -> None:
+    """Raises EngineRefused if there is no model for the engine, or, in the place of one that was added to the running
+    server, another one. What `run` is given was verified by it."""
+    path = settings.engine.model_path
+    if not (path / "config.json").is_file():
+        raise EngineRefused(f"There is no model in {path}: put its artifact back there.")
+    if not settings.added:
+        return
+    try:
+        fingerprint = Artifact.open(path.parent).manifest.model.fingerprint
+    except ArtifactInvalid as error:
+        raise EngineRefused(str(error)) from error
+    if fingerprint != settings.engine.fingerprint:
+        raise EngineRefused(
+            f"{path.parent} holds another model than when it was added: remove the pool, and add it again."
         )
 
 

@@ -126,8 +126,9 @@ send_to_pools() {
     first=$(sed -n -e 's|^ *acl is_\([^ ]*\) path_beg /$|\1|p' "$config")
     # The names of the other backends, and what the paths of their applications begin with. No caller addresses those.
     sed -n -e 's|^ *acl is_\([^ ]*\) path_beg \(/pools/[^ ]*\)/$|\1 \2|p' "$config" | while read -r pool prefix; do
-        change "^ *use_backend $pool if is_$pool\$" d
-        change "^backend $pool\$" "a\\    http-request set-path $prefix%[path]"
+        name=$(printf '%s' "$pool" | sed -e 's/[.]/[.]/g')
+        change "^ *use_backend $name if is_$name\$" d
+        change "^backend $name\$" "a\\    http-request set-path $prefix%[path]"
         if [ -n "$first" ]; then
             spare="use_backend $pool if { nbsrv($first) eq 0 } { nbsrv($pool) gt 0 }"
             change "^ *use_backend $first if is_$first\$" "i\\    $spare"

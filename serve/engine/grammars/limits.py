@@ -15,7 +15,9 @@ from serve.settings import EngineSettings
 # Most grammars take less CPU time than this. They never wait for the others, which are tried one at a time.
 _QUICK_S = 0.5
 _MAX_REMEMBERED = 4096
-_TRIED, _STEP, _COMPILE = "tried", "step", "compile"
+# Each may take `max_grammar_compile_s`, and its request has a place in the engine meanwhile.
+_MAX_SLOW_WAITING = 4
+_TRIED, _STEP, _COMPILE, _BUSY = "tried", "step", "compile", "busy"
 
 TOO_LARGE, TOO_COSTLY = "grammar_too_large", "grammar_too_costly"
 
@@ -26,6 +28,13 @@ class GrammarRefused(Exception):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class GrammarsBusy(Exception):
+    """Too many grammars are being tried that take long to compile: a later attempt can succeed."""
+
+    def __init__(self) -> None:
+        super().__init__("The engine compiles too many costly schemas, grammars or regexes at the moment; try again.")
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,11 @@ class GrammarChecks:
         self._trials = trials
         self._quick = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // 2))
         self._slow = asyncio.Semaphore(1)
+        self._slow_waiting = 0
         self._verdicts: OrderedDict[bytes, asyncio.Task[str]] = OrderedDict()
 
     async def check(self, grammar: Grammar) -> None:
-        """Raises GrammarRefused."""
+        """Raises GrammarRefused or GrammarsBusy."""
         if (size := len(grammar.text.encode(errors="surrogatepass"))) > self._limits.max_bytes:
             raise GrammarRefused(
                 TOO_LARGE,
@@ -88,10 +98,11 @@ class GrammarChecks:
                 self._verdicts.popitem(last=False)
         self._verdicts.move_to_end(key)
         verdict = await asyncio.shield(trial)  # others may wait for it, if this request is cancelled
-        if verdict != LOST:
-            return verdict
-        self._verdicts.pop(key, None)
-        return _TRIED  # the engine would serve nobody's grammar otherwise
+        if verdict in (LOST, _BUSY) and self._verdicts.get(key) is trial:
+            del self._verdicts[key]
+        if verdict == _BUSY:
+            raise GrammarsBusy
+        return _TRIED if verdict == LOST else verdict  # the engine would serve nobody's grammar otherwise
 
     async def _try(self, grammar: Grammar, trials: GrammarTrials) -> str:
         limits = self._limits
@@ -99,5 +110,11 @@ class GrammarChecks:
             verdict = await trials.run(grammar, min(_QUICK_S, limits.compile_s), limits.step_s)
         if verdict != _COMPILE or limits.compile_s <= _QUICK_S:
             return verdict
-        async with self._slow:
-            return await trials.run(grammar, limits.compile_s, limits.step_s)
+        if self._slow_waiting >= _MAX_SLOW_WAITING:
+            return _BUSY
+        self._slow_waiting += 1
+        try:
+            async with self._slow:
+                return await trials.run(grammar, limits.compile_s, limits.step_s)
+        finally:
+            self._slow_waiting -= 1

@@ -50,11 +50,14 @@ def main() -> None:
 
 def _answer(answers: int, trial: dict[str, Any], vocabulary: xgrammar.TokenizerInfo) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    pid = os.fork()
-    if pid == 0:
-        os._exit(_exit_code(trial, vocabulary))
-    _, status = os.waitpid(pid, 0)
-    verdict = _VERDICTS.get(os.waitstatus_to_exitcode(status), CRASH)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_exit_code(trial, vocabulary))
+        _, status = os.waitpid(pid, 0)
+        verdict = _VERDICTS.get(os.waitstatus_to_exitcode(status), CRASH)
+    except OSError:  # no further process can be made
+        verdict = MEMORY
     os.write(answers, f"{trial['id']} {verdict}\n".encode())
 
 

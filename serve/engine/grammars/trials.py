@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+# A trial may wait for its process to start, and get a tenth of a processor: the engine goes first.
+_GRACE_S, _SLOWEST = 60.0, 10.0
+
 LOST = "lost"  # the process has ended, and knows nothing of the grammar
 
 _SCRIPT = Path(__file__).with_name("trial_process.py")
@@ -39,25 +42,41 @@ class GrammarTrials:
         self._process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
         self._ids = itertools.count()
-        self._waiting: dict[str, asyncio.Future[str]] = {}
+        self._waiting: dict[str, asyncio.Future[str]] = {}  # for verdicts of this process
         self._reading: asyncio.Task[None] | None = None
 
     async def run(self, grammar: Grammar, compile_s: float, step_s: float) -> str:
         """The verdict: one of those of `trial_process`, or LOST. `compile_s`: CPU time to compile the grammar;
         `step_s`: CPU time for each token."""
         trial_id = str(next(self._ids))
-        verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._waiting[trial_id] = verdict
         trial = {"id": trial_id, "kind": grammar.kind, "text": grammar.text}
         line = json.dumps(trial | {"compile_s": compile_s, "step_s": step_s}) + "\n"
         try:
-            await self._write(line.encode())
-            return await verdict
-        except OSError as error:
-            logger.warning("Warning: a grammar can't be compiled on trial: %s", error)
+            async with asyncio.timeout(_GRACE_S + _SLOWEST * compile_s):
+                return await self._answer(trial_id, line.encode())
+        except TimeoutError:
+            # Its verdict was lost, as when the kernel ends a process for its memory. Nothing would wait for less.
+            logger.warning("Warning: a grammar's trial did not end, and its process is started again.")
+            self.close()
             return LOST
+        except OSError as error:
+            logger.warning("Warning: a grammar can't be compiled on trial: %r", error)
+            self._process = None
+            return LOST
+
+    async def _answer(self, trial_id: str, line: bytes) -> str:
+        """Raises OSError if the process has ended."""
+        process = await self.start()
+        assert process.stdin is not None
+        waiting = self._waiting
+        verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        waiting[trial_id] = verdict
+        try:
+            process.stdin.write(line)
+            await process.stdin.drain()
+            return await verdict
         finally:
-            self._waiting.pop(trial_id, None)
+            del waiting[trial_id]
 
     async def start(self) -> asyncio.subprocess.Process:
         """The process, which takes seconds until it answers."""
@@ -73,7 +92,8 @@ class GrammarTrials:
                 )
                 assert process.stdin is not None
                 process.stdin.write(self._vocabulary().encode() + b"\n")
-                self._reading = asyncio.ensure_future(self._read(process))
+                self._waiting = {}
+                self._reading = asyncio.ensure_future(_read(process, self._waiting))
             return self._process
 
     def close(self) -> None:
@@ -81,22 +101,17 @@ class GrammarTrials:
         if self._process is not None and self._process.returncode is None:
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    async def _write(self, line: bytes) -> None:
-        """Raises OSError."""
-        process = await self.start()
-        assert process.stdin is not None
-        process.stdin.write(line)
-        await process.stdin.drain()
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
-        while line := await process.stdout.readline():
-            trial_id, _, verdict = line.decode().strip().partition(" ")
-            if (waiting := self._waiting.get(trial_id)) and not waiting.done():
-                waiting.set_result(verdict)
-        code = await process.wait()
-        lost = [waiting for waiting in self._waiting.values() if not waiting.done()]
-        if lost:
-            logger.warning("Warning: the process that compiles grammars on trial has ended (%d).", code)
-        for waiting in lost:
-            waiting.set_result(LOST)
+async def _read(process: asyncio.subprocess.Process, waiting: dict[str, asyncio.Future[str]]) -> None:
+    """Gives those who wait their verdicts, until the process ends."""
+    assert process.stdout is not None
+    while line := await process.stdout.readline():
+        trial_id, _, verdict = line.decode().strip().partition(" ")
+        if (future := waiting.get(trial_id)) and not future.done():
+            future.set_result(verdict)
+    code = await process.wait()
+    lost = [future for future in waiting.values() if not future.done()]
+    if lost:
+        logger.warning("Warning: the process that compiles grammars on trial has ended (%d).", code)
+    for future in lost:
+        future.set_result(LOST)

@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import RetryableRequestError, VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
 from serve.engine.api_errors import GRAMMAR_FIELD
-from serve.engine.grammars.limits import GrammarChecks, GrammarLimits, GrammarRefused
+from serve.engine.grammars.limits import GrammarChecks, GrammarLimits, GrammarRefused, GrammarsBusy
 from serve.engine.grammars.trials import Grammar, GrammarTrials
 
 _WITH_XGRAMMAR = ("auto", "xgrammar")
@@ -39,7 +39,8 @@ class EngineGrammars:
             await self._trials.start()
 
     async def check(self, parameters: Any) -> None:
-        """Raises GrammarTooCostly. `parameters`: those of a request."""
+        """`parameters`: those of a request. Raises GrammarTooCostly, or RetryableRequestError while too many grammars
+        are tried."""
         constraint = getattr(parameters, "structured_outputs", None)
         if constraint is None or (grammar := grammar_of(constraint)) is None:
             return
@@ -47,6 +48,8 @@ class EngineGrammars:
             await self._checks.check(grammar)
         except GrammarRefused as refused:
             raise GrammarTooCostly(str(refused), refused.code) from None
+        except GrammarsBusy as busy:
+            raise RetryableRequestError(str(busy)) from None
 
     def close(self) -> None:
         if self._trials is not None:

@@ -63,8 +63,10 @@ class ModelCards:
             raise UnknownModel(name, self._models.known(key))
         if engine or adapter is None:
             return JSONResponse(self._base_card(engine or self._own, tokens))
+        if requested.revision is None and (pool := self._pool_of_name(catalogue, adapter.name)):
+            return JSONResponse(self._card_of_moved(adapter.name, pool, tokens))
         card = self._card(catalogue, self._engines(), adapter, tokens)
-        return JSONResponse(card | {"id": adapter.engine_name} if requested.revision else card)
+        return JSONResponse(card | {"id": card["root"]} if requested.revision else card)
 
     async def _tokens(self) -> Mapping[str, int | None]:
         """The context of each base model, as far as it is known."""
@@ -84,7 +86,20 @@ class ModelCards:
         engines = sorted(by_base.values(), key=lambda engine: engine.model_name)
         bases = [self._base_card(engine, tokens) for engine in engines if may_use(engine.model_name)]
         adapters = sorted(adapter for adapter in catalogue.current if may_use(adapter.name))
-        return [*bases, *(self._card(catalogue, by_base, adapter, tokens) for adapter in adapters)]
+        cards = []
+        for adapter in adapters:
+            pool = self._pool_of_name(catalogue, adapter.name)
+            moved = pool and self._card_of_moved(adapter.name, pool, tokens)
+            cards.append(moved or self._card(catalogue, by_base, adapter, tokens))
+        return [*bases, *cards]
+
+    def _pool_of_name(self, catalogue: Catalogue, name: str) -> EngineSettings | None:
+        """The engine of the pool that an alias points to."""
+        model = catalogue.state_of(name).pool
+        return next((engine for engine in self._engines().values() if engine.model_name == model), None)
+
+    def _card_of_moved(self, name: str, pool: EngineSettings, tokens: Mapping[str, int | None]) -> Card:
+        return model_card(name, pool.model_name, None, self._created_at(pool), tokens.get(pool.fingerprint))
 
     def _base_card(self, engine: EngineSettings, tokens: Mapping[str, int | None]) -> Card:
         name, base = engine.model_name, engine.fingerprint
@@ -107,10 +122,6 @@ class ModelCards:
         current: AdapterRevision,
         tokens: Mapping[str, int | None],
     ) -> Card:
-        by_name = {engine.model_name: engine for engine in engines.values()}
-        if pool := by_name.get(catalogue.state_of(current.name).pool or ""):
-            created, context = self._created_at(pool), tokens.get(pool.fingerprint)
-            return model_card(current.name, pool.model_name, None, created, context)
         engine = engines.get(catalogue.candidate(current).base, self._own)
         revision = catalogue.revision(current)
         created = int(revision.at.timestamp()) if revision else self._created_at(engine)

@@ -43,9 +43,11 @@ class ModelResolver:
             return None
         if model is None:
             raise ModelMissing
+        if model == self.base_model:
+            return None
         pool = self._other_pools.named(model)
         name = RequestedModel.parse(model)
-        if pool is None and (model_of_pool := self._catalogue().pool_of_name(name)):
+        if pool is None and (model_of_pool := self._pool_of_name(name)):
             pool = self._other_pools.named(model_of_pool)
         elif pool is None and (adapter := self._catalogue().resolve(name)):
             pool = self.pool_of(adapter)
@@ -66,7 +68,7 @@ class ModelResolver:
                 return None
             raise UnknownModel(model or "", self.known(key))
         requested = RequestedModel.parse(model)
-        model_of_pool, adapter = catalogue.pool_of_name(requested), catalogue.resolve(requested)
+        model_of_pool, adapter = self._pool_of_name(requested), catalogue.resolve(requested)
         if adapter is None or (key is not None and not key.may_use(adapter.name)):
             raise UnknownModel(model, self.known(key))
         if model_of_pool == self.base_model:
@@ -80,7 +82,14 @@ class ModelResolver:
         if model is None:
             return self.base_model
         requested = RequestedModel.parse(model)
-        return requested.name if self._catalogue().pool_of_name(requested) == self.base_model else self.base_model
+        return requested.name if self._pool_of_name(requested) == self.base_model else self.base_model
+
+    def _pool_of_name(self, requested: RequestedModel) -> str | None:
+        """The pool that an alias points to, if the server has it: it may have been started without. The adapter answers
+        then."""
+        model = self._catalogue().pool_of_name(requested)
+        is_here = model is not None and (model == self.base_model or self._other_pools.named(model) is not None)
+        return model if is_here else None
 
     def known(self, key: Key | None) -> set[str]:
         """The model names that a caller with this key may see."""

@@ -47,8 +47,7 @@ def pools(story: Story, artifacts: Path, tmp_path_factory: pytest.TempPathFactor
     state = StateDir(home / "state")
     state.prepare()
     for name, base in ((MERGED, Artifact.open(artifacts / MERGED).manifest.model.fingerprint), (BROKEN, "b" * 64)):
-        room: dict[str, int] = {"max_lora_rank": 0, "max_active_adapters": 1, "max_resident_adapters": 1}
-        pool = AddedPool(name=name, base=base, model_path=artifacts / name / "model", **room)
+        pool = AddedPool(name=name, base=base, model_path=artifacts / name / "model", max_lora_rank=0)
         add_pool(state.log, pool, [], Audit("somebody", "before the start"))
     options = (*ENGINE_OPTIONS, "--artifact-root", str(artifacts))
     with running_server([story.artifacts["french"]], home / "state", *options, log=home / "server.log") as url:

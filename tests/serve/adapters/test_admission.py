@@ -29,7 +29,7 @@ def test_an_adapter_for_a_base_model_that_is_not_served_is_told_which_ones_are()
     (reason,) = incompatibilities(PIRATE, [LARGE])
 
     assert reason.startswith("it was made for the base model bbbbbbbbbbbb, but large here is eeeeeeeeeeee; ")
-    assert "start the server with the artifact that holds its base model" in reason
+    assert "give the artifact that holds it to `run`" in reason
 
 
 def test_no_adapter_takes_the_name_of_any_base_model() -> None:

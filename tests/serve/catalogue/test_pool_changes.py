@@ -22,9 +22,16 @@ from serve.names import RequestedModel
 from serve.settings import EngineSettings, GatewaySettings, PoolSettings, ServeSettings
 from tests.serve.conftest import BASE, candidate
 
-ROOM = {"max_lora_rank": 16, "max_active_adapters": 2, "max_resident_adapters": 4}
-TICKET = AddedPool(name="ticket", base="c" * 64, model_path=Path("/models/ticket"), vllm_args=("--seed=1",), **ROOM)
-GIVEN = PoolSettings(engine=EngineSettings(model_path=Path("/models/small"), model_name="small", fingerprint=BASE))
+TICKET = AddedPool(name="ticket", base="c" * 64, model_path=Path("/models/ticket"), max_lora_rank=16)
+SMALL = EngineSettings(
+    model_path=Path("/models/small"),
+    model_name="small",
+    fingerprint=BASE,
+    max_active_adapters=2,
+    vllm_args=("--seed=1",),
+)
+GIVEN = PoolSettings(engine=SMALL)
+TICKET_POOL = TICKET.settings(SMALL)
 ANN = Audit("ann", "for the help desk")
 
 
@@ -132,7 +139,8 @@ def test_the_pools_of_a_server_are_its_own_those_of_its_start_and_the_added_ones
         other_pools=(given,),
     )
     again = replace(TICKET, name="given-again", base="e" * 64)
-    catalogue = Catalogue(2, {}, {"ticket": TICKET, "given-again": again})
+    renamed = replace(TICKET, name="given", base="f" * 64)
+    catalogue = Catalogue(3, {}, {"ticket": TICKET, "given-again": again, "given": renamed})
 
     own, *others = pools_of(settings, catalogue)
 
@@ -140,7 +148,7 @@ def test_the_pools_of_a_server_are_its_own_those_of_its_start_and_the_added_ones
     assert [pool.engine.model_name for pool in others] == ["given", "ticket"], "what was given to `run` counts"
     assert others[1].added
     assert (others[1].application, others[1].route_prefix) == ("graft-ticket", "/pools/ticket")
-    assert others[1].engine.vllm_args == ("--seed=1",)
+    assert (others[1].engine.vllm_args, others[1].engine.max_active_adapters) == (("--seed=1",), 2), "as all pools here"
 
 
 @pytest.fixture
@@ -150,7 +158,7 @@ def moved(log: CatalogueLog) -> CatalogueLog:
     for content in ("one", "two"):
         log.stage(candidate("pirate", content))
         log.promote(candidate("pirate", content))
-    move_alias(log, "pirate", TICKET.settings, ANN)
+    move_alias(log, "pirate", TICKET_POOL, ANN)
     return log
 
 
@@ -161,7 +169,7 @@ def test_a_moved_name_points_to_the_pool_and_its_revisions_stay_reachable_and_lo
     assert catalogue.pool_of_name(RequestedModel("pirate", second.revision)) is None
     assert catalogue.resolve(RequestedModel("pirate", second.revision)) == second
     assert second in catalogue.needed(keep_previous=0)
-    assert move_alias(moved, "pirate", TICKET.settings, ANN).epoch == catalogue.epoch, "once is enough"
+    assert move_alias(moved, "pirate", TICKET_POOL, ANN).epoch == catalogue.epoch, "once is enough"
 
 
 def test_a_rollback_from_a_pool_is_one_entry_and_leads_to_the_revision_of_before(moved: CatalogueLog) -> None:
@@ -182,7 +190,7 @@ def test_a_publish_moves_the_name_back_to_an_adapter_and_a_retire_ends_it(moved:
     moved.stage(third)
     assert moved.promote(third).pool_of_name(RequestedModel("pirate")) is None
 
-    move_alias(moved, "pirate", TICKET.settings, ANN)
+    move_alias(moved, "pirate", TICKET_POOL, ANN)
     assert moved.retire("pirate").pool_of_name(RequestedModel("pirate")) is None
     assert remove_pool(moved, "ticket", [GIVEN], ANN).pools == {}
 
@@ -193,7 +201,7 @@ def test_a_move_ends_a_canary(moved: CatalogueLog) -> None:
     moved.stage(third)
     moved.split(third, Split(kind="canary", revision=third.revision))
 
-    catalogue = move_alias(moved, "pirate", TICKET.settings, ANN)
+    catalogue = move_alias(moved, "pirate", TICKET_POOL, ANN)
 
     assert catalogue.split_of("pirate") is None
     assert third.adapter not in catalogue.staged
@@ -207,13 +215,13 @@ def test_a_pool_that_answers_for_a_name_is_not_removed(moved: CatalogueLog) -> N
 def test_no_name_is_moved_to_its_own_base_model_or_to_a_pool_that_is_gone(log: CatalogueLog) -> None:
     log.stage(candidate("pirate", "one"))
     with pytest.raises(UnknownModel):
-        move_alias(log, "pirate", TICKET.settings, ANN)
+        move_alias(log, "pirate", TICKET_POOL, ANN)
     log.promote(candidate("pirate", "one"))
 
     with pytest.raises(TransitionRefused, match="small is the base model of pirate"):
         move_alias(log, "pirate", GIVEN, ANN)
     with pytest.raises(TransitionRefused, match="ticket was removed meanwhile"):
-        move_alias(log, "pirate", TICKET.settings, ANN)
+        move_alias(log, "pirate", TICKET_POOL, ANN)
 
 
 def test_a_snapshot_keeps_where_a_name_points(moved: CatalogueLog, tmp_path: Path) -> None:
@@ -231,3 +239,23 @@ def test_entries_that_have_nothing_to_do_with_pools_say_nothing_of_them(log: Cat
     log.stage(candidate("pirate", "one"))
 
     assert "pool" not in json.loads((tmp_path / "catalogue" / "0000000001.json").read_bytes())
+
+
+def test_the_record_of_a_pool_that_is_given_to_run_now_can_be_removed(log: CatalogueLog) -> None:
+    add_pool(log, TICKET, [], ANN)
+    log.stage(of_ticket())
+    same_model = PoolSettings(engine=TICKET_POOL.engine.model_copy(update={"model_name": "other"}))
+    same_name = PoolSettings(engine=TICKET_POOL.engine.model_copy(update={"fingerprint": "d" * 64}))
+
+    for given in (same_model, same_name):
+        assert remove_pool(log, "ticket", [given], ANN).pools == {}
+        add_pool(log, TICKET, [], ANN)
+
+
+def test_no_adapter_is_staged_for_a_base_model_whose_pool_was_removed(log: CatalogueLog) -> None:
+    """The replica that admitted it may not have followed the removal."""
+    with pytest.raises(TransitionRefused, match="was removed meanwhile"):
+        log.stage(of_ticket(), given_bases={BASE})
+    add_pool(log, TICKET, [GIVEN], ANN)
+
+    assert log.stage(of_ticket(), given_bases={BASE}).staged

@@ -20,4 +20,4 @@ def test_a_publish_adds_the_pool_of_its_base_model_where_there_is_none(
 
     client.listed_pools.append({"name": "small-llama", "base": artifact.manifest.model.fingerprint})
     add_missing_pool(client, artifact.root, "")
-    assert len(client.calls) == 2, "it is served already"
+    assert client.calls[2:] == ["wait small-llama"], "it is served already, or starts"

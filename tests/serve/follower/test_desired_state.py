@@ -81,7 +81,9 @@ def test_one_bad_adapter_blocks_no_other(file: Path, client: RecordingClient) ->
 
 def pool(base: str, name: str, replicas: int = 1, *, added: bool = True) -> dict[str, Any]:
     """A pool as the admin API lists it."""
-    return {"name": name, "base": base, "replicas": replicas, "added": added}
+    return {
+        "name": name, "base": base, "replicas": replicas, "added": added, "state": "running", "max_lora_rank": 16,
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -116,6 +118,22 @@ def test_nothing_is_done_for_pools_that_are_as_desired(with_pools: Path, client:
     assert steps_to(desired, client) == ()
     client.listed_pools[0]["replicas"] = 1
     assert verbs(steps_to(desired, client)) == ["add pool m"], "which the server refuses, and says what to do"
+    client.listed_pools[0] |= {"replicas": 2, "state": "starting"}
+    assert verbs(steps_to(desired, client)) == ["add pool m"], "which changes nothing, and is waited for"
+
+
+def test_no_pool_is_removed_where_the_one_that_may_replace_it_was_refused(
+    with_pools: Path, client: RecordingClient
+) -> None:
+    client.listed_pools.append(pool("f" * 64, "old"))
+    client.fails["m"] = AdminRefused("pool_refused", "0 GPUs are free")
+    desired = DesiredState.read(with_pools)
+
+    failed = apply(desired, steps_to(desired, client), client)
+
+    assert [str(step) for step in failed] == ["add pool m"]
+    assert "remove old" not in client.calls
+    assert "publish pirate" in client.calls, "one bad pool blocks no adapter"
 
 
 def test_a_file_that_says_nothing_of_pools_asks_for_none_and_keeps_its_meaning(

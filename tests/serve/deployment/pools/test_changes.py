@@ -55,8 +55,10 @@ async def test_a_pool_runs_with_what_its_artifact_needs_and_with_the_options_of_
     added = log.read().pools["other"]
     assert added.model_path == artifact.model_path
     assert added.base == artifact.manifest.model.fingerprint
-    assert (added.max_lora_rank, added.max_active_adapters, added.vllm_args) == (32, 3, ("--seed=1",))
+    assert added.max_lora_rank == 32
     assert (view.name, view.state, view.replicas, view.ready, view.added) == ("other", "starting", 2, 0, True)
+    again = await pools.add(NewPool(path=artifact.root, name="other", replicas=2), ANN)
+    assert (again, log.read().epoch) == (view, 1), "a call that is repeated changes nothing"
     shown = {pool.name: (pool.added, pool.kind) for pool in await pools.all()}
     assert shown == {"other": (True, "base model"), "small": (False, "base model")}
 
@@ -85,7 +87,11 @@ async def test_the_state_of_a_pool_is_that_of_its_application_with_the_reason_of
 
 
 async def test_nothing_is_recorded_for_a_model_that_the_machine_has_no_room_for(
-    log: CatalogueLog, make_artifact: MakeArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    log: CatalogueLog,
+    make_artifact: MakeArtifact,
+    tmp_path: Path,
+    applications: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     artifact = make_artifact("merged", name="merged", weights=None, base="merged weights")
     size = sum(file.stat().st_size for file in artifact.root.rglob("*.safetensors"))
@@ -100,6 +106,27 @@ async def test_nothing_is_recorded_for_a_model_that_the_machine_has_no_room_for(
         await with_gpus.add(NewPool(path=artifact.root, replicas=2), ANN)
 
     assert log.read().epoch == 0
+
+
+async def test_memory_that_a_pool_which_starts_will_take_is_not_promised_to_another_one(
+    log: CatalogueLog,
+    make_artifact: MakeArtifact,
+    tmp_path: Path,
+    applications: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = make_artifact("first", name="first", weights=None, base="first weights")
+    second = make_artifact("second", name="second", weights=None, base="other weights")
+    size = sum(file.stat().st_size for file in first.root.rglob("*.safetensors"))
+    monkeypatch.setattr(changes, "memory_left", lambda: SimpleNamespace(available=size + 8))
+    pools = PoolChanges(settings_in(tmp_path), log, NOBODY)
+
+    await pools.add(NewPool(path=first.root), ANN)
+    assert (await pools.add(NewPool(path=first.root), ANN)).name == "first", "it is there, and needs no more"
+    with pytest.raises(PoolRefused, match="are available"):
+        await pools.add(NewPool(path=second.root), ANN)
+    applications["graft-first"] = application("RUNNING", ready=1)
+    assert (await pools.add(NewPool(path=second.root), ANN)).name == "second"
 
 
 async def test_a_path_out_of_the_roots_a_broken_artifact_and_a_server_with_fixed_pools_are_refused(

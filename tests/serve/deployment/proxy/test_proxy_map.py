@@ -213,14 +213,7 @@ def test_what_needs_no_pool_is_answered_while_the_first_one_has_no_replica(tmp_p
 def test_a_pool_that_is_added_gets_its_requests_and_one_that_is_removed_no_more(
     tmp_path: Path, log: CatalogueLog
 ) -> None:
-    added = AddedPool(
-        name="ticket",
-        base="c" * 64,
-        model_path=tmp_path,
-        max_lora_rank=0,
-        max_active_adapters=1,
-        max_resident_adapters=1,
-    )
+    added = AddedPool(name="ticket", base="c" * 64, model_path=tmp_path, max_lora_rank=0)
     with (
         followed(tmp_path, log),
         replica(saying("small-llama")) as graft,
@@ -234,11 +227,43 @@ def test_a_pool_that_is_added_gets_its_requests_and_one_that_is_removed_no_more(
         log.stage(candidate("pirate", "1"))
         log.promote(candidate("pirate", "1"))
         assert eventually(proxy, "pirate", "small-llama")
-        move_alias(log, "pirate", added.settings, Audit())
+        move_alias(log, "pirate", TICKET, Audit())
         assert eventually(proxy, "pirate", "ticket"), "the pool that answers for it"
         log.retire("pirate")
         remove_pool(log, "ticket", [], Audit())
         assert eventually(proxy, "ticket", "small-llama")
+
+
+@pytest.mark.parametrize("names", [("m-1.0", "m-100"), ("m-100", "m-1.0"), ("a.b", "a-b")], ids="-".join)
+def test_a_name_with_a_dot_is_no_pattern_for_another_one(tmp_path: Path, names: tuple[str, str]) -> None:
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(config_of(tmp_path, names))
+    environment = os.environ | {"GRAFT_HAPROXY": "/bin/true", "GRAFT_POOLS": str(tmp_path / "pools.map")}
+
+    subprocess.run([str(HAPROXY_SCRIPT), "-f", str(config)], env=environment, check=True)
+
+    lines = config.read_text().splitlines()
+    for name in names:
+        backend = lines.index(f"backend http-graft-{name}")
+        assert lines[backend + 1].split() == ["http-request", "set-path", f"/pools/{name}%[path]"]
+        assert "set-path" not in lines[backend + 2]
+        assert f"    use_backend http-graft-{name} if is_http-graft-{name}" not in lines, "no caller names it by a path"
+        spare = f"use_backend http-graft-{name} if {{ nbsrv(http-graft) eq 0 }} {{ nbsrv(http-graft-{name}) gt 0 }}"
+        assert [line.strip() for line in lines].count(spare) == 1
+
+
+def config_of(directory: Path, names: tuple[str, str]) -> str:
+    """The configuration of a server with these two pools beside the first one."""
+    ports = dict.fromkeys(("port", "spare", "graft", "ticket"), 1)
+    head, backend, tail = CONFIG.format(directory=directory, **ports).partition("backend http-graft-ticket\n")
+    server, tail = tail.split("\n", 1)
+    lines = [
+        line.replace("ticket", name) if "ticket" in line else line
+        for line in head.splitlines()
+        for name in (names if "ticket" in line else names[:1])
+    ]
+    backends = [f"{backend}{server}".replace("ticket", name) for name in names]
+    return "\n".join([*lines, *backends, tail])
 
 
 def eventually(proxy: Proxy, model: str, pool: str) -> bool:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from itertools import product
 from string import ascii_lowercase
@@ -11,8 +13,8 @@ import pytest
 import pytest_asyncio
 import xgrammar
 
-from serve.engine.grammars.limits import GrammarChecks, GrammarLimits, GrammarRefused
-from serve.engine.grammars.trials import Grammar, GrammarTrials
+from serve.engine.grammars.limits import GrammarChecks, GrammarLimits, GrammarRefused, GrammarsBusy
+from serve.engine.grammars.trials import LOST, Grammar, GrammarTrials
 
 LIMITS = GrammarLimits(max_bytes=64 << 10, compile_s=1.5, step_s=0.25)
 TOKENS = [
@@ -156,3 +158,52 @@ async def test_a_costly_grammar_does_not_keep_others_waiting(trials: GrammarTria
     assert not any(check.done() for check in costly)
     for check in costly:
         check.cancel()
+
+
+class Trials(GrammarTrials):
+    """Trials that take long until they are released."""
+
+    def __init__(self) -> None:
+        super().__init__(vocabulary)
+        self.released = asyncio.Event()
+
+    async def run(self, grammar: Grammar, compile_s: float, step_s: float) -> str:
+        if compile_s == LIMITS.compile_s:
+            await self.released.wait()
+        return "compile" if grammar.text.startswith("slow") else "tried"
+
+
+async def test_grammars_that_take_long_wait_in_a_short_queue_and_quick_ones_in_none() -> None:
+    trials = Trials()
+    checks = GrammarChecks(LIMITS, trials)
+    waiting = [asyncio.create_task(checks.check(Grammar("regex", f"slow {number}"))) for number in range(4)]
+    await asyncio.sleep(0.1)
+
+    with pytest.raises(GrammarsBusy, match="try again"):
+        await checks.check(Grammar("regex", "slow 5"))
+    await checks.check(Grammar("regex", "quick"))
+
+    trials.released.set()
+    for result in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(result, GrammarRefused)
+    with pytest.raises(GrammarRefused):
+        await checks.check(Grammar("regex", "slow 5"))
+
+
+async def test_a_trial_whose_verdict_is_lost_ends_and_the_next_one_has_a_new_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trials = GrammarTrials(vocabulary)
+    process = await trials.start()
+    assert await trials.run(Grammar("regex", "a"), 1.0, 0.25) == "tried"
+    monkeypatch.setattr("serve.engine.grammars.trials._GRACE_S", 0.5)
+    monkeypatch.setattr("serve.engine.grammars.trials._SLOWEST", 0.0)
+    os.kill(process.pid, signal.SIGSTOP)
+    assert await trials.run(Grammar("regex", "b"), 1.0, 0.25) == LOST
+    await process.wait()
+
+    monkeypatch.undo()
+    assert await trials.run(Grammar("regex", "b"), 1.0, 0.25) == "tried"
+    process = await trials.start()
+    trials.close()
+    await process.wait()

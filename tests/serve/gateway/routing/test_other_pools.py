@@ -24,10 +24,7 @@ async def test_a_replica_forwards_to_a_pool_from_its_entry_until_its_removal(
         unnamed = await first.ask(None)
         assert unnamed.json()["pool"] == "small-llama", "with one pool its base model answers"
 
-        added = AddedPool(
-            name="ticket", base=MERGED, model_path=tmp_path, max_lora_rank=0,
-            max_active_adapters=4, max_resident_adapters=16,
-        )  # fmt: skip
+        added = AddedPool(name="ticket", base=MERGED, model_path=tmp_path, max_lora_rank=0)
         add_pool(first.log, added, [], Audit())
         await first.reconciler.follow()
         answer = await first.ask("ticket")
@@ -56,6 +53,8 @@ async def test_a_name_that_points_to_a_pool_is_answered_there_and_by_its_adapter
         assert answer.headers["x-graft-model"] == "ticket"
         revision = await pools[at].ask(PIRATE.adapter.engine_name)
         assert revision.headers["x-graft-model"] == PIRATE.adapter.engine_name, "the adapter is still there"
+        pinned = await pools[at].get(f"/v1/models/{PIRATE.adapter.engine_name}")
+        assert (pinned["id"], pinned["root"], pinned["parent"]) == (*[PIRATE.adapter.engine_name] * 2, "small-llama")
         card = await pools[at].get("/v1/models/pirate")
         assert (card["id"], card["root"], card["parent"]) == ("pirate", "ticket", None)
 
@@ -109,3 +108,17 @@ async def test_a_key_for_the_name_alone_may_use_it_wherever_it_points_and_is_cou
             assert (await replica.ask("pirate", **bearer)).status_code == 200
             assert (await replica.ask("ticket", **bearer)).status_code == 404
             assert (await replica.ask("small-llama", **bearer)).status_code == 404
+
+
+async def test_a_name_that_points_to_a_pool_which_is_not_there_is_answered_by_its_adapter(
+    store: AdapterStore, tmp_path: Path
+) -> None:
+    """A server can be started without a pool that it had."""
+    async with two_pools(store, tmp_path, second_is_added=True) as (first, second):
+        move_alias(first.log, "pirate", second.settings, Audit())
+        await first.reconciler.follow()
+
+        answer = await first.ask("pirate")
+
+        assert (answer.status_code, answer.headers["x-graft-model"]) == (200, PIRATE.adapter.engine_name)
+        assert (await first.get("/v1/models/pirate"))["root"] == PIRATE.adapter.engine_name
