@@ -122,6 +122,7 @@ API: Mapping[str, tuple[str, ...]] = {
     "vllm.exceptions:VLLMValidationError.__str__": (),
     "vllm.exceptions:VLLMValidationError": ("parameter",),
     "vllm.exceptions:VLLMValidationError.__init__": ("message", "/", "parameter"),
+    "vllm.exceptions:RetryableRequestError": ("message",),
     "vllm.entrypoints.serve.exception_handling.error_response:create_error_response": ("message", "/"),
     "vllm.entrypoints.serve.engine.protocol:ErrorInfo": ("code", "message", "param"),
     "vllm.entrypoints.openai.chat_completion.protocol": (),
