@@ -174,7 +174,7 @@ def test_pods_run_with_the_environment_of_the_local_server(tmp_path: Path) -> No
     settings = ServeSettings.model_validate(plain_settings(tmp_path))
     local = environment(Path("/tmp/graft"), settings)
     # Of one machine only, or made by KubeRay, or left to the limits of the pod.
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "VLLM_HOST_IP", "OMP_NUM_THREADS", *SINGLE_NODE):
+    for name in ("GRAFT_POOLS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "VLLM_HOST_IP", "OMP_NUM_THREADS", *SINGLE_NODE):
         del local[name]
     for name in [key for key in local if key.endswith("_PORT")]:
         del local[name]  # free ports there, the default ones in a pod of its own

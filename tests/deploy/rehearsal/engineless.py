@@ -58,6 +58,8 @@ async def replica(settings: Any, host: str, port: int) -> AsyncIterator[None]:
     import uvicorn
 
     from serve.deployment import replica as module
+    from serve.deployment import shared_limits
+    from serve.deployment.pools import connections
 
     class SingleReplica(module.EngineReplica.func_or_class):  # type: ignore[misc]
         async def sync(self, awaited: str | None = None) -> Sequence[Any]:
@@ -68,17 +70,17 @@ async def replica(settings: Any, host: str, port: int) -> AsyncIterator[None]:
 
     alone = SingleReplica.__new__(SingleReplica)
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="replica-1"), app_name="graft")
-    replaced: dict[str, Any] = {
-        "import_engine": lambda _: Engine,
-        "PoolReplicas": lambda *_: alone,
-        "RevisionVerifier": lambda *_: SimpleNamespace(verify=nothing),
-        "ActorLedger": lambda _: Unlimited(),
-        "keep_replica_on": lambda _: None,
-        "node_address": lambda: "127.0.0.1",
-    }
-    for name, value in replaced.items():
-        assert hasattr(module, name)
-        setattr(module, name, value)
+    replaced: tuple[tuple[Any, str, Any], ...] = (
+        (module, "import_engine", lambda _: Engine),
+        (connections, "PoolReplicas", lambda *_: alone),
+        (module, "RevisionVerifier", lambda *_: SimpleNamespace(verify=nothing)),
+        (shared_limits, "ActorLedger", lambda _: Unlimited()),
+        (module, "keep_replica_on", lambda _: None),
+        (module, "node_address", lambda: "127.0.0.1"),
+    )
+    for owner, name, value in replaced:
+        assert hasattr(owner, name)
+        setattr(owner, name, value)
     module.ray_serve.get_replica_context = lambda: context
     await alone.__init__(settings.model_dump(mode="json"))
     server = uvicorn.Server(uvicorn.Config(await alone.__serve_build_asgi_app__(), host, port, lifespan="off"))
