@@ -170,7 +170,8 @@ SECTIONS = (
         "hostile",
         "Invalid requests and damaged files",
         "{cases:,.0f} invalid requests and damaged files at {surfaces:.0f} interfaces and file formats: "
-        "{crashed:,.0f} ended in a crash or server error, {hung:,.0f} hung, {leaked:,.0f} revealed a secret.",
+        "{crashed:,.0f} ended in a crash or server error, {hung:,.0f} hung, {leaked:,.0f} revealed a secret, "
+        "{accepted:,.0f} were accepted that must be refused.",
         "explanation/faults.md",
         {
             "cases": "Cases",
@@ -180,6 +181,7 @@ SECTIONS = (
             "escaped": "Wrote outside their directory",
             "leaked": "Revealed a secret",
             "killed": "Ended an engine or a replica",
+            "accepted": "Accepted, though it must be refused",
         },
     ),
     Section(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def variants(surface: Surface, count: int, work: Path) -> Iterator[Path]:
     """Directories with a damaged file; each is removed when the next is requested."""
     content = (surface.directory / surface.file).read_bytes()
     for number, bad in enumerate(damaged(content, count, seed=20)):
-        copy = work / f"{surface.name.replace(' ', '-')}-{number}"
+        copy = work / f"{re.sub('[ /]', '-', surface.name)}-{number}"
         shutil.copytree(surface.directory, copy)
         (copy / surface.file).write_bytes(bad)
         yield copy

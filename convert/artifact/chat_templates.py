@@ -14,6 +14,7 @@ from typing import Any
 
 from convert.artifact.file_names import CHAT_TEMPLATE, OTHER_CHAT_TEMPLATES, PROCESSOR_CHAT_TEMPLATE, TOKENIZER_CONFIG
 from convert.artifact.json_files import read_json
+from convert.artifact.small_files import read_small
 from convert.errors import ConvertError
 
 INLINE = "chat_template"
@@ -48,7 +49,7 @@ def inline_templates(document: Mapping[str, Any], path: Path, error: type[Conver
 
 
 def _content(path: Path, error: type[ConvertError]) -> bytes:
-    content = path.read_bytes()
+    content = read_small(path, error)
     try:
         content.decode()
     except UnicodeDecodeError as cause:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from convert.artifact.foreign_files import foreign_format
+from convert.artifact.small_files import read_small
 from convert.errors import ConvertError
 
 # Deeper than any settings of a model or a trainer, and far from where Python's own functions give up.
@@ -31,9 +32,7 @@ S = TypeVar("S", bound=Settings)
 def read_json(path: Path, error: type[ConvertError]) -> dict[str, Any]:
     """The JSON object in a file; raises `error` naming the file when there is none."""
     try:
-        if path.exists() and not path.is_file():  # a named pipe would be waited for without end
-            raise error(f"{path} is not a file. Copy the directory again, whole.")
-        content = path.read_bytes()
+        content = read_small(path, error)
         document = json.loads(content)
         if _SURROGATE.search(content):
             require_text(document)

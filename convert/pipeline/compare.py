@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert.artifact import ADAPTER_DIR, MODEL_DIR
+from convert.artifact.scratch import scratch_directory
 from convert.detection.training import Training
 from convert.errors import ConvertError, OutputUnwritable, RouteRefused
 from convert.pipeline.comparison import Comparison, Row, comparison_document, comparison_page
@@ -108,8 +108,7 @@ def _measured_row(
 ) -> Row:
     """Build and measure one variant in a directory that is removed afterwards. Raises ConvertError."""
     candidate = prepared.candidate(variant)
-    with tempfile.TemporaryDirectory(prefix="graft-compare-") as scratch:
-        root = Path(scratch)
+    with scratch_directory() as root:
         require_room(candidate.plan.weight_bytes if candidate.plan else 0, root / "way")
         evaluation = evaluator.evaluate(candidate, root)
         tokens_per_s = _decode_speed(prepared, root, progress) if speed else None

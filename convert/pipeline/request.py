@@ -135,7 +135,13 @@ class PreparedRequest:
         """
         order = merged_order(self.target)
         request = self.request
-        return requested_variants(self.detection.training, request.route_options, order, request.command())
+        return requested_variants(
+            self.detection.training,
+            request.route_options,
+            order,
+            request.command(),
+            shares_16_bits=self.base.artifact is not None and not self.base.is_quantized,
+        )
 
     def candidate(self, variant: RouteVariant) -> Candidate:
         """The variant with its plan. Raises ConvertError where checkpoint, base or target can't carry it."""

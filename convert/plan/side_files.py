@@ -9,6 +9,7 @@ from pathlib import Path
 from convert.artifact.chat_templates import INLINE, chat_templates, inline_templates
 from convert.artifact.file_names import TOKENIZER_CONFIG, TOKENIZERS
 from convert.artifact.json_files import read_json
+from convert.artifact.small_files import read_small
 from convert.errors import BaseUnreadable, CheckpointUnreadable, ConvertError
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
@@ -71,7 +72,7 @@ def _with_one_template(path: Path, templates: Mapping[str, bytes], error: type[C
 
 
 def _contents(root: Path, tokenizer_files: tuple[Path, ...], error: type[ConvertError]) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in tokenizer_files} | chat_templates(root, error)
+    return {path.name: read_small(path, error) for path in tokenizer_files} | chat_templates(root, error)
 
 
 def _has_tokenizer(files: tuple[Path, ...]) -> bool:

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from convert.artifact.file_names import CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from convert.artifact.json_files import read_json
+from convert.artifact.scratch import scratch_directory
 from convert.errors import BaseUnreadable
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
@@ -88,8 +88,7 @@ def open_tokenizer(checkpoint: Checkpoint, base: BaseModel) -> Tokenizer:
 @contextmanager
 def _opened(files: SideFiles, config: Mapping[str, Any]) -> Iterator[Tokenizer]:
     """The tokenizer as it will be in a directory of these files. Raises BaseUnreadable for a broken one."""
-    with TemporaryDirectory(prefix="graft-tokenizer-") as scratch:
-        directory = Path(scratch)
+    with scratch_directory() as directory:
         for name, file in {**files, CONFIG: json_content(config)}.items():
             path = directory / name
             path.parent.mkdir(exist_ok=True)

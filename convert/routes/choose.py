@@ -3,13 +3,15 @@
 `requested_variants` applies this rule, whose first line that fits the options decides:
 
 1. QLoRA, no --route, and --quantize absent or nf4: the adapter stays separate on its 4-bit base, which is exact.
-2. No --quantize, and --route merge or no --route: a merge whose storage is found by measuring. The storages that the
+2. LoRA, no --quantize, and --route adapter or no option of the route: where the base is that of an artifact in 16 bits,
+   the adapter stays separate on it, which is exact, so that it can be published beside the artifact's own adapter.
+3. No --quantize, and --route merge or no --route: a merge whose storage is found by measuring. The storages that the
    target serves are tried in turn, smallest first and 16 bits last (`quantization.targets.merged_order`; for a QLoRA
    without nf4, which would be the grid that it was trained against). Without --route a LoRA that stays separate on its
    16-bit base, which is exact, comes last. The first result that passes the quality gate is published. Where the user
    set no limits, they are those of `quality.gate.DEFAULT_GATE`, and the last result is published even where it misses
    them. Where nothing is measured, the last one is taken.
-3. Otherwise one variant. Without --route it is a merge. Without --quantize it is nf4 for a separate adapter and for the
+4. Otherwise one variant. Without --route it is a merge. Without --quantize it is nf4 for a separate adapter and for the
    rebase of a LoRA, and 16 bits for every other route.
 
 Without --merge-onto a merge adds the delta to the weights that the adapter was trained against. A variant that is not
@@ -49,6 +51,10 @@ _REFUSED_ADAPTER = (
     "The adapter was trained against 4-bit weights: a separate adapter belongs on the 4-bit base. "
     "For an exact model in 16 bits, merge it."
 )
+_OTHER_BASE = (
+    "the base of that artifact is in 16 bits, which the adapter was not trained on: this one gets a 4-bit base of its "
+    "own and can't be published beside the artifact's adapter"
+)
 _REFUSED_OTHER = "No route has all of these properties."
 
 _DTYPES = {"bfloat16": "BF16", "float16": "F16"}
@@ -82,15 +88,24 @@ class Choice:
 
 
 def requested_variants(
-    training: Training, options: RouteOptions, merged_storages: tuple[Storage, ...], command: str
+    training: Training,
+    options: RouteOptions,
+    merged_storages: tuple[Storage, ...],
+    command: str,
+    *,
+    shares_16_bits: bool = False,
 ) -> tuple[RouteVariant, ...]:
     """The variants that the user's options leave open, in the order in which they are tried.
 
     `merged_storages`: storages of a merged model that the target serves, smallest first. `command`: the command line
-    without the options of the route, for messages. Raises RouteRefused, which names the variants that work.
+    without the options of the route, for messages. `shares_16_bits`: whether the base is an artifact's, in 16 bits.
+    Raises RouteRefused, which names the variants that work.
     """
     if training is Training.QLORA and options.route == "auto" and options.quantize in ("auto", "nf4"):
         return (_variant(training, replace(options, route="adapter"), command),)
+    is_separate = options.route == "adapter" or options in (RouteOptions(), RouteOptions(force=True))
+    if training is Training.LORA and shares_16_bits and is_separate and options.quantize == "auto":
+        return (_variant(training, replace(options, route="adapter", quantize="none"), command),)
     if options.quantize == "auto" and options.route in ("auto", "merge"):
         merge = replace(options, route="merge")
         storages = [storage for storage in merged_storages if storage != "nf4" or training is Training.LORA]
@@ -180,7 +195,9 @@ def _choose_qlora(
     if variant.route != "adapter" and variant.onto != "dequantized":
         _require_full_precision(base, f"{variant.route.capitalize()} needs the full-precision weights")
     output_format = _qlora_output_format(variant, base, quantizer, quantization)
-    return Choice(variant, output_format, quantizer, is_measurable=True, reason=_sentence(variant.reason, assumption))
+    other_base = _OTHER_BASE if variant.route == "adapter" and base.artifact and not base.is_quantized else ""
+    reason = _sentence(variant.reason, assumption, other_base)
+    return Choice(variant, output_format, quantizer, is_measurable=True, reason=reason)
 
 
 def _qlora_output_format(

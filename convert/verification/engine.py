@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from convert.artifact import VLLM_LORA_RANKS
+from convert.artifact.scratch import scratch_directory
 from convert.errors import VerificationFailed, VerificationImpossible
 from convert.progress import Progress, silent
 from convert.verification import guard
@@ -89,7 +90,7 @@ def running_engine(
     """
     command_line = command(served, options)
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="graft-", dir=_short_directory())))
+        directory = stack.enter_context(scratch_directory(_short_directory()))
         log = options.log or directory / "vllm.log"
         socket = directory / "vllm.sock"
         output = stack.enter_context(log.open("wb"))
@@ -216,7 +217,7 @@ def _wait_until_ready(
     raise VerificationImpossible(f"NOT VERIFIED: vLLM was not ready after {timeout_s:.0f} s.\n{log_summary(log)}")
 
 
-def _short_directory() -> str | None:
+def _short_directory() -> Path | None:
     """A directory with a path short enough for a Unix socket; None: the usual one for temporary files has it."""
-    usual = Path(tempfile.gettempdir()) / "graft-12345678" / "vllm.sock"
-    return None if len(os.fsencode(usual)) < _SOCKET_PATH_BYTES else "/tmp"  # nosec B108  # noqa: S108
+    usual = Path(tempfile.gettempdir()) / "graft-scratch-12345678" / "files" / "vllm.sock"
+    return None if len(os.fsencode(usual)) < _SOCKET_PATH_BYTES else Path("/tmp")  # nosec B108  # noqa: S108

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from convert.artifact.file_names import TOKENIZER_FILES
+from convert.artifact.small_files import require_small
 from convert.errors import BaseUnreadable, TextUnreadable
 from convert.inputs.chat.token_settings import stated_stop_ids, token_id
 from convert.inputs.limits import TimeLimitExceeded, memory_limit, time_limit
@@ -44,12 +46,16 @@ class Tokenizer:
 
     @classmethod
     def open(cls, directory: Path, sources: Mapping[str, Path] = NO_SOURCES) -> Tokenizer:
-        """Load the tokenizer of a model directory. Raises BaseUnreadable where there is none, or a broken one.
+        """Load the tokenizer of a model directory. Raises BaseUnreadable where there is none, a broken one, or a file
+        that is too large.
 
         `sources`: the paths by which messages name the files; without an entry that in the directory.
         """
         from transformers import AutoTokenizer
 
+        for name in TOKENIZER_FILES:
+            if (path := directory / name).is_file():
+                require_small(sources.get(name, path), BaseUnreadable)
         stop_ids = stated_stop_ids(directory, sources)
         with _reported(directory, sources):
             loaded = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -225,3 +227,30 @@ def test_memory_beyond_the_limit_is_refused_and_the_limit_ends() -> None:
         bytearray(256 << 20)
 
     assert len(bytearray(256 << 20)) == 256 << 20
+
+
+@pytest.mark.parametrize("of", ["checkpoint", "base"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config", "chat_template.jinja"])
+def test_a_file_too_large_to_be_read_into_memory_is_refused_by_its_size(
+    lora: Path, base: Path, tmp_path: Path, name: str, of: str
+) -> None:
+    checkpoint, own_base = tmp_path / "checkpoint", tmp_path / "base"
+    shutil.copytree(lora, checkpoint)
+    shutil.copytree(base, own_base)
+    shutil.copy(base / "tokenizer.json", checkpoint / "tokenizer.json")
+    shutil.copy(base / "tokenizer_config.json", checkpoint / "tokenizer_config.json")
+    root = checkpoint if of == "checkpoint" else own_base
+    if name != "config":
+        # A template or tokenizer of the base counts only where the checkpoint has none.
+        for other in checkpoint.glob("*token*" if of == "base" else "no file"):
+            other.unlink()
+    path = root / {"config": {"checkpoint": "adapter_config.json", "base": "config.json"}[of]}.get(name, name)
+    with path.open("a") as file:
+        file.truncate(65 << 20)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = CliRunner().invoke(app, ["plan", str(checkpoint), "--base", str(own_base)])
+
+    assert result.exit_code != 0
+    assert f"{path.name} is 65 MiB large; a file of this name is read up to 64 MiB" in " ".join(result.output.split())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10

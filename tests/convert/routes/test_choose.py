@@ -190,3 +190,26 @@ def test_inspecting_is_possible_without_the_model_libraries() -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("settings", [{}, {"route": "adapter"}], ids=str)
+def test_on_the_16_bit_base_of_an_artifact_the_next_lora_shares_that_base(
+    lora: Path, base: Path, tmp_path: Path, out: Path, settings: dict[str, Any]
+) -> None:
+    first = run(lora, base, tmp_path / "first", route="adapter", quantize="none")
+
+    second = run(lora, tmp_path / "first", out, measure=True, **settings)
+
+    assert not (out / "model").exists()
+    assert second.manifest.model.fingerprint == first.manifest.model.fingerprint
+
+
+def test_a_qlora_on_the_16_bit_base_of_an_artifact_says_that_it_gets_another_base(
+    lora: Path, qlora: Path, base: Path, tmp_path: Path, out: Path
+) -> None:
+    first = run(lora, base, tmp_path / "first", route="adapter", quantize="none")
+
+    second = run(qlora, tmp_path / "first", out)
+
+    assert second.manifest.model.fingerprint != first.manifest.model.fingerprint
+    assert "can't be published beside the artifact's adapter" in second.manifest.route.reason
