@@ -70,7 +70,9 @@ class Publisher:
         return bool(self.acknowledged) and current not in {self.acknowledged[-1], *self.attempted}
 
 
-async def run(testbed: Testbed, faults: Sequence[Fault], report: Callable[[str], None]) -> list[FaultResult]:
+async def run(
+    testbed: Testbed, faults: Sequence[Fault], report: Callable[[str], None], hung_after_s: float = HUNG_AFTER_S
+) -> list[FaultResult]:
     report("the server is ready; recording the expected answers")
     await testbed.learn_expected_answers()
     callers = testbed.callers()
@@ -78,7 +80,7 @@ async def run(testbed: Testbed, faults: Sequence[Fault], report: Callable[[str],
     async with callers.running():
         for number, fault in enumerate(faults, 1):
             report(f"fault {number} of {len(faults)}: {fault.name}")
-            row = await run_fault(testbed, callers, fault)
+            row = await run_fault(testbed, callers, fault, hung_after_s)
             report(f"{row.name:45} recovered after {row.recovery_s:5.1f} s   {row.outcomes}   {', '.join(row.alerts)}")
             for reason in row.reasons:
                 report(f"    {reason}")
@@ -86,7 +88,7 @@ async def run(testbed: Testbed, faults: Sequence[Fault], report: Callable[[str],
     return rows
 
 
-async def run_fault(testbed: Testbed, callers: Callers, fault: Fault) -> FaultResult:
+async def run_fault(testbed: Testbed, callers: Callers, fault: Fault, hung_after_s: float) -> FaultResult:
     publisher = Publisher(testbed)
     async with _running(publisher.publish_repeatedly()), _running(_collect_alerts(testbed, alerts := set[str]())):
         await asyncio.sleep(BEFORE_S)
@@ -97,7 +99,7 @@ async def run_fault(testbed: Testbed, callers: Callers, fault: Fault) -> FaultRe
         await asyncio.sleep(AFTER_S)
         ended = callers.now()
     lost = publisher.is_lost(testbed.current("french"))
-    results = [result.judged(HUNG_AFTER_S + fault.holds_s) for result in callers.between(began, ended)]
+    results = [result.judged(hung_after_s + fault.holds_s) for result in callers.between(began, ended)]
     details = [result.detail for result in results if result.outcome != "answered"]
     return FaultResult(
         fault.name,
