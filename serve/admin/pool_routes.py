@@ -14,16 +14,15 @@ from starlette.routing import Route
 from convert.artifact import Name
 from serve.admin.routes import Admin, parse_body
 from serve.catalogue.entry import Audit
+from serve.settings import EngineOverrides
 
 _MAX_REASON_CHARACTERS = 500
 
 PoolState = Literal["starting", "running", "failed", "stopping"]
 
 
-class NewPool(BaseModel):
+class NewPool(EngineOverrides):
     """The body of a call that adds a pool."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: Path = Field(description="An artifact on the server's machine, below a directory that it takes them from.")
     name: Name | None = Field(None, description="What clients write as `model`; default: the artifact's own name.")
@@ -55,6 +54,9 @@ class PoolView(BaseModel):
     state: PoolState
     replicas: int
     max_lora_rank: int
+    max_active_adapters: int
+    max_resident_adapters: int
+    vllm_args: tuple[str, ...]  # of its own, which vLLM gets after those of the server
     ready: int  # replicas that answer
     reason: str = ""  # why it failed, or why the last attempt did, if it is tried again
 

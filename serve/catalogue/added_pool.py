@@ -9,7 +9,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from convert.artifact import Name, Sha256
-from serve.settings import APP_NAME, EngineSettings, PoolSettings
+from serve.settings import APP_NAME, SERVERS_SETTINGS, EngineOverrides, EngineSettings, PoolSettings
 
 
 @pydantic.dataclasses.dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -21,9 +21,10 @@ class AddedPool:
     model_path: Path = Field(description="The model's directory on the server's machine.")
     replicas: Annotated[int, Field(ge=1)] = 1
     max_lora_rank: Annotated[int, Field(ge=0, le=512)] = Field(description="0: no adapters.")
+    engine: EngineOverrides = SERVERS_SETTINGS
 
     def settings(self, engine: EngineSettings) -> PoolSettings:
-        """The pool as a server runs it whose other pools have these settings of the engine, besides the model's own."""
+        """The pool as a server runs it whose first pool has these settings of the engine."""
         own = {
             "model_path": self.model_path,
             "model_name": self.name,
@@ -31,7 +32,7 @@ class AddedPool:
             "max_lora_rank": self.max_lora_rank,
         }
         return PoolSettings(
-            engine=engine.model_copy(update=own),
+            engine=engine.overridden(self.engine).model_copy(update=own),
             application=f"{APP_NAME}-{self.name}",
             route_prefix=f"/pools/{self.name}",
             replicas=self.replicas,

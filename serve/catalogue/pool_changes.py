@@ -19,11 +19,12 @@ def pools_of(settings: ServeSettings, catalogue: Catalogue) -> tuple[PoolSetting
     """All pools of the server: the one of the settings, those that it was started with, and those that were added. An
     added pool with the base model or the name of another one does not count."""
     pools: list[PoolSettings] = [settings, *settings.other_pools]
+    first = next((pool for pool in pools if not pool.added), settings)
     bases = {pool.engine.fingerprint for pool in pools}
     names = {pool.engine.model_name for pool in pools}
     for added in catalogue.pools.values():
         if added.base not in bases and added.name not in names:
-            pools.append(added.settings(settings.engine))
+            pools.append(added.settings(first.engine))
             bases.add(added.base)
             names.add(added.name)
     return tuple(pools)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from convert.artifact import Artifact
+from convert.artifact import Artifact, problems_of
 from serve.cli.command import expand_options
 from serve.cli.console import (
     StepProgress,
@@ -21,7 +21,9 @@ from serve.cli.console import (
     reported_errors,
 )
 from serve.cli.options import AdapterName, ChangeOptions, QueryOptions
+from serve.errors import PoolRefused
 from serve.follower.admin_client import AdminClient
+from serve.settings import EngineOverrides
 
 PoolName = Annotated[str, typer.Argument(metavar="NAME", help="The base model or merged model, as clients write it.")]
 
@@ -36,11 +38,32 @@ class _NewPoolFields(BaseModel):
     max_lora_rank: Annotated[
         int | None, typer.Option(min=0, help="Largest rank of its adapters; default: what they need now; 0: none.")
     ] = None
+    max_active_adapters: Annotated[
+        int | None, typer.Option(min=1, help="Different adapters that run at a time; default: that of the server.")
+    ] = None
+    max_resident_adapters: Annotated[
+        int | None, typer.Option(min=1, help="Adapters that an engine keeps in memory; default: that of the server.")
+    ] = None
+    vllm_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="An argument for vLLM, after those of the server, which it overrides. Repeatable."),
+    ] = None
     wait: Annotated[bool, typer.Option(help="Return when its engines answer, or fail.")] = True
 
 
 class NewPoolOptions(ChangeOptions, _NewPoolFields):
     """The options of `pool add`. `--help` lists the options of the last base class first."""
+
+    def engine(self) -> EngineOverrides:
+        """Raises PoolRefused for an argument that can't be passed to vLLM."""
+        try:
+            return EngineOverrides(
+                max_active_adapters=self.max_active_adapters,
+                max_resident_adapters=self.max_resident_adapters,
+                vllm_args=tuple(self.vllm_arg or ()),
+            )
+        except ValidationError as error:
+            raise PoolRefused(f"The pool can't be added: {problems_of(error)}.") from error
 
 
 def add_to(app: typer.Typer) -> None:
@@ -64,12 +87,15 @@ def add(
 ) -> None:
     """Serve one more base model or merged model, while everything else keeps answering.
 
-    The server starts engines for it, with the settings that `run` was given, and starts them again whenever it starts
-    itself. If the artifact has an adapter, that is published once the engines answer, unless --no-wait is given.
+    The server starts engines for it, and starts them again whenever it starts itself. They have the settings that
+    `run` was given, where no option here overrides them. If the artifact has an adapter, that is published once the
+    engines answer, unless --no-wait is given.
     """
     with reported_errors():
         client, root = options.client(), artifact.absolute()
-        pool = client.add_pool(root, options.name, options.replicas, options.max_lora_rank, options.reason)
+        pool = client.add_pool(
+            root, options.name, options.replicas, options.max_lora_rank, options.reason, options.engine()
+        )
         if options.wait:
             pool = _wait_until_ready(client, pool["name"])
             _publish_adapter(client, root, options.reason)

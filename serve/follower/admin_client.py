@@ -16,6 +16,7 @@ from serve.catalogue.entry import CALLER_HEADER, user_name
 from serve.catalogue.split import Kind
 from serve.catalogue.state_dir import StateDir
 from serve.errors import AdminRefused, PoolRefused, ServerNotRunning
+from serve.settings import SERVERS_SETTINGS, EngineOverrides
 
 TOKEN_VARIABLE = "GRAFT_ADMIN_TOKEN"  # noqa: S105  (the name of a variable)
 _TIMEOUT_S = 300  # a publish waits for every replica
@@ -93,10 +94,17 @@ class AdminClient:
         return pools
 
     def add_pool(
-        self, artifact: Path, name: str | None, replicas: int, max_lora_rank: int | None, reason: str = ""
+        self,
+        artifact: Path,
+        name: str | None,
+        replicas: int,
+        max_lora_rank: int | None,
+        reason: str = "",
+        engine: EngineOverrides = SERVERS_SETTINGS,
     ) -> dict[str, Any]:
         """Returns while its engines start. `artifact`: on the server's machine."""
         fields = {"name": name, "replicas": replicas, "max_lora_rank": max_lora_rank, "reason": reason}
+        fields |= engine.model_dump(mode="json", exclude_defaults=True)
         return self.call("POST", "/admin/v1/pools", {"path": str(artifact.absolute()), **fields})
 
     def move(self, name: str, pool: str, reason: str = "") -> dict[str, Any]:

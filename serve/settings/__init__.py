@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from serve.settings.callers import Allowance, Grant, OidcSettings, SecretDigest
-from serve.settings.engine import REFUSED_VLLM_ARGS, RESERVED_SLOTS, EngineSettings, supported_rank
+from serve.settings.engine import (
+    REFUSED_VLLM_ARGS,
+    RESERVED_SLOTS,
+    SERVERS_SETTINGS,
+    EngineOverrides,
+    EngineSettings,
+    supported_rank,
+)
 from serve.settings.gateway import GatewaySettings
 from serve.settings.observability import LogSettings, MetricsSettings, TracingSettings
 from serve.settings.server import (
@@ -19,8 +26,10 @@ __all__ = [
     "LOCAL_ADAPTER_BYTES",
     "REFUSED_VLLM_ARGS",
     "RESERVED_SLOTS",
+    "SERVERS_SETTINGS",
     "AdmissionSettings",
     "Allowance",
+    "EngineOverrides",
     "EngineSettings",
     "GatewaySettings",
     "Grant",

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
 from convert.artifact import VLLM_LORA_RANKS, Name, Sha256
 from serve.settings.frozen import FrozenSettings
@@ -23,6 +23,16 @@ REFUSED_VLLM_ARGS = frozenset({
 RESERVED_SLOTS = 1
 # The name of an argument without what follows it: vLLM's parser takes `--a_b=1`, `--a-b.key=1` and `--a-b+ 1` too.
 _ARGUMENT = re.compile(r"--[\w-]*")
+
+
+def _without_reserved(args: tuple[str, ...]) -> tuple[str, ...]:
+    names = {match[0].replace("_", "-") for arg in args if (match := _ARGUMENT.match(arg))}
+    if refused := sorted(REFUSED_VLLM_ARGS & names):
+        raise ValueError(f"{', '.join(refused)} can't be passed to vLLM: Graft sets it, or it would be unsafe")
+    return args
+
+
+VllmArgs = Annotated[tuple[str, ...], AfterValidator(_without_reserved)]
 
 
 class EngineSettings(FrozenSettings):
@@ -47,20 +57,35 @@ class EngineSettings(FrozenSettings):
     max_grammar_step_s: PositiveFloat = Field(
         0.25, description="CPU time to find the tokens that a grammar allows next, which every request waits for."
     )
-    vllm_args: tuple[str, ...] = Field((), description="Passed to vLLM's own argument parser as they are.")
+    vllm_args: VllmArgs = Field((), description="Passed to vLLM's own argument parser as they are.")
 
     @property
     def adapter_capacity(self) -> int:
         """Adapters the engine holds: one more than may run, so that a publish finds a place under any load."""
         return max(self.max_resident_adapters, self.max_active_adapters + 1)
 
-    @field_validator("vllm_args")
+    def overridden(self, overrides: EngineOverrides) -> EngineSettings:
+        """These settings with those of one pool. vLLM takes the last of repeated arguments, which is the pool's."""
+        own = {name: value for name in _OVERRIDDEN if (value := getattr(overrides, name)) is not None}
+        return self.model_copy(update={**own, "vllm_args": (*self.vllm_args, *overrides.vllm_args)})
+
+
+class EngineOverrides(FrozenSettings):
+    """Settings of one pool's engines that differ from those of the server."""
+
     @classmethod
-    def _refuse_reserved(cls, args: tuple[str, ...]) -> tuple[str, ...]:
-        names = {match[0].replace("_", "-") for arg in args if (match := _ARGUMENT.match(arg))}
-        if refused := sorted(REFUSED_VLLM_ARGS & names):
-            raise ValueError(f"{', '.join(refused)} can't be passed to vLLM: Graft sets it, or it would be unsafe")
-        return args
+    def of(cls, settings: EngineOverrides) -> EngineOverrides:
+        """These fields alone, of a subclass that has more."""
+        return cls(**{name: getattr(settings, name) for name in cls.model_fields})
+
+    max_active_adapters: PositiveInt | None = Field(None, description="Default: that of the server.")
+    max_resident_adapters: PositiveInt | None = Field(None, description="Default: that of the server.")
+    vllm_args: VllmArgs = Field((), description="Passed to vLLM after those of the server, which they override.")
+
+
+SERVERS_SETTINGS = EngineOverrides()
+
+_OVERRIDDEN = EngineOverrides.model_fields.keys() - {"vllm_args"}
 
 
 def supported_rank(rank: int) -> int:

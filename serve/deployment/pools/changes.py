@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -23,9 +23,10 @@ from serve.catalogue.pool_changes import add_pool, check_free, move_alias, pools
 from serve.catalogue.storage.file_threads import to_file_thread
 from serve.deployment.pools.application_status import attempt_failed, ready_replicas, reason_of, state_of
 from serve.deployment.pools.bundle import Bundle, bundles_of, weight_bytes
-from serve.deployment.pools.room import check_memory, needed_rank
+from serve.deployment.pools.room import check_arguments, check_memory, needed_rank
 from serve.errors import (
     ArtifactRefused,
+    EngineRefused,
     MemoryShort,
     PathRefused,
     PoolRefused,
@@ -35,7 +36,7 @@ from serve.errors import (
     UnknownModel,
 )
 from serve.observability.memory import memory_left
-from serve.settings import PoolSettings, ServeSettings
+from serve.settings import EngineOverrides, EngineSettings, PoolSettings, ServeSettings
 
 _FIXED = (
     "The pools of this server are those that it was started with: no process of its own starts others. "
@@ -46,10 +47,18 @@ _FIXED = (
 class PoolChanges:
     """The pools as one replica sees and changes them."""
 
-    def __init__(self, settings: ServeSettings, log: CatalogueLog, replicas: Replicas) -> None:
+    def __init__(
+        self,
+        settings: ServeSettings,
+        log: CatalogueLog,
+        replicas: Replicas,
+        check_engine: Callable[[EngineSettings], object] = check_arguments,
+    ) -> None:
+        """`check_engine` raises EngineRefused if an engine can't be started with the settings."""
         self._settings = settings
         self._log = log
         self._replicas = replicas
+        self._check_engine = check_engine
         self._given = [pool for pool in (settings, *settings.other_pools) if not pool.added]
 
     async def add(self, pool: NewPool, audit: Audit) -> PoolView:
@@ -59,6 +68,7 @@ class PoolChanges:
         added = _added(pool, bundle, catalogue)
         if catalogue.pools.get(added.name) != added:
             check_free(added, self._given, catalogue)
+            await to_file_thread("admin", self._check_settings, added)
             await self._check_room(bundle, pool.replicas, catalogue)
         await asyncio.to_thread(add_pool, self._log, added, self._given, audit)
         return await self._view_of(added.name)
@@ -97,7 +107,7 @@ class PoolChanges:
     async def all(self) -> Sequence[PoolView]:
         catalogue, status = await asyncio.gather(asyncio.to_thread(self._log.read), asyncio.to_thread(ray_serve.status))
         pools = pools_of(self._settings, catalogue)
-        views = [_view(pool, status.applications.get(pool.application)) for pool in pools]
+        views = [_view(pool, catalogue, status.applications.get(pool.application)) for pool in pools]
         return sorted(views, key=lambda view: view.name)
 
     def _require_changeable(self) -> None:
@@ -119,6 +129,13 @@ class PoolChanges:
         except ArtifactRefused as error:
             raise PoolRefused(str(error)) from error
         return bundle
+
+    def _check_settings(self, pool: AddedPool) -> None:
+        """Raises PoolRefused with vLLM's reason. An engine would be started again and again with wrong arguments."""
+        try:
+            self._check_engine(pool.settings(self._given[0].engine).engine)
+        except EngineRefused as error:
+            raise PoolRefused(str(error)) from error
 
     async def _check_room(self, bundle: Bundle, replicas: int, catalogue: Catalogue) -> None:
         """Raises PoolRefused. Memory that a pool which starts will take is not there for another one."""
@@ -144,6 +161,7 @@ def _added(pool: NewPool, bundle: Bundle, catalogue: Catalogue) -> AddedPool:
             model_path=bundle.model_path,
             replicas=pool.replicas,
             max_lora_rank=needed_rank(pool.max_lora_rank, [bundle.max_lora_rank], wanted),
+            engine=EngineOverrides.of(pool),
         )
     except ValueError as error:  # pydantic's ValidationError too
         raise PoolRefused(f"The pool can't be added: {error}.") from error
@@ -173,7 +191,8 @@ def _check_gpus(needed: float) -> None:
         raise PoolRefused(f"The engines of the pool need {needed:g} GPUs, and {free:g} are free.")
 
 
-def _view(pool: PoolSettings, application: Any) -> PoolView:
+def _view(pool: PoolSettings, catalogue: Catalogue, application: Any) -> PoolView:
+    recorded = catalogue.pools.get(pool.engine.model_name) if pool.added else None
     state = state_of(application)
     has_failed = state == "failed" or (state == "starting" and application is not None and attempt_failed(application))
     return PoolView(
@@ -184,6 +203,9 @@ def _view(pool: PoolSettings, application: Any) -> PoolView:
         state=state,
         replicas=pool.replicas,
         max_lora_rank=pool.engine.max_lora_rank,
+        max_active_adapters=pool.engine.max_active_adapters,
+        max_resident_adapters=pool.engine.max_resident_adapters,
+        vllm_args=recorded.engine.vllm_args if recorded else (),
         ready=ready_replicas(application),
         reason=reason_of(application) if has_failed else "",
     )

@@ -10,7 +10,7 @@ from serve.catalogue.candidate import Candidate
 from serve.deployment.pools.bundle import Bundle
 from serve.errors import EngineRefused, MemoryShort
 from serve.observability.memory import gib
-from serve.settings import ServeSettings, supported_rank
+from serve.settings import EngineSettings, ServeSettings, supported_rank
 
 
 def check_memory(bundles: Sequence[Bundle], replicas: int, available_bytes: int) -> None:
@@ -41,6 +41,13 @@ def check_model(settings: ServeSettings) -> None:
         raise EngineRefused(
             f"{path.parent} holds another model than when it was added: remove the pool, and add it again."
         )
+
+
+def check_arguments(settings: EngineSettings) -> None:
+    """Raises EngineRefused with vLLM's reason for arguments that it does not take."""
+    from serve.engine.vllm_engine import parse_args  # imports vLLM, which a replica has done already
+
+    parse_args(settings)
 
 
 def needed_rank(requested: int | None, ranks: Iterable[int], wanted: Iterable[Candidate]) -> int:

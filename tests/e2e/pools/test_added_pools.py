@@ -29,6 +29,7 @@ from tests.e2e.pools.test_pools import MERGE, PROMPT, TOLERANCE_NATS, body_of
 MERGED, BROKEN = "german-merged", "broken"
 READY_S = 240
 MOVES = 5
+OWN_LENGTH = 48  # of a pool that has it of its own
 LARGE = 100_000  # bytes; HAProxy holds 64 KiB
 
 
@@ -101,6 +102,9 @@ def test_a_pool_is_removed_and_added_while_another_one_answers_every_request(
     assert len(asked) > 50
     assert set(asked) == {200}
     assert {process.pid for process in pools.actors("ServeReplica:graft:EngineReplica")} == engines, "none restarted"
+    with pytest.raises(openai.BadRequestError, match=f"context length is {OWN_LENGTH}"):
+        client.completions.create(**body_of(MERGED, max_tokens=OWN_LENGTH))
+    assert client.completions.create(**body_of("french", max_tokens=OWN_LENGTH)).choices, "the others keep theirs"
     by_id = {"return_tokens_as_token_ids": True}
     logprobs: Any = client.completions.create(**body_of(MERGED, logprobs=5, extra_body=by_id)).choices[0].logprobs
     trained = parts.with_adapter(parts.dequantized_model(story.base), story.checkpoints["german"])
@@ -118,11 +122,13 @@ async def remove_and_add(pools: Server, artifacts: Path) -> list[int]:
         assert removed.returncode == 0, removed.stderr
         assert f"remove pool {MERGED}" in removed.stderr
         await until_status(pools, MERGED, 404)
-        added = await asyncio.to_thread(pools.command, "pool", "add", artifacts / MERGED)
+        own = f"--vllm-arg=--max-model-len={OWN_LENGTH}"
+        added = await asyncio.to_thread(pools.command, "pool", "add", artifacts / MERGED, own)
         assert added.returncode == 0, added.stderr
         assert f"{MERGED} answers (1 engine)" in added.stderr
         await until_status(pools, MERGED, 200)
-        file.write_text(f"adapters: []\nremove_other_pools: true\npools:\n  - artifact: {MERGED}\n")
+        listed = f"  - artifact: {MERGED}\n    vllm_args: [--max-model-len={OWN_LENGTH}]\n"
+        file.write_text(f"adapters: []\nremove_other_pools: true\npools:\n{listed}")
         applied = await asyncio.to_thread(pools.command, "apply", file)
         assert "Nothing to change." in applied.stderr
     return statuses
@@ -224,12 +230,15 @@ def test_what_cannot_be_added_or_removed_is_refused_with_the_reason(
     damaged = artifacts / "damaged"
     shutil.copytree(artifacts / MERGED, damaged)
     (damaged / "model" / "config.json").write_text("{}")
+    other = artifacts / "other"
+    convert(story.checkpoints["french"], story.base, other, "--name", "other", *MERGE)
     refusals: dict[tuple[str | Path, ...], tuple[str, str]] = {
         ("add", artifacts / MERGED, "--name", "twin"): ("transition_refused", "is served here already, as"),
         ("add", story.artifacts["german"]): ("path_refused", "is not below a directory"),
         ("add", damaged): ("pool_refused", "config.json"),
         ("add", artifacts): ("pool_refused", "manifest.json"),
         ("remove", "tiny-llama"): ("transition_refused", "was given to `run`"),
+        ("add", other, "--vllm-arg=--max-modle-len=1"): ("pool_refused", "unrecognized arguments"),
         ("remove", "unknown"): ("model_not_found", "`unknown`"),
     }
     for arguments, (code, reason) in refusals.items():

@@ -11,6 +11,7 @@ import pytest
 from serve.catalogue.state_dir import StateDir
 from serve.follower.admin_client import AdminClient
 from serve.follower.desired_state import DesiredState
+from serve.settings import SERVERS_SETTINGS, EngineOverrides
 from tests.serve.conftest import MakeArtifact
 
 
@@ -43,9 +44,16 @@ class RecordingClient(AdminClient):
         return self.listed_pools
 
     def add_pool(
-        self, artifact: Path, name: str | None, replicas: int, max_lora_rank: int | None, reason: str = ""
+        self,
+        artifact: Path,
+        name: str | None,
+        replicas: int,
+        max_lora_rank: int | None,
+        reason: str = "",
+        engine: EngineOverrides = SERVERS_SETTINGS,
     ) -> dict[str, Any]:
-        self._take(f"add {artifact.name} {name} {replicas} {max_lora_rank}", artifact.name)
+        own = "".join(f" {value}" for value in engine.model_dump(exclude_defaults=True).values())
+        self._take(f"add {artifact.name} {name} {replicas} {max_lora_rank}{own}", artifact.name)
         return {"name": name or artifact.name}
 
     def wait_for_pool(self, name: str, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

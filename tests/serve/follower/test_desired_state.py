@@ -83,6 +83,7 @@ def pool(base: str, name: str, replicas: int = 1, *, added: bool = True) -> dict
     """A pool as the admin API lists it."""
     return {
         "name": name, "base": base, "replicas": replicas, "added": added, "state": "running", "max_lora_rank": 16,
+        "max_active_adapters": 4, "max_resident_adapters": 16, "vllm_args": [],
     }  # fmt: skip
 
 
@@ -120,6 +121,22 @@ def test_nothing_is_done_for_pools_that_are_as_desired(with_pools: Path, client:
     assert verbs(steps_to(desired, client)) == ["add pool m"], "which the server refuses, and says what to do"
     client.listed_pools[0] |= {"replicas": 2, "state": "starting"}
     assert verbs(steps_to(desired, client)) == ["add pool m"], "which changes nothing, and is waited for"
+
+
+def test_a_pool_has_settings_of_its_own_where_the_file_gives_them(file: Path, client: RecordingClient) -> None:
+    file.write_text(
+        "adapters: []\npools:\n  - artifact: b\n    max_active_adapters: 8\n    vllm_args: [--max-model-len=64]\n"
+    )
+    desired = DesiredState.read(file)
+    other = desired.pools[0].base
+    steps = steps_to(desired, client)
+
+    assert apply(desired, steps, client) == {}
+    assert client.calls == ["add b None 1 None 8 ('--max-model-len=64',)", "wait b"]
+    client.listed_pools.append(pool(other, "b"))
+    assert verbs(steps_to(desired, client)) == ["add pool b"], "which the server refuses: the pool has other settings"
+    client.listed_pools[0] |= {"max_active_adapters": 8, "vllm_args": ["--max-model-len=64"]}
+    assert steps_to(desired, client) == ()
 
 
 def test_no_pool_is_removed_where_the_one_that_may_replace_it_was_refused(

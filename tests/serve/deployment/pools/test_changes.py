@@ -8,18 +8,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from serve.admin.pool_routes import NewPool
 from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
+from serve.catalogue.pool_changes import pools_of
 from serve.deployment.pools import changes
 from serve.deployment.pools.changes import PoolChanges
-from serve.errors import PathRefused, PoolRefused, ServeError
+from serve.deployment.pools.controller import settings_of_added
+from serve.errors import EngineRefused, PathRefused, PoolRefused, ServeError
 from serve.settings import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
 from tests.serve.conftest import BASE, MakeArtifact
 
 ANN = Audit("ann")
 NOBODY: Any = None  # in place of the replicas, whom only a move asks
+
+
+def taken(settings: EngineSettings) -> None:
+    """In place of vLLM, which takes all arguments."""
 
 
 def settings_in(root: Path, **others: Any) -> ServeSettings:
@@ -48,7 +55,7 @@ async def test_a_pool_runs_with_what_its_artifact_needs_and_with_the_options_of_
     log: CatalogueLog, make_artifact: MakeArtifact, tmp_path: Path, applications: dict[str, Any]
 ) -> None:
     artifact = make_artifact("pirate", rank=20, base="other base")
-    pools = PoolChanges(settings_in(tmp_path), log, NOBODY)
+    pools = PoolChanges(settings_in(tmp_path), log, NOBODY, taken)
 
     view = await pools.add(NewPool(path=artifact.root, name="other", replicas=2), ANN)
 
@@ -66,7 +73,7 @@ async def test_a_pool_runs_with_what_its_artifact_needs_and_with_the_options_of_
 async def test_the_state_of_a_pool_is_that_of_its_application_with_the_reason_of_a_failure(
     log: CatalogueLog, make_artifact: MakeArtifact, tmp_path: Path, applications: dict[str, Any]
 ) -> None:
-    pools = PoolChanges(settings_in(tmp_path), log, NOBODY)
+    pools = PoolChanges(settings_in(tmp_path), log, NOBODY, taken)
     artifact = make_artifact("merged", name="merged", weights=None, base="merged weights")
     await pools.add(NewPool(path=artifact.root), ANN)
 
@@ -96,12 +103,12 @@ async def test_nothing_is_recorded_for_a_model_that_the_machine_has_no_room_for(
     artifact = make_artifact("merged", name="merged", weights=None, base="merged weights")
     size = sum(file.stat().st_size for file in artifact.root.rglob("*.safetensors"))
     monkeypatch.setattr(changes, "memory_left", lambda: SimpleNamespace(available=2 * size - 1))
-    pools = PoolChanges(settings_in(tmp_path), log, NOBODY)
+    pools = PoolChanges(settings_in(tmp_path), log, NOBODY, taken)
 
     with pytest.raises(PoolRefused, match=r"weights of all engines need .* are available"):
         await pools.add(NewPool(path=artifact.root, replicas=2), ANN)
     monkeypatch.setattr(changes.ray, "available_resources", lambda: {"GPU": 1.0})
-    with_gpus = PoolChanges(settings_in(tmp_path, gpus_per_replica=1), log, NOBODY)
+    with_gpus = PoolChanges(settings_in(tmp_path, gpus_per_replica=1), log, NOBODY, taken)
     with pytest.raises(PoolRefused, match="need 2 GPUs, and 1 are free"):
         await with_gpus.add(NewPool(path=artifact.root, replicas=2), ANN)
 
@@ -119,7 +126,7 @@ async def test_memory_that_a_pool_which_starts_will_take_is_not_promised_to_anot
     second = make_artifact("second", name="second", weights=None, base="other weights")
     size = sum(file.stat().st_size for file in first.root.rglob("*.safetensors"))
     monkeypatch.setattr(changes, "memory_left", lambda: SimpleNamespace(available=size + 8))
-    pools = PoolChanges(settings_in(tmp_path), log, NOBODY)
+    pools = PoolChanges(settings_in(tmp_path), log, NOBODY, taken)
 
     await pools.add(NewPool(path=first.root), ANN)
     assert (await pools.add(NewPool(path=first.root), ANN)).name == "first", "it is there, and needs no more"
@@ -152,8 +159,46 @@ async def test_a_path_out_of_the_roots_a_broken_artifact_and_a_server_with_fixed
     ]
     for others, path, kind, reason in refused:
         with pytest.raises(kind, match=reason):
-            await PoolChanges(settings_in(tmp_path, **others), log, NOBODY).add(NewPool(path=path), ANN)
+            await PoolChanges(settings_in(tmp_path, **others), log, NOBODY, taken).add(NewPool(path=path), ANN)
     with pytest.raises(PoolRefused):
-        await PoolChanges(settings_in(tmp_path, takes_pools=False), log, NOBODY).remove("merged", ANN)
+        await PoolChanges(settings_in(tmp_path, takes_pools=False), log, NOBODY, taken).remove("merged", ANN)
+
+    assert log.read().epoch == 0
+
+
+async def test_a_pool_has_its_own_settings_of_the_engine_and_the_servers_where_it_gives_none(
+    log: CatalogueLog, make_artifact: MakeArtifact, tmp_path: Path, applications: dict[str, Any]
+) -> None:
+    artifact, settings = make_artifact("pirate", base="other base"), settings_in(tmp_path)
+    body = {"path": artifact.root, "name": "other", "max_resident_adapters": 40, "vllm_args": ["--max-model-len=64"]}
+
+    view = await PoolChanges(settings, log, NOBODY, taken).add(NewPool.model_validate(body), ANN)
+
+    _, other = pools_of(settings, log.read())
+    assert (other.engine.max_active_adapters, other.engine.max_resident_adapters) == (3, 40)
+    assert other.engine.vllm_args == ("--seed=1", "--max-model-len=64"), "vLLM takes the last of repeated arguments"
+    assert (view.max_active_adapters, view.max_resident_adapters) == (3, 40)
+    assert view.vllm_args == ("--max-model-len=64",)
+    seen_by_itself = settings_of_added(other, [settings])
+    assert pools_of(seen_by_itself, log.read())[0].engine == other.engine
+    third = make_artifact("third", name="third", base="third base")
+    await PoolChanges(seen_by_itself, log, NOBODY, taken).add(NewPool(path=third.root), ANN)
+    assert pools_of(seen_by_itself, log.read())[-1].engine.vllm_args == ("--seed=1",), "of the server, not of `other`"
+
+
+async def test_arguments_that_vllm_refuses_are_told_before_the_pool_is_recorded(
+    log: CatalogueLog, make_artifact: MakeArtifact, tmp_path: Path, applications: dict[str, Any]
+) -> None:
+    artifact = make_artifact("pirate", base="other base")
+
+    def refuse(settings: EngineSettings) -> None:
+        raise EngineRefused(f"vLLM refuses its arguments: {settings.vllm_args[-1]}")
+
+    with pytest.raises(PoolRefused, match="vLLM refuses its arguments: --max-modle-len=1"):
+        await PoolChanges(settings_in(tmp_path), log, NOBODY, refuse).add(
+            NewPool(path=artifact.root, vllm_args=("--max-modle-len=1",)), ANN
+        )
+    with pytest.raises(ValidationError, match="--trust-remote-code can't be passed to vLLM"):
+        NewPool(path=artifact.root, vllm_args=("--trust_remote_code",))
 
     assert log.read().epoch == 0
