@@ -49,6 +49,7 @@ class ReplicaReport(BaseModel):
     passed_on_requests: int = 0  # answered by another replica, which holds their adapter
     splits: dict[str, dict[str, Any]] = {}  # name → what the replica saw of its canary or shadow
     context_tokens: int = 0  # of a prompt and its answer together
+    idle_s: float = 0.0  # since the last request ended; 0 while there is one
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Reconciler:
     address: Callable[[], str | None] = lambda: None
     forwarded: Callable[[], int] = int
     splits: Callable[[], dict[str, dict[str, Any]]] = dict
+    idle_s: Callable[[], float] = float
     events: Events = NO_EVENTS
     need_files: Callable[[frozenset[AdapterRevision]], None] = lambda _: None  # those that a removal shall spare
     _latest: Catalogue = field(default_factory=Catalogue)  # the one that is being followed right now
@@ -173,6 +175,7 @@ class Reconciler:
             passed_on_requests=self.forwarded(),
             splits=self.splits(),
             context_tokens=self.engine.context_tokens,
+            idle_s=self.idle_s(),
         )
 
     async def _read_catalogue(self) -> Catalogue:

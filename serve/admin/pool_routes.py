@@ -14,14 +14,14 @@ from starlette.routing import Route
 from convert.artifact import Name
 from serve.admin.routes import Admin, parse_body
 from serve.catalogue.entry import Audit
-from serve.settings import EngineOverrides
+from serve.settings import PoolOptions
 
 _MAX_REASON_CHARACTERS = 500
 
-PoolState = Literal["starting", "running", "failed", "stopping"]
+PoolState = Literal["starting", "running", "asleep", "failed", "stopping"]
 
 
-class NewPool(EngineOverrides):
+class NewPool(PoolOptions):
     """The body of a call that adds a pool."""
 
     path: Path = Field(description="An artifact on the server's machine, below a directory that it takes them from.")
@@ -56,6 +56,7 @@ class PoolView(BaseModel):
     max_lora_rank: int
     max_active_adapters: int
     max_resident_adapters: int
+    sleep_after_s: float | None
     vllm_args: tuple[str, ...]  # of its own, which vLLM gets after those of the server
     ready: int  # replicas that answer
     reason: str = ""  # why it failed, or why the last attempt did, if it is tried again

@@ -19,7 +19,7 @@ from serve.catalogue.split import Split
 CALLER_HEADER = "x-graft-caller"  # the name that a caller of the admin API gives itself
 
 Verb = Literal["stage", "promote", "rollback", "abandon", "retire", "pin", "unpin", "split", "move"]
-PoolVerb = Literal["add_pool", "remove_pool"]
+PoolVerb = Literal["add_pool", "remove_pool", "sleep_pool", "wake_pool"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class PoolEntry(BaseModel):
 
     verb: PoolVerb = Field(
         description="add_pool: the server starts a pool, and starts it again whenever it starts itself. remove_pool: "
-        "the server stops a pool that was added; its running requests may finish."
+        "the server stops a pool that was added; its running requests may finish. sleep_pool, wake_pool: the server "
+        "stops the engines of a pool that was added, and starts them again."
     )
     pool: AddedPool
     at: datetime = Field(description="The writer's clock, UTC.")

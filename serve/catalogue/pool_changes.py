@@ -41,7 +41,7 @@ def add_pool(log: CatalogueLog, pool: AddedPool, given: Sequence[PoolSettings], 
     the server was started with. Raises TransitionRefused if the name or the base model is taken."""
 
     def decide(catalogue: Catalogue) -> PoolEntry | None:
-        if catalogue.pools.get(pool.name) == pool:
+        if pool.is_same_as(catalogue.pools.get(pool.name)):
             return None
         check_free(pool, given, catalogue)
         return PoolEntry.now("add_pool", pool, audit)
@@ -68,6 +68,26 @@ def remove_pool(log: CatalogueLog, name: str, given: Sequence[PoolSettings], aud
             more = f" and {len(adapters) - _SHOWN_ADAPTERS} more" if len(adapters) > _SHOWN_ADAPTERS else ""
             raise TransitionRefused(f"{name} is the base model of {named}{more}: retire them first.")
         return PoolEntry.now("remove_pool", pool, audit)
+
+    return log.append(decide)
+
+
+def sleep_pool(log: CatalogueLog, name: str, audit: Audit) -> Catalogue:
+    """Record that the engines of a pool which was added are stopped; nothing happens if they are, or if it is gone."""
+
+    def decide(catalogue: Catalogue) -> PoolEntry | None:
+        pool = catalogue.pools.get(name)
+        return PoolEntry.now("sleep_pool", pool.fallen_asleep(), audit) if pool and not pool.asleep else None
+
+    return log.append(decide)
+
+
+def wake_pool(log: CatalogueLog, name: str, audit: Audit) -> Catalogue:
+    """Record that the engines of a sleeping pool are started; nothing happens if it does not sleep, or is gone."""
+
+    def decide(catalogue: Catalogue) -> PoolEntry | None:
+        pool = catalogue.pools.get(name)
+        return PoolEntry.now("wake_pool", pool.woken(), audit) if pool and pool.asleep else None
 
     return log.append(decide)
 

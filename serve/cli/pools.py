@@ -23,7 +23,7 @@ from serve.cli.console import (
 from serve.cli.options import AdapterName, ChangeOptions, QueryOptions
 from serve.errors import PoolRefused
 from serve.follower.admin_client import AdminClient
-from serve.settings import EngineOverrides
+from serve.settings import PoolOptions
 
 PoolName = Annotated[str, typer.Argument(metavar="NAME", help="The base model or merged model, as clients write it.")]
 
@@ -48,19 +48,24 @@ class _NewPoolFields(BaseModel):
         list[str] | None,
         typer.Option(help="An argument for vLLM, after those of the server, which it overrides. Repeatable."),
     ] = None
+    sleep_after: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds without a request after which its engines stop; the next one starts them."),
+    ] = None
     wait: Annotated[bool, typer.Option(help="Return when its engines answer, or fail.")] = True
 
 
 class NewPoolOptions(ChangeOptions, _NewPoolFields):
     """The options of `pool add`. `--help` lists the options of the last base class first."""
 
-    def engine(self) -> EngineOverrides:
+    def own(self) -> PoolOptions:
         """Raises PoolRefused for an argument that can't be passed to vLLM."""
         try:
-            return EngineOverrides(
+            return PoolOptions(
                 max_active_adapters=self.max_active_adapters,
                 max_resident_adapters=self.max_resident_adapters,
                 vllm_args=tuple(self.vllm_arg or ()),
+                sleep_after_s=self.sleep_after,
             )
         except ValidationError as error:
             raise PoolRefused(f"The pool can't be added: {problems_of(error)}.") from error
@@ -94,14 +99,14 @@ def add(
     with reported_errors():
         client, root = options.client(), artifact.absolute()
         pool = client.add_pool(
-            root, options.name, options.replicas, options.max_lora_rank, options.reason, options.engine()
+            root, options.name, options.replicas, options.max_lora_rank, options.reason, options.own()
         )
         if options.wait:
             pool = _wait_until_ready(client, pool["name"])
             _publish_adapter(client, root, options.reason)
     if options.as_json:
         print_json(pool)
-    elif pool["state"] == "running":
+    elif pool["state"] in ("running", "asleep"):
         err.print(f"[bold]{pool['name']}[/] answers ({counted(pool['ready'], 'engine')}).", soft_wrap=True)
     else:
         err.print(f"[bold]{pool['name']}[/] starts: see `python -m serve pool list`.", soft_wrap=True)

@@ -22,7 +22,7 @@ from serve.cli.foreground import serve_until_stopped
 from serve.cli.options import StateOptions
 from serve.deployment.pools.bootstrap import register
 from serve.deployment.pools.bundle import Bundle, bundles_of
-from serve.deployment.pools.room import check_memory, needed_rank
+from serve.deployment.pools.room import check_memory, needed_rank, weights_of
 from serve.deployment.settings_file import artifact_of
 from serve.errors import ArtifactRefused, KeysInvalid, KeysMissing
 from serve.follower.desired_state import DesiredState
@@ -128,7 +128,7 @@ def run(options: RunOptions) -> None:
     with reported_errors():
         bundles = bundles_of(options.artifacts, _base_names(options.base_name or ()))
         if not options.gpus_per_replica:
-            check_memory(bundles, options.replicas, memory_left().available)
+            check_memory(weights_of(bundles, options.replicas), memory_left().available)
         state = options.state_dir()
         state.prepare()
         with state.claimed():

@@ -31,6 +31,7 @@ from serve.deployment.metrics_socket import MetricsSocket
 from serve.deployment.pools.changes import PoolChanges
 from serve.deployment.pools.connections import PoolConnections
 from serve.deployment.pools.room import check_model
+from serve.deployment.pools.sleep import sleep_when_idle
 from serve.deployment.proxy.uvicorn_patches import patch_uvicorn_startup
 from serve.deployment.ray_patches import keep_replica_on, node_address
 from serve.deployment.ray_replicas import DEPLOYMENT, ServerReplicas
@@ -38,14 +39,15 @@ from serve.deployment.shared_limits import rate_limit_backend_of
 from serve.engine.protocol import Engine
 from serve.gateway.app import Gateway
 from serve.gateway.request_policy import RequestPolicy
-from serve.gateway.routing.other_pool import OtherPool
 from serve.gateway.routing.other_pools import OtherPools
 from serve.gateway.routing.peers import Peers
+from serve.gateway.routing.wake_queue import WakeQueue
 from serve.observability import logs
 from serve.observability.events import NO_EVENTS, Events
+from serve.observability.open_requests import OpenRequests
 from serve.observability.recorder import MetricsRecorder
 from serve.observability.tracing import tracer_of
-from serve.settings import PoolSettings, ServeSettings
+from serve.settings import ServeSettings
 
 if TYPE_CHECKING:
     from serve.engine.vllm_engine import VllmEngine
@@ -70,7 +72,7 @@ class EngineReplica:
         self._settings = ServeSettings.model_validate(settings)
         engine_class = import_engine(self._settings)
         context = ray_serve.get_replica_context()
-        self._replica = context.replica_id.unique_id
+        self._replica, self._open_requests = context.replica_id.unique_id, OpenRequests()
         await self._start_observability()
         self._engine = await engine_class.start(
             self._settings.engine, self._recorder.engine_finished, self._settings.tracing.endpoint
@@ -81,19 +83,23 @@ class EngineReplica:
         self._connections = PoolConnections(self._settings, context.app_name, address, self._current)
         self._admin = self._new_admin(ServerReplicas(self._connections.replicas))
         self._rollouts = Rollouts(self._admin.give_up)
-        is_alone = self._settings.replicas == 1
-        self._peers = Peers(self._replica, address, self._connections.own.report, self._catch_up, is_alone)
+        is_alone, reports = self._settings.replicas == 1, self._connections.own.report
+        self._peers = Peers(self._replica, address, reports, self._catch_up, is_alone)
         patch_uvicorn_startup(self._replica, self._peers.listens_on)
         self._reconciler = self._new_reconciler()
         self._collect_all_metrics()
         await self._reconciler.start()
         self._meter.start()
         self._report_ready()
-        tasks = (self._follow(), self._watch_identity(), self._metrics.watch_disk(), self._end_with_engine())
+        sleeping = sleep_when_idle(self._settings, self._log, self._open_requests, reports)
+        tasks = (self._follow(), self._watch_identity(), self._metrics.watch_disk(), self._end_with_engine(), sleeping)
         self._tasks = [asyncio.create_task(task) for task in tasks]
 
     async def __serve_build_asgi_app__(self) -> Gateway:
-        policy = RequestPolicy(self._settings.gateway, self._engine, self._rate_limits, self._meter)
+        limits, forwarder = self._settings.gateway, self._peers.forwarder
+        policy = RequestPolicy(limits, self._engine, self._rate_limits, self._meter, self._open_requests)
+        changes = PoolChanges(self._settings, self._log, self._admin.control.replicas)
+        wakes = WakeQueue(changes.wake, limits.max_waiting_requests, limits.max_wake_s)
         gateway = Gateway(
             self._settings,
             self._engine,
@@ -105,8 +111,8 @@ class EngineReplica:
             policy,
             self._recorder,
             self._tracer,
-            OtherPools(self._settings, self._current, self._connect_to),
-            PoolRoutes(self._admin, PoolChanges(self._settings, self._log, self._admin.control.replicas)).routes(),
+            OtherPools(self._settings, self._current, lambda pool: self._connections.to_pool(pool, forwarder, wakes)),
+            PoolRoutes(self._admin, changes).routes(),
         )
         self._metrics.engine_queue, self._metrics.bodies = policy.engine_queue, policy.bodies
         if gateway.keys:
@@ -161,9 +167,6 @@ class EngineReplica:
     async def _catch_up(self) -> None:
         await self._reconciler.follow()
 
-    def _connect_to(self, pool: PoolSettings) -> OtherPool:
-        return self._connections.to_pool(pool, self._peers.forwarder)
-
     def _new_reconciler(self) -> Reconciler:
         return Reconciler(
             self._replica,
@@ -177,6 +180,7 @@ class EngineReplica:
             address=lambda: self._peers.address,
             forwarded=lambda: self._peers.forwarded,
             splits=self._rollouts.summaries,
+            idle_s=lambda: self._open_requests.idle_s,
             events=self._recorder,
             need_files=self._store.want,
         )
@@ -189,6 +193,7 @@ class EngineReplica:
 
     def _report_ready(self) -> None:
         self._metrics.is_ready = True
+        self._open_requests.begin()
         logger.info("the replica is ready", extra={"event": "replica ready", "epoch": self._reconciler.catalogue.epoch})
 
     async def sync(self, awaited: str | None = None) -> dict[str, Any]:

@@ -91,6 +91,15 @@ class PoolUnavailable(Unavailable):
         super().__init__(f"No engine of {name} can be reached at the moment, and other models here can; try again.")
 
 
+class PoolAsleep(Unavailable):
+    """A pool that sleeps, or has just been woken, can't take a request."""
+
+    code, retry_after_s = "pool_asleep", 10
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name} was asleep, and {why}; try again later.")
+
+
 class WrongReplica(Unavailable):
     code = "wrong_replica"
 

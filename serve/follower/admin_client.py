@@ -16,7 +16,7 @@ from serve.catalogue.entry import CALLER_HEADER, user_name
 from serve.catalogue.split import Kind
 from serve.catalogue.state_dir import StateDir
 from serve.errors import AdminRefused, PoolRefused, ServerNotRunning
-from serve.settings import SERVERS_SETTINGS, EngineOverrides
+from serve.settings import NO_POOL_OPTIONS, PoolOptions
 
 TOKEN_VARIABLE = "GRAFT_ADMIN_TOKEN"  # noqa: S105  (the name of a variable)
 _TIMEOUT_S = 300  # a publish waits for every replica
@@ -100,11 +100,11 @@ class AdminClient:
         replicas: int,
         max_lora_rank: int | None,
         reason: str = "",
-        engine: EngineOverrides = SERVERS_SETTINGS,
+        options: PoolOptions = NO_POOL_OPTIONS,
     ) -> dict[str, Any]:
         """Returns while its engines start. `artifact`: on the server's machine."""
         fields = {"name": name, "replicas": replicas, "max_lora_rank": max_lora_rank, "reason": reason}
-        fields |= engine.model_dump(mode="json", exclude_defaults=True)
+        fields |= options.model_dump(mode="json", exclude_defaults=True)
         return self.call("POST", "/admin/v1/pools", {"path": str(artifact.absolute()), **fields})
 
     def move(self, name: str, pool: str, reason: str = "") -> dict[str, Any]:
@@ -118,7 +118,7 @@ class AdminClient:
             pool = next((pool for pool in self.pools() if pool["name"] == name), None)
             if pool is None:
                 raise PoolRefused(f"{name} was removed before it was ready.")
-            if pool["state"] == "running":
+            if pool["state"] in ("running", "asleep"):
                 return pool
             if pool["state"] == "failed" or time.monotonic() > deadline:
                 reason = pool["reason"] or f"It is not ready after {_POOL_TIMEOUT_S} s."

@@ -6,6 +6,7 @@ pools:                              # default: none besides those that `run` was
     replicas: 2                     # default: 1
     max_lora_rank: 32               # default: what the adapters below and the published ones need
     max_active_adapters: 8          # default: that of the server, as for max_resident_adapters
+    sleep_after_s: 900              # without a request its engines are stopped, and started by the next; default: never
     vllm_args: [--max-model-len=4096]   # after those of the server, which they override; default: none
 remove_other_pools: false           # true: remove every added pool that is not listed here
 adapters:
@@ -32,7 +33,7 @@ from serve.adapters.ingest import candidate_of
 from serve.errors import ArtifactRefused, DesiredStateInvalid, ServeError
 from serve.follower.admin_client import AdminClient
 from serve.names import AdapterRevision
-from serve.settings import SERVERS_SETTINGS, EngineOverrides, supported_rank
+from serve.settings import NO_POOL_OPTIONS, PoolOptions, supported_rank
 from serve.settings.unique_yaml import load_yaml
 
 StepVerb = Literal["add pool", "publish", "pin", "unpin", "retire", "remove pool"]
@@ -48,7 +49,7 @@ class _AdapterEntry(_FileModel):
     pinned: bool = False
 
 
-class _PoolEntry(EngineOverrides):
+class _PoolEntry(PoolOptions):
     artifact: Path
     name: Name | None = None
     replicas: int = Field(1, ge=1)
@@ -82,7 +83,7 @@ class DesiredPool:
     name: str | None
     replicas: int
     max_lora_rank: int | None
-    engine: EngineOverrides = SERVERS_SETTINGS
+    options: PoolOptions = NO_POOL_OPTIONS
 
     @property
     def shown_name(self) -> str:
@@ -121,7 +122,7 @@ class DesiredState:
             for desired in sorted(self.adapters, key=lambda desired: desired.adapter)
         ]
         pools = [
-            f"pool {pool.base} {pool.name} {pool.replicas} {pool.max_lora_rank} {pool.engine.model_dump_json()}"
+            f"pool {pool.base} {pool.name} {pool.replicas} {pool.max_lora_rank} {pool.options.model_dump_json()}"
             for pool in sorted(self.pools, key=lambda pool: pool.base)
         ]
         others = [str(self.retire_others), *(["remove other pools"] if self.remove_other_pools else [])]
@@ -179,13 +180,14 @@ def _pools_to_add(desired: DesiredState, actual: Sequence[Mapping[str, Any]]) ->
 def _is_as_desired(wanted: DesiredPool, listed: Mapping[str, Any] | None) -> bool:
     return (
         listed is not None
-        and listed["state"] == "running"
+        and listed["state"] in ("running", "asleep")
         and listed["replicas"] == wanted.replicas
         and wanted.name in (None, listed["name"])
         and wanted.max_lora_rank in (None, listed["max_lora_rank"])
-        and wanted.engine.max_active_adapters in (None, listed["max_active_adapters"])
-        and wanted.engine.max_resident_adapters in (None, listed["max_resident_adapters"])
-        and list(wanted.engine.vllm_args) == listed["vllm_args"]
+        and wanted.options.max_active_adapters in (None, listed["max_active_adapters"])
+        and wanted.options.max_resident_adapters in (None, listed["max_resident_adapters"])
+        and wanted.options.sleep_after_s == listed["sleep_after_s"]
+        and list(wanted.options.vllm_args) == listed["vllm_args"]
     )
 
 
@@ -238,7 +240,7 @@ def _take(step: Step, client: AdminClient, reason: str) -> None:
         client.retire(step.name, reason)
     elif step.pool:
         pool = step.pool
-        added = client.add_pool(pool.artifact, pool.name, pool.replicas, pool.max_lora_rank, reason, pool.engine)
+        added = client.add_pool(pool.artifact, pool.name, pool.replicas, pool.max_lora_rank, reason, pool.options)
         client.wait_for_pool(added["name"])
     elif step.verb == "remove pool":
         client.remove_pool(step.name, reason)
@@ -270,7 +272,7 @@ def _resolve_pool(path: Path, entry: _PoolEntry) -> DesiredPool:
         base = Artifact.open(root).manifest.model.fingerprint
     except ArtifactInvalid as error:
         raise DesiredStateInvalid(f"{path} names {entry.artifact}: {error}") from error
-    return DesiredPool(base, root, entry.name, entry.replicas, entry.max_lora_rank, EngineOverrides.of(entry))
+    return DesiredPool(base, root, entry.name, entry.replicas, entry.max_lora_rank, PoolOptions.of(entry))
 
 
 def _root_of(path: Path, entry: _AdapterEntry | _PoolEntry) -> Path:

@@ -22,6 +22,7 @@ from serve.gateway.body import BodyBudget, LimitedReceive, announced_length
 from serve.gateway.engine_queue import EngineQueue, QueueLimits
 from serve.gateway.slow_clients import SlowClientGuard
 from serve.observability.memory import memory_limit_bytes
+from serve.observability.open_requests import OpenRequests
 from serve.settings import GatewaySettings
 
 # The rest is for what is made of a body, a multiple of its bytes: its fields, the prompt, the tokens.
@@ -67,6 +68,7 @@ class RequestPolicy:
         engine: Engine,
         rate_limits: RateLimitBackend | None = None,
         meter: Meter | None = None,
+        open_requests: OpenRequests | None = None,
     ) -> None:
         """`rate_limits`: shared by all replicas, by default this replica's own; `meter`: records usage, if given."""
         self._settings = settings
@@ -74,6 +76,7 @@ class RequestPolicy:
         self._engine = engine
         self._prompts = PromptEstimator(engine.prompt_size)
         self.meter = meter
+        self.open_requests = open_requests or OpenRequests()
         self.limiter = Limiter(
             rate_limits or LocalLedger(settings.lease_s),
             settings.lease_s,
@@ -90,7 +93,7 @@ class RequestPolicy:
     def limited(self, scope: Scope, receive: Receive) -> Iterator[LimitedReceive]:
         """The `receive` of a request within the limits of its body. The memory of the body counts as held until the
         context ends."""
-        with self.bodies.charge() as charge:
+        with self.open_requests.counted(), self.bodies.charge() as charge:
             max_bytes, timeout_s = self._settings.max_body_bytes, self._settings.body_timeout_s
             yield LimitedReceive(receive, announced_length(scope), charge, max_bytes, timeout_s)
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from serve.settings.callers import Allowance, Grant, OidcSettings, SecretDigest
-from serve.settings.engine import (
-    REFUSED_VLLM_ARGS,
-    RESERVED_SLOTS,
-    SERVERS_SETTINGS,
-    EngineOverrides,
-    EngineSettings,
-    supported_rank,
-)
+from serve.settings.engine import REFUSED_VLLM_ARGS, RESERVED_SLOTS, EngineSettings, supported_rank
 from serve.settings.gateway import GatewaySettings
 from serve.settings.observability import LogSettings, MetricsSettings, TracingSettings
 from serve.settings.server import (
     APP_NAME,
     LOCAL_ADAPTER_BYTES,
+    NO_POOL_OPTIONS,
     AdmissionSettings,
+    PoolOptions,
     PoolSettings,
     ServeSettings,
 )
@@ -24,18 +19,18 @@ from serve.settings.server import (
 __all__ = [
     "APP_NAME",
     "LOCAL_ADAPTER_BYTES",
+    "NO_POOL_OPTIONS",
     "REFUSED_VLLM_ARGS",
     "RESERVED_SLOTS",
-    "SERVERS_SETTINGS",
     "AdmissionSettings",
     "Allowance",
-    "EngineOverrides",
     "EngineSettings",
     "GatewaySettings",
     "Grant",
     "LogSettings",
     "MetricsSettings",
     "OidcSettings",
+    "PoolOptions",
     "PoolSettings",
     "SecretDigest",
     "ServeSettings",

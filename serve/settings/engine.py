@@ -64,29 +64,6 @@ class EngineSettings(FrozenSettings):
         """Adapters the engine holds: one more than may run, so that a publish finds a place under any load."""
         return max(self.max_resident_adapters, self.max_active_adapters + 1)
 
-    def overridden(self, overrides: EngineOverrides) -> EngineSettings:
-        """These settings with those of one pool. vLLM takes the last of repeated arguments, which is the pool's."""
-        own = {name: value for name in _OVERRIDDEN if (value := getattr(overrides, name)) is not None}
-        return self.model_copy(update={**own, "vllm_args": (*self.vllm_args, *overrides.vllm_args)})
-
-
-class EngineOverrides(FrozenSettings):
-    """Settings of one pool's engines that differ from those of the server."""
-
-    @classmethod
-    def of(cls, settings: EngineOverrides) -> EngineOverrides:
-        """These fields alone, of a subclass that has more."""
-        return cls(**{name: getattr(settings, name) for name in cls.model_fields})
-
-    max_active_adapters: PositiveInt | None = Field(None, description="Default: that of the server.")
-    max_resident_adapters: PositiveInt | None = Field(None, description="Default: that of the server.")
-    vllm_args: VllmArgs = Field((), description="Passed to vLLM after those of the server, which they override.")
-
-
-SERVERS_SETTINGS = EngineOverrides()
-
-_OVERRIDDEN = EngineOverrides.model_fields.keys() - {"vllm_args"}
-
 
 def supported_rank(rank: int) -> int:
     """The smallest rank of vLLM's list that holds adapters of `rank`; raises ValueError above the largest."""

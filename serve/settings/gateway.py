@@ -27,6 +27,9 @@ class GatewaySettings(FrozenSettings):
     max_wait_s: PositiveFloat = Field(
         30.0, description="A request that got no slot, or no place in the engine, for this long gets a 503."
     )
+    max_wake_s: PositiveFloat = Field(
+        180.0, description="A request for a sleeping pool that no engine has taken for this long gets a 503."
+    )
     max_run_s: PositiveFloat = Field(
         600.0, description="A request that has run in the engine for this long is ended, with a 504 or in its stream."
     )

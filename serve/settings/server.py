@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import AwareDatetime, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from serve.settings.engine import EngineSettings
+from serve.settings.engine import EngineSettings, VllmArgs
 from serve.settings.frozen import FrozenSettings
 from serve.settings.gateway import GatewaySettings
 from serve.settings.observability import LogSettings, MetricsSettings, TracingSettings
@@ -44,6 +44,33 @@ class AdmissionSettings(FrozenSettings):
 APP_NAME = "graft"
 
 
+class PoolOptions(FrozenSettings):
+    """What a pool that is added to a running server may have of its own."""
+
+    max_active_adapters: PositiveInt | None = Field(None, description="Default: that of the server.")
+    max_resident_adapters: PositiveInt | None = Field(None, description="Default: that of the server.")
+    vllm_args: VllmArgs = Field((), description="Passed to vLLM after those of the server, which they override.")
+    sleep_after_s: Annotated[float, Field(ge=1)] | None = Field(
+        None,
+        description="Its engines are stopped when none of them has had a request for this long. The next request "
+        "starts them, and waits. Default: they keep running.",
+    )
+
+    @classmethod
+    def of(cls, settings: PoolOptions) -> PoolOptions:
+        """These fields alone, of a subclass that has more."""
+        return cls(**{name: getattr(settings, name) for name in cls.model_fields})
+
+    def override(self, engine: EngineSettings) -> EngineSettings:
+        """The server's settings of the engine with those of the pool. vLLM takes the last of repeated arguments."""
+        own = {name: getattr(self, name) for name in ("max_active_adapters", "max_resident_adapters")}
+        changed = {name: value for name, value in own.items() if value is not None}
+        return engine.model_copy(update={**changed, "vllm_args": (*engine.vllm_args, *self.vllm_args)})
+
+
+NO_POOL_OPTIONS = PoolOptions()
+
+
 class PoolSettings(FrozenSettings):
     """A pool: one base model or merged model, in an application of Ray Serve of its own."""
 
@@ -53,6 +80,9 @@ class PoolSettings(FrozenSettings):
         "/", description="What the paths of that application begin with. The pool at `/` gets requests for all others."
     )
     replicas: PositiveInt = Field(1, description="Engines, each a process of its own with the whole model.")
+    sleep_after_s: float | None = Field(None, description="For an added pool: see PoolOptions.")
+    asleep: bool = Field(False, description="Its engines are stopped until a request comes.")
+    woken_at: AwareDatetime | None = Field(None, description="When a request ended its last sleep.")
     added: bool = Field(False, description="It was added while the server ran; the others are served until it stops.")
 
 

@@ -92,10 +92,11 @@ def test_every_change_finds_its_lines(tmp_path: Path) -> None:
     assert text.count("    disabled\n") == 2
     rules = re.findall(r"^ *use_backend (.*)$", text, re.MULTILINE)
     assert rules == [
-        "%[var(txn.pool)] if { var(txn.pool) -m found }",
+        "http-graft-ticket if { var(txn.pool) -m str http-graft-ticket } { nbsrv(http-graft-ticket) gt 0 }",
+        "http-graft if { var(txn.pool) -m str http-graft }",
         "http-graft-ticket if { nbsrv(http-graft) eq 0 } { nbsrv(http-graft-ticket) gt 0 }",
         "http-graft if is_http-graft",
-    ], "by its model; or to another pool only while the first has no replica; no pool by its path"
+    ], "by its model; to another pool only while the first, or its own, has no replica; no pool by its path"
     assert "backend http-graft-ticket\n    http-request set-path /pools/ticket%[path]\n" in text
     assert "http-request wait-for-body time 30s if METH_POST\n" in text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.pool_changes import add_pool, check_free, move_alias, pools_of, remove_pool
+from serve.catalogue.pool_changes import add_pool, check_free, move_alias, pools_of, remove_pool, wake_pool
 from serve.catalogue.storage.file_threads import to_file_thread
 from serve.deployment.pools.application_status import attempt_failed, ready_replicas, reason_of, state_of
 from serve.deployment.pools.bundle import Bundle, bundles_of, weight_bytes
@@ -29,14 +30,16 @@ from serve.errors import (
     EngineRefused,
     MemoryShort,
     PathRefused,
+    PoolAsleep,
     PoolRefused,
+    PoolUnavailable,
     PublishUnconfirmed,
     ReplicaUnreachable,
     TransitionRefused,
     UnknownModel,
 )
 from serve.observability.memory import memory_left
-from serve.settings import EngineOverrides, EngineSettings, PoolSettings, ServeSettings
+from serve.settings import EngineSettings, PoolOptions, PoolSettings, ServeSettings
 
 _FIXED = (
     "The pools of this server are those that it was started with: no process of its own starts others. "
@@ -66,10 +69,10 @@ class PoolChanges:
         bundle = await to_file_thread("admin", self._bundle, pool)
         catalogue = await asyncio.to_thread(self._log.read)
         added = _added(pool, bundle, catalogue)
-        if catalogue.pools.get(added.name) != added:
+        if not added.is_same_as(catalogue.pools.get(added.name)):
             check_free(added, self._given, catalogue)
             await to_file_thread("admin", self._check_settings, added)
-            await self._check_room(bundle, pool.replicas, catalogue)
+            await self._check_room(added, catalogue)
         await asyncio.to_thread(add_pool, self._log, added, self._given, audit)
         return await self._view_of(added.name)
 
@@ -77,12 +80,27 @@ class PoolChanges:
         self._require_changeable()
         await asyncio.to_thread(remove_pool, self._log, name, self._given, audit)
 
+    async def wake(self, name: str) -> datetime:
+        """Records that a pool is woken, and returns when it was. Raises PoolAsleep if there is no room for it now."""
+        catalogue = await asyncio.to_thread(self._log.read)
+        if (pool := catalogue.pools.get(name)) is None:
+            raise PoolUnavailable(name)
+        try:
+            if pool.asleep:
+                await self._check_room(pool, catalogue)
+        except PoolRefused as error:
+            raise PoolAsleep(name, f"it can't start now: {error}") from error
+        catalogue = await asyncio.to_thread(wake_pool, self._log, name, Audit("graft", "a request"))
+        if (woken := catalogue.pools.get(name)) is None:
+            raise PoolUnavailable(name)
+        return woken.woken_at or datetime.now(UTC)
+
     async def move(self, name: str, pool: str, audit: Audit) -> int:
         catalogue = await asyncio.to_thread(self._log.read)
         target = next((known for known in pools_of(self._settings, catalogue) if known.engine.model_name == pool), None)
         if target is None:
             raise UnknownModel(pool, {known.engine.model_name for known in pools_of(self._settings, catalogue)})
-        if (view := await self._view_of(pool)).state != "running":
+        if (view := await self._view_of(pool)).state not in ("running", "asleep"):
             raise TransitionRefused(f"The pool {pool} is {view.state}: an alias is pointed to one that answers.")
         await asyncio.to_thread(_check_origin, target, catalogue.state_of(name).current)
         epoch = (await asyncio.to_thread(move_alias, self._log, name, target, audit)).epoch
@@ -137,16 +155,17 @@ class PoolChanges:
         except EngineRefused as error:
             raise PoolRefused(str(error)) from error
 
-    async def _check_room(self, bundle: Bundle, replicas: int, catalogue: Catalogue) -> None:
+    async def _check_room(self, added: AddedPool, catalogue: Catalogue) -> None:
         """Raises PoolRefused. Memory that a pool which starts will take is not there for another one."""
         if self._settings.gpus_per_replica:
-            _check_gpus(replicas * self._settings.gpus_per_replica)
+            _check_gpus(added.replicas * self._settings.gpus_per_replica)
             return
         starting = {view.base for view in await self.all() if view.state == "starting"}
         pools = [pool for pool in catalogue.pools.values() if pool.base in starting]
         promised = sum(pool.replicas * weight_bytes(pool.model_path) for pool in pools)
         try:
-            check_memory([bundle], replicas, max(0, memory_left().available - promised))
+            needed = {added.name: added.replicas * weight_bytes(added.model_path)}
+            check_memory(needed, max(0, memory_left().available - promised))
         except MemoryShort as error:
             raise PoolRefused(str(error)) from error
 
@@ -161,7 +180,7 @@ def _added(pool: NewPool, bundle: Bundle, catalogue: Catalogue) -> AddedPool:
             model_path=bundle.model_path,
             replicas=pool.replicas,
             max_lora_rank=needed_rank(pool.max_lora_rank, [bundle.max_lora_rank], wanted),
-            engine=EngineOverrides.of(pool),
+            options=PoolOptions.of(pool),
         )
     except ValueError as error:  # pydantic's ValidationError too
         raise PoolRefused(f"The pool can't be added: {error}.") from error
@@ -193,7 +212,7 @@ def _check_gpus(needed: float) -> None:
 
 def _view(pool: PoolSettings, catalogue: Catalogue, application: Any) -> PoolView:
     recorded = catalogue.pools.get(pool.engine.model_name) if pool.added else None
-    state = state_of(application)
+    state = "asleep" if pool.asleep else state_of(application)
     has_failed = state == "failed" or (state == "starting" and application is not None and attempt_failed(application))
     return PoolView(
         name=pool.engine.model_name,
@@ -205,7 +224,8 @@ def _view(pool: PoolSettings, catalogue: Catalogue, application: Any) -> PoolVie
         max_lora_rank=pool.engine.max_lora_rank,
         max_active_adapters=pool.engine.max_active_adapters,
         max_resident_adapters=pool.engine.max_resident_adapters,
-        vllm_args=recorded.engine.vllm_args if recorded else (),
+        sleep_after_s=pool.sleep_after_s,
+        vllm_args=recorded.options.vllm_args if recorded else (),
         ready=ready_replicas(application),
         reason=reason_of(application) if has_failed else "",
     )

@@ -9,6 +9,7 @@ from serve.catalogue.pool_changes import pools_of
 from serve.deployment.ray_replicas import PoolReplicas
 from serve.gateway.routing.forwarding import Forwarder
 from serve.gateway.routing.other_pool import OtherPool
+from serve.gateway.routing.wake_queue import WakeQueue
 from serve.settings import PoolSettings, ServeSettings
 
 
@@ -25,13 +26,14 @@ class PoolConnections:
         self.own = PoolReplicas(application, settings.sync_timeout_s)
 
     def replicas(self) -> Mapping[str, PoolReplicas]:
-        """The replicas of each pool, by the fingerprint of its base model."""
-        own, *others = pools_of(self._settings, self._catalogue())
+        """The replicas of each pool that is awake, by the fingerprint of its base model."""
+        own, *all_others = pools_of(self._settings, self._catalogue())
+        others = [pool for pool in all_others if not pool.asleep]
         reachable = {pool.engine.fingerprint: self._replicas_of(pool) for pool in others}
         return {own.engine.fingerprint: self.own, **reachable}
 
-    def to_pool(self, pool: PoolSettings, forwarder: Forwarder) -> OtherPool:
-        return OtherPool(pool, self._host, self._replicas_of(pool).report, forwarder)
+    def to_pool(self, pool: PoolSettings, forwarder: Forwarder, wakes: WakeQueue) -> OtherPool:
+        return OtherPool(pool, self._host, self._replicas_of(pool).report, forwarder, wakes)
 
     def _replicas_of(self, pool: PoolSettings) -> PoolReplicas:
         return PoolReplicas(pool.application, self._settings.sync_timeout_s)

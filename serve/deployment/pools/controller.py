@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class PoolController:
-    """Gives Ray Serve the applications of all pools whenever the catalogue's pools have changed."""
+    """Gives Ray Serve the applications of all pools that are awake whenever the catalogue's pools have changed."""
 
     def __init__(
         self, given: Sequence[ServeSettings], log: CatalogueLog, deploy: Callable[[Sequence[ServeSettings]], None]
@@ -36,8 +36,9 @@ class PoolController:
         if self._catalogue.pools == self._deployed:
             return
         added = pools_of(self._given[0], self._catalogue)[len(self._given) :]
-        logger.info("the added pools are %s", ", ".join(pool.engine.model_name for pool in added) or "none")
-        self._deploy([*self._given, *(settings_of_added(pool, self._given) for pool in added)])
+        awake = [pool for pool in added if not pool.asleep]
+        logger.info("the added pools that run are %s", ", ".join(pool.engine.model_name for pool in awake) or "none")
+        self._deploy([*self._given, *(settings_of_added(pool, self._given) for pool in awake)])
         self._deployed = self._catalogue.pools
 
 

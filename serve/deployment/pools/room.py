@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 from convert.artifact import Artifact
 from convert.errors import ArtifactInvalid
@@ -13,10 +13,14 @@ from serve.observability.memory import gib
 from serve.settings import EngineSettings, ServeSettings, supported_rank
 
 
-def check_memory(bundles: Sequence[Bundle], replicas: int, available_bytes: int) -> None:
+def weights_of(bundles: Iterable[Bundle], replicas: int) -> dict[str, int]:
+    """Bytes for the engines of each model. `replicas`: engines for each bundle."""
+    return {bundle.model_name: replicas * bundle.weight_bytes for bundle in bundles}
+
+
+def check_memory(needed: Mapping[str, int], available_bytes: int) -> None:
     """Raises MemoryShort if the weights alone of all engines on the CPU take more memory than there is: the kernel
-    would end an engine while it starts. `replicas`: engines for each bundle."""
-    needed = {bundle.model_name: replicas * bundle.weight_bytes for bundle in bundles}
+    would end an engine while it starts. `needed`: bytes for each model."""
     if (total := sum(needed.values())) > available_bytes:
         each = ", ".join(f"{gib(count)} for {name}" for name, count in needed.items())
         raise MemoryShort(

@@ -27,7 +27,8 @@
 #    answer until there is a replica again. That takes as long as a model needs to load.
 #
 # 9. With several pools, a request goes to the pool of its `model`, which is looked up in a map file. HAProxy reads it from
-#    what it holds of the body. Every other request goes to the first pool, or to another one while that has no replica.
+#    what it holds of the body. Every other request goes to the first pool, or to another one while that has no replica;
+#    so does one for a pool without a replica, for example while its engines start.
 #    The name `*` is in the map while there are several pools (serve/deployment/proxy/proxy_map.py).
 set -eu
 config='' before=''
@@ -115,15 +116,20 @@ pass_on_whole_requests() {
 }
 
 send_to_pools() {
+    first=$(sed -n -e 's|^ *acl is_\([^ ]*\) path_beg /$|\1|p' "$config")
     if [ -n "${GRAFT_POOLS:-}" ]; then
-        known='    use_backend %[var(txn.pool)] if { var(txn.pool) -m found }'
         require '^ *default_backend '
         if [ "$(grep -c '^backend http-' "$config")" != "$(grep -c '^ *acl is_[^ ]* path_beg /' "$config")" ]; then
             fail "not every backend of an application has a line 'acl is_BACKEND path_beg PREFIX'"
         fi
-        sed -i -e "0,/^ *\(use\|default\)_backend /s~^ *\(use\|default\)_backend ~$known\n&~" "$config"
+        known=''
+        for pool in $(sed -n -e 's/^backend \(http-[^ ]*\)$/\1/p' "$config"); do
+            # Requests for a pool that is being started go to the first one, whose replica waits for it.
+            if [ "$pool" = "$first" ]; then running=''; else running=" { nbsrv($pool) gt 0 }"; fi
+            known="$known    use_backend $pool if { var(txn.pool) -m str $pool }$running\n"
+        done
+        sed -i -e "0,/^ *\(use\|default\)_backend /s~^ *\(use\|default\)_backend ~$known&~" "$config"
     fi
-    first=$(sed -n -e 's|^ *acl is_\([^ ]*\) path_beg /$|\1|p' "$config")
     # The names of the other backends, and what the paths of their applications begin with. No caller addresses those.
     sed -n -e 's|^ *acl is_\([^ ]*\) path_beg \(/pools/[^ ]*\)/$|\1 \2|p' "$config" | while read -r pool prefix; do
         name=$(printf '%s' "$pool" | sed -e 's/[.]/[.]/g')

@@ -59,6 +59,7 @@ class ProxyMap:
         pools = pools_of(self._settings, self._catalogue)
         if len(pools) == 1:
             return {}
+        pools = tuple(pool for pool in pools if not pool.asleep)  # whoever gets the request wakes the others
         by_base = {pool.engine.fingerprint: backend_of(pool) for pool in pools}
         states = self._catalogue.adapters.items()
         adapters = {name: by_base[base] for name, state in states for base in state.live_bases if base in by_base}

@@ -7,6 +7,7 @@ any replica.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
 from starlette.types import Scope, Send
@@ -15,6 +16,7 @@ from serve.adapters.reconcile import ReplicaReport
 from serve.errors import PoolUnavailable
 from serve.gateway.routing.forwarding import EPOCH_HEADER, Forwarder, ForwardLimits, ForwardTarget
 from serve.gateway.routing.peers import FetchReports, RecentReports, reachable_address
+from serve.gateway.routing.wake_queue import WakeQueue
 from serve.settings import PoolSettings
 
 # Longer than for holders of an adapter, which a request can do without.
@@ -26,7 +28,14 @@ _FIND_PAUSE_S = 0.2
 class OtherPool:
     """Finds the replicas of the pool by their reports, and remembers what does not change while the pool runs."""
 
-    def __init__(self, settings: PoolSettings, host: str, fetch_reports: FetchReports, forwarder: Forwarder) -> None:
+    def __init__(
+        self,
+        settings: PoolSettings,
+        host: str,
+        fetch_reports: FetchReports,
+        forwarder: Forwarder,
+        wakes: WakeQueue,
+    ) -> None:
         """`host`: where others reach this machine."""
         self.settings = settings
         self.name = settings.engine.model_name
@@ -34,11 +43,12 @@ class OtherPool:
         self._host = host
         self._reports = RecentReports(fetch_reports, _REPORT_TIMEOUT_S)
         self._forwarder = forwarder
+        self._wakes = wakes
         self._context_tokens: int | None = None
 
     async def is_ready(self) -> bool:
-        """Whether a replica of the pool answers."""
-        return bool(await self._reports.get())
+        """Whether a replica of the pool answers, or will as soon as a request wakes the pool."""
+        return self.settings.asleep or bool(await self._reports.get())
 
     async def context_tokens(self) -> int | None:
         """The most tokens of a prompt and its answer together; None until a replica of the pool has said it."""
@@ -50,28 +60,45 @@ class OtherPool:
         self, model: str, scope: Scope, body: bytes, send: Send, limits: ForwardLimits, epoch: int
     ) -> bool:
         """Has a replica of the pool answer the request, the least busy one that holds the adapter first. `epoch`: how
-        far this replica has followed the catalogue. Returns True, or raises PoolUnavailable if none can be
-        reached, and what `Forwarder.forward` raises."""
+        far this replica has followed the catalogue. A sleeping pool is woken, and waited for. Returns True, or
+        raises PoolUnavailable or PoolAsleep if none can be reached, and what `Forwarder.forward` raises."""
         headers = [(EPOCH_HEADER.encode(), str(epoch).encode())]
-        targets = await self._targets(model)
-        for target in targets:
-            is_last = target is targets[-1]
-            if await self._forwarder.forward(target, scope, body, send, limits, headers=headers, relays_503=is_last):
-                return True
-        raise PoolUnavailable(self.name)
-
-    async def _targets(self, model: str) -> Sequence[ForwardTarget]:
-        """The replicas that can be asked, the best one first. Waits a little for the first one to report."""
-        deadline = asyncio.get_running_loop().time() + _FIND_WITHIN_S
-        while not (reports := [report for report in await self._reports.get() if report.address]):
-            if asyncio.get_running_loop().time() > deadline:
+        waking_s = await self._waking_s()
+        deadline = _now() + max(waking_s, _FIND_WITHIN_S)
+        while True:
+            targets = await self._targets(model, deadline, is_waking=waking_s > 0)
+            for target in targets:
+                is_last = target is targets[-1]
+                if await self._forwarder.forward(
+                    target, scope, body, send, limits, headers=headers, relays_503=is_last
+                ):
+                    return True
+            if waking_s <= 0:
                 raise PoolUnavailable(self.name)
-            await asyncio.sleep(_FIND_PAUSE_S)
+            await asyncio.sleep(_FIND_PAUSE_S)  # what was found still ends: the engines of the pool start after it
+
+    async def _waking_s(self) -> float:
+        """How long a request may wait for the engines to start; not positive for a pool that is awake. Raises
+        PoolAsleep."""
+        woken_at = await self._wakes.wake(self.name) if self.settings.asleep else self.settings.woken_at
+        return self._wakes.left_s(woken_at) if woken_at else 0.0
+
+    async def _targets(self, model: str, deadline: float, *, is_waking: bool) -> Sequence[ForwardTarget]:
+        """The replicas that can be asked, the best one first. Waits for the first one to report."""
+        with self._wakes.place(self.name) if is_waking else contextlib.nullcontext():
+            while not (reports := [report for report in await self._reports.get() if report.address]):
+                if _now() > deadline:
+                    raise self._wakes.too_late(self.name) if is_waking else PoolUnavailable(self.name)
+                await asyncio.sleep(_FIND_PAUSE_S)
         prefix = self.settings.route_prefix.rstrip("/")
         return [
             ForwardTarget(report.replica, reachable_address(report.address or "", self._host), prefix)
             for report in sorted(reports, key=lambda report: _preference(report, model))
         ]
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _preference(report: ReplicaReport, model: str) -> tuple[bool, int, str]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import shutil
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from serve.catalogue.state_dir import StateDir
 from serve.follower.admin_client import AdminClient
 from tests.convert import parts
 from tests.e2e.conftest import ENGINE_OPTIONS, Server, Story, convert, reference_logprobs
+from tests.e2e.pools.running import READY_S, asking, pools_of, until_status, wait_for_state
 from tests.e2e.pools.test_pools import MERGE, PROMPT, TOLERANCE_NATS, body_of
 
-MERGED, BROKEN = "german-merged", "broken"
-READY_S = 240
+MERGED, BROKEN, SLEEPER = "german-merged", "broken", "sleeper"
 MOVES = 5
 OWN_LENGTH = 48  # of a pool that has it of its own
 LARGE = 100_000  # bytes; HAProxy holds 64 KiB
@@ -60,20 +59,6 @@ def client(pools: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{pools.url}/v1", api_key="none", max_retries=0)
 
 
-def pools_of(pools: Server) -> dict[str, dict[str, Any]]:
-    listed = pools.command("pool", "list", "--json")
-    assert listed.returncode == 0, listed.stderr
-    return {pool["name"]: pool for pool in json.loads(listed.stdout)["pools"]}
-
-
-def wait_for_state(pools: Server, name: str, state: str) -> dict[str, Any]:
-    deadline = time.monotonic() + READY_S
-    while (pool := pools_of(pools)[name])["state"] != state:
-        assert time.monotonic() < deadline, pool
-        time.sleep(1)
-    return pool
-
-
 def test_pools_that_were_added_before_come_back_and_one_that_cannot_start_keeps_no_other_from_it(
     pools: Server, client: openai.OpenAI
 ) -> None:
@@ -102,9 +87,10 @@ def test_a_pool_is_removed_and_added_while_another_one_answers_every_request(
     assert len(asked) > 50
     assert set(asked) == {200}
     assert {process.pid for process in pools.actors("ServeReplica:graft:EngineReplica")} == engines, "none restarted"
+    long = {"prompt": list(range(OWN_LENGTH + 1))}
     with pytest.raises(openai.BadRequestError, match=f"context length is {OWN_LENGTH}"):
-        client.completions.create(**body_of(MERGED, max_tokens=OWN_LENGTH))
-    assert client.completions.create(**body_of("french", max_tokens=OWN_LENGTH)).choices, "the others keep theirs"
+        client.completions.create(**body_of(MERGED, **long))
+    assert client.completions.create(**body_of("french", **long)).choices, "the others keep theirs"
     by_id = {"return_tokens_as_token_ids": True}
     logprobs: Any = client.completions.create(**body_of(MERGED, logprobs=5, extra_body=by_id)).choices[0].logprobs
     trained = parts.with_adapter(parts.dequantized_model(story.base), story.checkpoints["german"])
@@ -132,36 +118,6 @@ async def remove_and_add(pools: Server, artifacts: Path) -> list[int]:
         applied = await asyncio.to_thread(pools.command, "apply", file)
         assert "Nothing to change." in applied.stderr
     return statuses
-
-
-@contextlib.asynccontextmanager
-async def asking(pools: Server) -> AsyncIterator[list[int]]:
-    """Asks the first pool without a pause until the block ends."""
-    statuses: list[int] = []
-
-    async def ask(client: httpx.AsyncClient) -> None:
-        while True:
-            response = await client.post(f"{pools.url}/v1/completions", json=body_of("french", max_tokens=4))
-            statuses.append(response.status_code)
-
-    # A connection for each request: one that is kept may be closed while a request is on its way.
-    async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_keepalive_connections=0)) as client:
-        task = asyncio.create_task(ask(client))
-        yield statuses
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-
-async def until_status(pools: Server, model: str, status: int) -> None:
-    deadline = time.monotonic() + READY_S
-    async with httpx.AsyncClient(timeout=60) as client:
-        while True:
-            response = await client.post(f"{pools.url}/v1/completions", json=body_of(model))
-            if response.status_code == status:
-                return
-            assert time.monotonic() < deadline, response.text
-            await asyncio.sleep(0.2)
 
 
 def test_an_added_pool_is_listed_and_answers_what_the_proxy_could_not_send_to_it(
@@ -222,6 +178,48 @@ async def move_under_load(pools: Server) -> tuple[list[int], set[tuple[str, str]
         is_over.set()
         await asyncio.gather(*tasks)
     return statuses, seen
+
+
+def test_a_pool_that_nobody_asks_is_stopped_and_requests_that_come_then_wait_until_it_answers(
+    pools: Server, story: Story, artifacts: Path
+) -> None:
+    convert(story.checkpoints["french"], story.base, artifacts / SLEEPER, "--name", SLEEPER, *MERGE)
+
+    first, woken = asyncio.run(sleep_and_wake(pools, artifacts))
+
+    assert len(first) > 50
+    assert set(first) == {200}, "the other pools answer throughout"
+    assert [response.status_code for response in woken] == [200] * len(woken)
+    assert {response.headers["x-graft-model"] for response in woken} == {SLEEPER}
+    entries = json.loads(pools.command("history", "--json").stdout)["history"]
+    of_sleeper = [(entry["verb"], entry["by"]) for entry in reversed(entries) if entry["revision"] == SLEEPER]
+    assert [verb for verb, _ in of_sleeper][:3] == ["add_pool", "sleep_pool", "wake_pool"]
+    assert {by for _, by in of_sleeper[1:3]} == {"graft"}
+    wait_for_state(pools, SLEEPER, "asleep")
+    assert pools.command("pool", "remove", SLEEPER).returncode == 0
+
+
+async def sleep_and_wake(pools: Server, artifacts: Path) -> tuple[list[int], list[httpx.Response]]:
+    """The statuses of requests for the first pool meanwhile, and the answers to those that found the pool asleep."""
+    async with asking(pools) as statuses, httpx.AsyncClient(timeout=READY_S) as client:
+        added = await asyncio.to_thread(pools.command, "pool", "add", artifacts / SLEEPER, "--sleep-after", "3")
+        assert added.returncode == 0, added.stderr
+        await asyncio.to_thread(wait_for_state, pools, SLEEPER, "asleep")
+        deadline = time.monotonic() + READY_S
+        while pools.actors(f"ServeReplica:graft-{SLEEPER}:EngineReplica"):
+            assert time.monotonic() < deadline, "its engine is stopped"
+            await asyncio.sleep(0.5)
+        assert (await client.get(f"{pools.url}/health/{SLEEPER}")).status_code == 200
+        requests = [client.post(f"{pools.url}/v1/completions", json=body_of(SLEEPER)) for _ in range(4)]
+        late = asyncio.create_task(late_request(client, pools))
+        woken = [*await asyncio.gather(*requests), await late]
+    return statuses, woken
+
+
+async def late_request(client: httpx.AsyncClient, pools: Server) -> httpx.Response:
+    """One that comes while the engines start."""
+    await asyncio.sleep(8)
+    return await client.post(f"{pools.url}/v1/completions", json=body_of(SLEEPER))
 
 
 def test_what_cannot_be_added_or_removed_is_refused_with_the_reason(

@@ -20,7 +20,7 @@ from serve.catalogue.state_dir import StateDir
 from serve.cli.app import app
 from serve.cli.run import RunOptions, settings_of_pools
 from serve.deployment.pools.bundle import bundles_of
-from serve.deployment.pools.room import check_memory
+from serve.deployment.pools.room import check_memory, weights_of
 from serve.errors import MemoryShort
 from serve.settings.admin_tokens import sha256
 from tests.serve.conftest import MakeArtifact, write_weights
@@ -144,9 +144,9 @@ def test_models_that_need_more_memory_than_there_is_are_refused_before_anything_
     needed = sum(bundle.weight_bytes for bundle in bundles)
     assert all(bundle.weight_bytes > 0 for bundle in bundles)
 
-    check_memory(bundles, 2, 2 * needed)
+    check_memory(weights_of(bundles, 2), 2 * needed)
     with pytest.raises(MemoryShort, match=r"need 0\.0 GiB \(0\.0 for small-llama, 0\.0 for b\), and 0\.0 GiB"):
-        check_memory(bundles, 2, 2 * needed - 1)
+        check_memory(weights_of(bundles, 2), 2 * needed - 1)
 
 
 def test_a_port_in_use_is_told_before_anything_starts(make_artifact: MakeArtifact, tmp_path: Path) -> None:

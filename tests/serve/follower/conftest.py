@@ -11,7 +11,7 @@ import pytest
 from serve.catalogue.state_dir import StateDir
 from serve.follower.admin_client import AdminClient
 from serve.follower.desired_state import DesiredState
-from serve.settings import SERVERS_SETTINGS, EngineOverrides
+from serve.settings import NO_POOL_OPTIONS, PoolOptions
 from tests.serve.conftest import MakeArtifact
 
 
@@ -50,9 +50,9 @@ class RecordingClient(AdminClient):
         replicas: int,
         max_lora_rank: int | None,
         reason: str = "",
-        engine: EngineOverrides = SERVERS_SETTINGS,
+        options: PoolOptions = NO_POOL_OPTIONS,
     ) -> dict[str, Any]:
-        own = "".join(f" {value}" for value in engine.model_dump(exclude_defaults=True).values())
+        own = "".join(f" {value}" for value in options.model_dump(exclude_defaults=True).values())
         self._take(f"add {artifact.name} {name} {replicas} {max_lora_rank}{own}", artifact.name)
         return {"name": name or artifact.name}
 

@@ -83,7 +83,7 @@ def pool(base: str, name: str, replicas: int = 1, *, added: bool = True) -> dict
     """A pool as the admin API lists it."""
     return {
         "name": name, "base": base, "replicas": replicas, "added": added, "state": "running", "max_lora_rank": 16,
-        "max_active_adapters": 4, "max_resident_adapters": 16, "vllm_args": [],
+        "max_active_adapters": 4, "max_resident_adapters": 16, "vllm_args": [], "sleep_after_s": None,
     }  # fmt: skip
 
 

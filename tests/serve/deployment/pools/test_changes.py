@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,16 +11,21 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from serve.adapters.reconcile import ReplicaReport
 from serve.admin.pool_routes import NewPool
+from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.pool_changes import pools_of
+from serve.catalogue.pool_changes import add_pool, pools_of, sleep_pool
 from serve.deployment.pools import changes
 from serve.deployment.pools.changes import PoolChanges
 from serve.deployment.pools.controller import settings_of_added
-from serve.errors import EngineRefused, PathRefused, PoolRefused, ServeError
-from serve.settings import AdmissionSettings, EngineSettings, GatewaySettings, ServeSettings
+from serve.deployment.pools.sleep import sleep_when_idle
+from serve.errors import EngineRefused, PathRefused, PoolAsleep, PoolRefused, PoolUnavailable, ServeError
+from serve.observability.open_requests import OpenRequests
+from serve.settings import AdmissionSettings, EngineSettings, GatewaySettings, PoolOptions, ServeSettings
 from tests.serve.conftest import BASE, MakeArtifact
+from tests.serve.guarded import until
 
 ANN = Audit("ann")
 NOBODY: Any = None  # in place of the replicas, whom only a move asks
@@ -202,3 +208,65 @@ async def test_arguments_that_vllm_refuses_are_told_before_the_pool_is_recorded(
         NewPool(path=artifact.root, vllm_args=("--trust_remote_code",))
 
     assert log.read().epoch == 0
+
+
+async def test_a_sleeping_pool_is_woken_where_the_machine_has_room_for_it(
+    log: CatalogueLog,
+    make_artifact: MakeArtifact,
+    tmp_path: Path,
+    applications: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    artifact = make_artifact("merged", name="merged", weights=None, base="merged weights")
+    pools = PoolChanges(settings_in(tmp_path), log, NOBODY, taken)
+    await pools.add(NewPool(path=artifact.root, sleep_after_s=60), ANN)
+    sleep_pool(log, "merged", ANN)
+    applications["graft-merged"] = application("DELETING", ready=1)
+    assert [(view.state, view.sleep_after_s) for view in await pools.all()] == [("asleep", 60), ("starting", None)]
+
+    monkeypatch.setattr(changes, "memory_left", lambda: SimpleNamespace(available=1))
+    with pytest.raises(PoolAsleep, match="merged was asleep, and it can't start now: The weights of all engines need"):
+        await pools.wake("merged")
+    assert log.read().pools["merged"].asleep
+    monkeypatch.undo()
+    applications.clear()
+    monkeypatch.setattr(changes.ray_serve, "status", lambda: SimpleNamespace(applications=applications))
+    woken_at = await pools.wake("merged")
+    again = await pools.wake("merged")
+
+    assert again == woken_at == log.read().pools["merged"].woken_at
+    assert [view.state for view in await pools.all()] == ["starting", "starting"]
+    with pytest.raises(PoolUnavailable):
+        await pools.wake("gone")
+
+
+async def test_a_pool_sleeps_once_none_of_its_replicas_has_had_a_request_for_long_enough(
+    log: CatalogueLog, tmp_path: Path
+) -> None:
+    options = PoolOptions(sleep_after_s=1)
+    pool = AddedPool(name="merged", base=BASE, model_path=tmp_path, max_lora_rank=0, options=options)
+    add_pool(log, pool, [], ANN)
+    requests, other_is_idle_s = OpenRequests(), 0.0
+
+    async def reports() -> list[ReplicaReport]:
+        idle = (requests.idle_s, other_is_idle_s)
+        return [
+            ReplicaReport(replica=str(each), epoch=1, resident=(), running_requests=0, failures={}, idle_s=each)
+            for each in idle
+        ]
+
+    settings = pool.settings(settings_in(tmp_path).engine)
+    task = asyncio.create_task(sleep_when_idle(settings, log, requests, reports))
+    with requests.counted():
+        other_is_idle_s = 60.0
+        await asyncio.sleep(2)
+        assert not log.read().pools["merged"].asleep, "this one answers"
+    other_is_idle_s = 0.0
+    await asyncio.sleep(2)
+    assert not log.read().pools["merged"].asleep, "the other one answers"
+    other_is_idle_s = 60.0
+    await until(lambda: log.read().pools["merged"].asleep)
+    task.cancel()
+
+    entry = dict(log.history())[2]
+    assert (entry.verb, entry.by, entry.reason) == ("sleep_pool", "graft", "no request for 1 s")

@@ -11,7 +11,7 @@ import pytest
 
 from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.pool_changes import add_pool, remove_pool
+from serve.catalogue.pool_changes import add_pool, remove_pool, sleep_pool, wake_pool
 from serve.catalogue.storage.object_store import DirectoryStore
 from serve.deployment.app import deploy_config
 from serve.deployment.pools.controller import PoolController
@@ -54,6 +54,27 @@ def test_the_applications_that_run_keep_their_arguments_whatever_is_added(
     assert (added.gateway.max_wait_s, added.added, added.route_prefix) == (7, True, "/pools/ticket")
     assert [pool.engine.model_name for pool in added.other_pools] == ["small"]
     assert added.cpus_per_replica == 0, "Ray has none to give that were not there at its start"
+
+
+def test_a_pool_that_sleeps_is_stopped_and_one_that_wakes_is_started(
+    log: CatalogueLog, given: list[ServeSettings], tmp_path: Path
+) -> None:
+    deployed: list[Sequence[ServeSettings]] = []
+    controller = PoolController(given, log, deployed.append)
+    admin = CatalogueLog(DirectoryStore(tmp_path))
+    add_pool(admin, TICKET, [], Audit())
+    controller.update()
+    for change in (sleep_pool, wake_pool):
+        change(admin, "ticket", Audit())
+        change(admin, "ticket", Audit())
+        controller.update()
+
+    names = [[pool.engine.model_name for pool in pools] for pools in deployed]
+    assert names == [["small", "ticket"], ["small"], ["small", "ticket"]]
+    assert admin.read().epoch == 3, "what is so already is not recorded"
+    add_pool(admin, TICKET, [], Audit())
+    assert admin.read().epoch == 3, "it is the same pool"
+    assert sleep_pool(admin, "gone", Audit()).epoch == 3
 
 
 def test_what_ray_serve_refused_is_tried_again(log: CatalogueLog, given: list[ServeSettings]) -> None:

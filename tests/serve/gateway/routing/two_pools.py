@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from serve.adapters.publish import Control
 from serve.adapters.reconcile import Reconciler, ReplicaReport
 from serve.admin.routes import Admin
 from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
+from serve.catalogue.pool_changes import wake_pool
 from serve.catalogue.storage.object_store import DirectoryStore
 from serve.errors import ReplicaUnreachable
 from serve.follower.http_client import direct_async_client
@@ -31,6 +34,7 @@ from serve.gateway.routing.forwarding import Forwarder
 from serve.gateway.routing.other_pool import OtherPool
 from serve.gateway.routing.other_pools import OtherPools
 from serve.gateway.routing.peers import Peers
+from serve.gateway.routing.wake_queue import WakeQueue
 from serve.settings import EngineSettings, GatewaySettings, PoolSettings, ServeSettings
 from tests.serve.conftest import BASE, candidate, verify_nothing
 from tests.serve.fakes import FakeEngine, respond
@@ -48,6 +52,7 @@ class Replica:
     reconciler: Reconciler = field(init=False)
     peers: Peers = field(init=False)
     reachable: bool = True
+    woken: list[str] = field(default_factory=list)  # the pools that this replica has woken
 
     @property
     def name(self) -> str:
@@ -62,10 +67,20 @@ class Replica:
             raise ReplicaUnreachable("no answer")
         return [await self.reconciler.report()]
 
+    async def wake(self, name: str) -> datetime:
+        self.woken.append(name)
+        woken = wake_pool(self.log, name, Audit()).pools[name]
+        assert woken.woken_at
+        return woken.woken_at
+
     async def ask(self, model: str | None, path: str = "/v1/completions", **headers: str) -> httpx.Response:
         async with direct_async_client(timeout=60) as client:
             body = {"prompt": "hi"} if model is None else {"model": model}
             return await client.post(f"{self.url}{path}", json=body, headers=headers)
+
+    async def get_status(self, path: str) -> int:
+        async with direct_async_client(timeout=60) as client:
+            return (await client.get(f"{self.url}{path}")).status_code
 
     async def get(self, path: str) -> Any:
         async with direct_async_client(timeout=60) as client:
@@ -127,6 +142,7 @@ async def _serving(replica: Replica, other: Replica, store: AdapterStore, root: 
         address=lambda: replica.peers.address,
     )  # fmt: skip
     forwarder = Forwarder()
+    wakes = WakeQueue(replica.wake, settings.gateway.max_waiting_requests, settings.gateway.max_wake_s)
     replica.peers = Peers(base.model_name, HOST, replica.report, replica.reconciler.follow, forwarder=forwarder)
     await replica.reconciler.sync()
     admin = Admin(
@@ -141,7 +157,7 @@ async def _serving(replica: Replica, other: Replica, store: AdapterStore, root: 
         other_pools=OtherPools(
             settings,
             lambda: replica.reconciler.catalogue,
-            lambda known: OtherPool(known, HOST, other.report, forwarder),
+            lambda known: OtherPool(known, HOST, other.report, forwarder, wakes),
         ),
     )  # fmt: skip
 
