@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Sequence
 
 from starlette.types import Scope, Send
@@ -23,6 +24,8 @@ from serve.settings import PoolSettings
 _REPORT_TIMEOUT_S = 2.0
 _FIND_WITHIN_S = 2.0
 _FIND_PAUSE_S = 0.2
+# The proxy repeats a request that found no replica, three times: it shall not wait again.
+_OUT_OF_REACH_S = 2.0
 
 
 class OtherPool:
@@ -45,6 +48,7 @@ class OtherPool:
         self._forwarder = forwarder
         self._wakes = wakes
         self._context_tokens: int | None = None
+        self._out_of_reach_until_s = -math.inf
 
     async def is_ready(self) -> bool:
         """Whether a replica of the pool answers, or will as soon as a request wakes the pool."""
@@ -64,7 +68,8 @@ class OtherPool:
         raises PoolUnavailable or PoolAsleep if none can be reached, and what `Forwarder.forward` raises."""
         headers = [(EPOCH_HEADER.encode(), str(epoch).encode())]
         waking_s = await self._waking_s()
-        deadline = _now() + max(waking_s, _FIND_WITHIN_S)
+        is_out_of_reach = waking_s <= 0 and _now() < self._out_of_reach_until_s
+        deadline = _now() if is_out_of_reach else _now() + max(waking_s, _FIND_WITHIN_S)
         while True:
             targets = await self._targets(model, deadline, is_waking=waking_s > 0)
             for target in targets:
@@ -88,6 +93,7 @@ class OtherPool:
         with self._wakes.place(self.name) if is_waking else contextlib.nullcontext():
             while not (reports := [report for report in await self._reports.get() if report.address]):
                 if _now() > deadline:
+                    self._out_of_reach_until_s = _now() + _OUT_OF_REACH_S
                     raise self._wakes.too_late(self.name) if is_waking else PoolUnavailable(self.name)
                 await asyncio.sleep(_FIND_PAUSE_S)
         prefix = self.settings.route_prefix.rstrip("/")

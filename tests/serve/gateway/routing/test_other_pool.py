@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from serve.catalogue.adapter_store import AdapterStore
 from serve.follower.http_client import direct_async_client
 from serve.gateway.public_routes import ENGINE_ROUTES
 from serve.gateway.routing import other_pool
+from serve.gateway.routing.peers import MAX_REPORT_AGE_S
 from tests.serve.conftest import candidate
 from tests.serve.gateway.routing.two_pools import PIRATE, Replica, two_pools
 
@@ -83,6 +85,22 @@ async def test_a_request_that_names_no_model_is_refused_because_there_are_severa
     answer = await pools[at].ask(None)
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "model_missing")
+
+
+async def test_a_request_that_found_no_replica_does_not_wait_again_when_the_proxy_repeats_it(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = pools
+    monkeypatch.setattr(other_pool, "_FIND_WITHIN_S", 0.1)
+    monkeypatch.setattr(other_pool, "_OUT_OF_REACH_S", 600)
+    there.reachable = False
+    assert (await here.ask("ticket")).status_code == 503
+
+    monkeypatch.setattr(other_pool, "_FIND_WITHIN_S", 600)  # longer than the client waits
+    assert (await here.ask("ticket")).json()["error"]["code"] == "pool_unavailable"
+    there.reachable = True
+    await asyncio.sleep(MAX_REPORT_AGE_S)
+    assert (await here.ask("ticket")).status_code == 200, "it is asked as soon as it reports"
 
 
 async def test_a_pool_that_cannot_be_reached_takes_no_other_with_it(
