@@ -22,7 +22,7 @@ from serve.settings import PoolSettings
 
 # Longer than for holders of an adapter, which a request can do without.
 _REPORT_TIMEOUT_S = 2.0
-_FIND_WITHIN_S = 2.0
+_FIND_WITHIN_S = 1.0
 _FIND_PAUSE_S = 0.2
 # The proxy repeats a request that found no replica, three times: it shall not wait again.
 _OUT_OF_REACH_S = 2.0

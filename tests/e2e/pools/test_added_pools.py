@@ -210,6 +210,11 @@ async def sleep_and_wake(pools: Server, artifacts: Path) -> tuple[list[int], lis
             assert time.monotonic() < deadline, "its engine is stopped"
             await asyncio.sleep(0.5)
         assert (await client.get(f"{pools.url}/health/{SLEEPER}")).status_code == 200
+        log = (pools.state.parent / "server.log").read_text()
+        metrics = (await client.get(log.rpartition("Prometheus: ")[2].split()[0])).text
+        up = [line for line in metrics.splitlines() if line.startswith("graft_replica_up{")]
+        assert up, metrics[:500]
+        assert not any(f'model_name="{SLEEPER}"' in line for line in up), "it is not missed by an alert"
         requests = [client.post(f"{pools.url}/v1/completions", json=body_of(SLEEPER)) for _ in range(4)]
         late = asyncio.create_task(late_request(client, pools))
         woken = [*await asyncio.gather(*requests), await late]
