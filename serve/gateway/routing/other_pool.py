@@ -78,7 +78,7 @@ class OtherPool:
                     target, scope, body, send, limits, headers=headers, relays_503=is_last
                 ):
                     return True
-            if waking_s <= 0:
+            if waking_s <= 0 or _now() > deadline:
                 raise PoolUnavailable(self.name)
             await asyncio.sleep(_FIND_PAUSE_S)  # what was found still ends: the engines of the pool start after it
 
