@@ -26,6 +26,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 OTHER_CHAT_TEMPLATES = "additional_chat_templates"
 PROCESSOR_CHAT_TEMPLATE = "chat_template.json"
 GENERATION_CONFIG = "generation_config.json"
+# How a multimodal model prepares images: transformers and vLLM read them.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # One of these is a tokenizer; the other files only accompany it.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -48,6 +50,7 @@ READ_FILES = frozenset(
         CHAT_TEMPLATE,
         PROCESSOR_CHAT_TEMPLATE,
         GENERATION_CONFIG,
+        *PROCESSOR_FILES,
         *TOKENIZER_FILES,
         *TRAINER_FILES,
     }

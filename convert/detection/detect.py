@@ -18,7 +18,7 @@ from convert.detection.training_sources import BASE_SOURCES, TRAINER_FILE_SOURCE
 from convert.errors import CheckpointUnsupported, TrainingUnknown
 from convert.inputs import trainer_files
 from convert.inputs.adapter_checkpoint import Checkpoint
-from convert.inputs.base_model import public_name
+from convert.inputs.trainer_files import public_name
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from convert.artifact.file_names import CONFIG
 from convert.detection.training import Training, TrainingQuantizer, TrainingSource
 from convert.inputs import trainer_files
 from convert.inputs.adapter_checkpoint import Checkpoint
-from convert.inputs.base_model import public_name
+from convert.inputs.trainer_files import public_name
 
 # Each takes a time that grows with the text alone, whatever somebody else wrote there: none begins anew in what it has
 # passed over.

@@ -9,7 +9,7 @@ and the files that the trainer writes beside them (`trainer_files`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,12 +21,13 @@ from convert.artifact.links import is_contained, require_contained, require_no_d
 from convert.errors import CheckpointUnreadable, CheckpointUnsupported, one_for_each_cause
 from convert.inputs import lora, trainer_files
 from convert.inputs.adapter_state import AdapterState, SavedWeight, TrainedRows
-from convert.inputs.architecture import is_layer_linear
+from convert.inputs.architecture import Architecture, is_layer_linear
 from convert.inputs.keys import TORCHTUNE_TARGETS
 from convert.inputs.lora_weights import LoraWeights
-from convert.inputs.peft_settings import HARMLESS_SETTINGS, PLAIN_INITS, UNSUPPORTED_SETTINGS, type_problem
+from convert.inputs.peft_settings import setting_problems
+from convert.inputs.sorted_keys import other_part_problem
 from convert.safetensors_io.directories import checkpoints_below, gathering_problem, why_no_adapter, why_no_directory
-from convert.safetensors_io.tensors import Tensors, all_finite
+from convert.safetensors_io.tensors import Tensors, TensorSpec, all_finite
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "LoraWeights", "SavedWeight", "TrainedRows"]
 
 RouteName = Literal["adapter", "merge", "rebase", "recover"]
-
-_BIASES = (None, "none", "all", "lora_only")
-_NEUTRAL: tuple[object, ...] = (None, False, [], {}, "")
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,16 @@ class Checkpoint:
         tensors = _open_tensors(root)
         state = AdapterState.of(config, tensors.specs, trainer_files.base_config(root))
         gathering = gathering_problem(root, {name: spec.shape for name, spec in tensors.specs.items()})
-        problems = _setting_problems(config) + ([gathering] if gathering else list(state.problems))
+        problems = setting_problems(config) + ([gathering] if gathering else list(state.problems))
         if state.is_empty and not problems:
             problems.append("the adapter file holds no LoRA weights: was it saved from the trained model?")
         layout = "torchtune" if state.is_torchtune else trainer_files.layout_of(root, config)
         return cls(root, config, layout, state, tuple(problems), tensors)
+
+    def named_as(self, family: Architecture) -> Checkpoint:
+        """The checkpoint with the family's names of the modules of a decoder (`AdapterState.named_as`)."""
+        state = self.adapter_state.named_as(family)
+        return self if state == self.adapter_state else replace(self, adapter_state=state)
 
     @property
     def lora_weights(self) -> Mapping[str, LoraWeights]:
@@ -216,17 +219,26 @@ class Checkpoint:
         )
         if not_finite or unequal:
             return _WeightFindings(problems=not_finite + unequal)
+        if trained := [module for module, specs in state.in_other_parts.items() if self._are_nonzero(specs)]:
+            return _WeightFindings(problems=(other_part_problem(trained),))
         deltas = (*self.lora_weights.values(), *state.embedding_lora_weights.values())
         zero = [weights.module for weights in deltas if not self._has_effect(weights)]
         if len(zero) == len(deltas) and not state.saved_weights and not state.trained_rows:
             problem = "every delta is zero, so the adapter changes nothing: was it saved before the first step?"
             return _WeightFindings(problems=(problem,))
-        return _WeightFindings(warnings=(_zero_delta_warning(zero, len(deltas)),) if zero else ())
+        warnings = [_zero_delta_warning(zero, len(deltas))] if zero else []
+        if others := len(state.in_other_parts):
+            warnings.append(f"{others} modules outside of the language model have a delta of zero, which is left out")
+        return _WeightFindings(warnings=tuple(warnings))
 
     def _has_effect(self, weights: LoraWeights) -> bool:
         if weights.magnitude:
             return True
-        return bool(weights.scaling and all(self.tensors.read(spec.name).any() for spec in (weights.a, weights.b)))
+        return bool(weights.scaling and self._are_nonzero((weights.a, weights.b)))
+
+    def _are_nonzero(self, specs: tuple[TensorSpec, ...]) -> bool:
+        """Whether each tensor has an element that is not zero: NaN is none."""
+        return all(bool(self.tensors.read(spec.name).any()) for spec in specs)
 
 
 @dataclass(frozen=True)
@@ -263,30 +275,3 @@ def _open_tensors(root: Path) -> Tensors:
     except CheckpointUnreadable as error:
         below = checkpoints_below(root)
         raise CheckpointUnreadable(f"{error} {below}" if below else str(error)) from None
-
-
-def _setting_problems(config: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if str(config.get("peft_type", "")).upper() != "LORA":
-        problems.append(f"peft_type is {config.get('peft_type')!r}: only LORA adapters are supported")
-    problems += [problem for name, value in config.items() if (problem := _setting_problem(name, value))]
-    return problems
-
-
-def _setting_problem(name: str, value: object) -> str | None:
-    if setting := UNSUPPORTED_SETTINGS.get(name):
-        return None if value in setting.neutral else f"{name}={value!r}: {setting.why}"
-    if name == "bias":
-        return None if value in _BIASES else f"bias={value!r}: expected one of {', '.join(map(repr, _BIASES))}"
-    if name == "init_lora_weights":
-        if value in PLAIN_INITS:
-            return None
-        return (
-            f"init_lora_weights={value!r} changed the base weights before training, so the adapter alone is wrong "
-            "on the original base: save it converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
-        )
-    if problem := type_problem(name, value):
-        return problem
-    if name in HARMLESS_SETTINGS or value in _NEUTRAL:
-        return None
-    return f"{name}={value!r} is a setting not known here: it may change what the adapter does"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convert.artifact.file_names import ADAPTER_CONFIG
-from convert.inputs.architecture import EMBEDDING_MODULES, HEAD_MODULES, LINEARS
+from convert.inputs.architecture import EMBEDDING_MODULES, HEAD_MODULES, LINEARS, Architecture
 from convert.inputs.keys import TORCHTUNE_TARGETS, Part
 from convert.inputs.lora_weights import LORA_PARTS, LoraWeights, LoraWeightsInvalid, lora_weights_of
 from convert.inputs.patterns import PatternInvalid, require_quick, unmatched_patterns
@@ -45,7 +45,8 @@ class AdapterState:
 
     `base_layers`: copies of the base's own weights below adapted layers, by the name of the base's tensor. `doubled`:
     pairs of tensors that stand for one saved weight. `unread`: names of tensors that the function as trained does not
-    read. `problems` stop a conversion, `warnings` don't. `is_torchtune`: the file has torchtune's own names.
+    read. `in_other_parts`: those of LoRA outside of a multimodal model's language model, by module. `problems` stop a
+    conversion, `warnings` don't. `is_torchtune`: the file has torchtune's own names.
     """
 
     lora_weights: Mapping[str, LoraWeights] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class AdapterState:
     base_layers: Mapping[str, TensorSpec] = field(default_factory=dict)
     doubled: tuple[tuple[TensorSpec, TensorSpec], ...] = ()
     unread: frozenset[str] = frozenset()
+    in_other_parts: Mapping[str, tuple[TensorSpec, ...]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     is_torchtune: bool = False
@@ -87,10 +89,27 @@ class AdapterState:
             base_layers=sorted_keys.base_layers,
             doubled=sorted_keys.doubled,
             unread=sorted_keys.unread,
+            in_other_parts=sorted_keys.in_other_parts,
             warnings=tuple(_warnings(sorted_keys, adapter_config, lora_weights)),
             is_torchtune=any(key.is_torchtune for parts in modules.values() for key, _ in parts.values()),
         )
         return replace(state, problems=tuple(problems) or tuple(state._unused_problems(specs)))
+
+    def named_as(self, family: Architecture) -> AdapterState:
+        """The state with the names that the family has for the modules of a decoder.
+
+        An adapter of a multimodal model has those of a text model, too: of the text model it was cut out of, or of an
+        older version of transformers.
+        """
+        own = family.own_name
+        return replace(
+            self,
+            lora_weights=_renamed(self.lora_weights, family),
+            embedding_lora_weights=_renamed(self.embedding_lora_weights, family),
+            saved_weights={own(name): saved for name, saved in self.saved_weights.items()},
+            trained_rows={own(name): rows for name, rows in self.trained_rows.items()},
+            base_layers={own(name): spec for name, spec in self.base_layers.items()},
+        )
 
     @property
     def is_empty(self) -> bool:
@@ -112,8 +131,14 @@ class AdapterState:
 
     def _unused_problems(self, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
         compared = {spec.name for spec in (*self.base_layers.values(), *(second for _, second in self.doubled))}
+        compared |= {spec.name for of_module in self.in_other_parts.values() for spec in of_module}
         for name in sorted(specs.keys() - {spec.name for spec in self.specs} - compared - self.unread):
             yield f"{name!r} has no use beside the other tensors of its module: save the adapter again"
+
+
+def _renamed(lora_weights: Mapping[str, LoraWeights], family: Architecture) -> dict[str, LoraWeights]:
+    renamed = (replace(weights, module=family.own_name(module)) for module, weights in lora_weights.items())
+    return {weights.module: weights for weights in renamed}
 
 
 def _paths(modules: Modules) -> Iterator[str]:

@@ -10,7 +10,7 @@ config.json leaves out. docs/how-to/add-an-architecture.md says how to add one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,10 @@ class Architecture:
     weight, which it may have. `fused`: linear layers of which others keep the parts, by name. `rotated`: the linear
     layers whose rows torchtune orders differently: those of queries and keys, where torchtune turns pairs of rows that
     lie side by side.
+
+    Of a model that also sees, `other_parts` are the modules that are not its language model, and `older_names` are
+    prefixes of the language model's names, each with the one that it has in files of transformers before 4.52. There
+    the other parts have their names without `model.`.
     """
 
     linears: tuple[str, ...] = (*_ATTENTION, *_MLP)
@@ -43,6 +47,8 @@ class Architecture:
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head"
+    other_parts: tuple[str, ...] = ()
+    older_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def embedding_module(self) -> str:
@@ -65,6 +71,23 @@ class Architecture:
         """Whether a tensor of the model that belongs to no linear layer's weight may have this name."""
         return name in (self.embedding, self.final_norm) or bool(self._other.fullmatch(name))
 
+    def is_other_part(self, name: str) -> bool:
+        """Whether a module or tensor is one of `other_parts`, or in one, by its name in the model or in older files."""
+        plain = name.removeprefix("model.")
+        return any(f"{plain}.".startswith(f"{part.removeprefix('model.')}.") for part in self.other_parts)
+
+    def file_prefixes(self, names: Collection[str]) -> Mapping[str, str]:
+        """Prefixes of names here with those that they have in files with tensors of these names; empty if the same."""
+        return self.older_names if with_prefix(self.embedding, self.older_names) in names else {}
+
+    def own_name(self, name: str) -> str:
+        """The name here of a module or tensor of a decoder that has its name in any family; others are unchanged."""
+        for prefix in _PREFIXES:
+            inner = name.removeprefix(prefix)
+            if inner != name and _IN_DECODER.match(inner):
+                return f"{_decoder_prefix(self)}{inner}"
+        return name
+
     def fused_for(self, module: str) -> str | None:
         """The fused layer that holds `module`, which is a layer by itself in other families; None where none does."""
         block, _, part = module.rpartition(".")
@@ -85,8 +108,22 @@ def _any_of(names: tuple[str, ...]) -> str:
     return "|".join(map(re.escape, names))
 
 
+def with_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """The name with another prefix, if it has one of `prefixes`."""
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+    return prefixes.get(prefix, "") + name.removeprefix(prefix)
+
+
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
+
+
+def _decoder_prefix(family: Architecture) -> str:
+    return family.layers.removesuffix("layers")
+
+
+# What a decoder is made of, by its names there.
+_IN_DECODER = re.compile(r"layers\.\d+\.|(?:embed_tokens|norm)(?:\.|$)")
 
 
 _LLAMA = Architecture()
@@ -99,6 +136,15 @@ _OLMO2 = replace(_LLAMA, norms=("post_attention_layernorm", "post_feedforward_la
 
 _FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 _PHI3 = Architecture(linears=("self_attn.qkv_proj", _ATTENTION[-1], "mlp.gate_up_proj", _MLP[-1]), fused=_FUSED)
+
+_MULTIMODAL = Architecture(
+    layers="model.language_model.layers",
+    embedding="model.language_model.embed_tokens.weight",
+    final_norm="model.language_model.norm.weight",
+    other_parts=("model.vision_tower", "model.multi_modal_projector"),
+    older_names={"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+)
+_QWEN_VL = replace(_MULTIMODAL, other_parts=("model.visual",), older_names={"model.language_model.": "model."})
 
 # By model_type of config.json, in the order of the documentation.
 FAMILIES: Mapping[str, Architecture] = {
@@ -121,6 +167,17 @@ FAMILIES: Mapping[str, Architecture] = {
     "ernie4_5": _LLAMA,
     "seed_oss": _LLAMA,
     "phi3": _PHI3,
+    "gemma3": replace(_MULTIMODAL, norms=_GEMMA3.norms),
+    "mistral3": _MULTIMODAL,
+    "qwen2_5_vl": _QWEN_VL,
+}
+
+# Why well-known families can't be added as an entry above.
+_REFUSED: Mapping[str, str] = {
+    "mllama": (
+        "Some of its decoder layers attend to the image and are left out where there is none, so that their linear "
+        "layers are others than those of the rest"
+    ),
 }
 
 EMBEDDING_MODULES = frozenset(family.embedding_module for family in FAMILIES.values())
@@ -133,13 +190,23 @@ ROTATED = frozenset(name for family in FAMILIES.values() for name in family.rota
 def architecture_of(config: Mapping[str, Any], root: Path) -> Architecture:
     """The family of a model directory, by its config.json. Raises ArchitectureUnknown."""
     model_type = config["model_type"]
-    if model_type not in FAMILIES:
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    named = f"{root} is of the family {model_type!r} (model_type of config.json)"
+    if reason := _REFUSED.get(model_type):
         raise ArchitectureUnknown(
-            f"{root} is of the family {model_type!r} (model_type of config.json), whose weights have no names here. "
-            f"Converted are {', '.join(FAMILIES)}. Give a base of one of these, or add the family, which is one entry "
-            "of convert/inputs/architecture.py: docs/how-to/add-an-architecture.md"
+            f"{named}, which is not converted. {reason}. Converted are {', '.join(FAMILIES)}. Fine-tune one of these."
         )
-    return FAMILIES[model_type]
+    raise ArchitectureUnknown(
+        f"{named}, whose weights have no names here. "
+        f"Converted are {', '.join(FAMILIES)}. Give a base of one of these, or add the family, which is one entry "
+        "of convert/inputs/architecture.py: docs/how-to/add-an-architecture.md"
+    )
+
+
+def is_other_part(module: str) -> bool:
+    """Whether a module is a part of a multimodal model that is not its language model, in any family."""
+    return any(family.is_other_part(module) for family in FAMILIES.values())
 
 
 def is_layer_linear(module: str) -> bool:
@@ -155,5 +222,7 @@ def name_in_layer(module: str) -> tuple[int, str] | None:
     return None
 
 
+# The longest prefix first: the others are prefixes of it.
+_PREFIXES = tuple(sorted({_decoder_prefix(family) for family in FAMILIES.values()}, key=len, reverse=True))
 # Families differ more in norms than in linear layers.
 _LAYOUTS = tuple({(family.layers, family.linears): family for family in FAMILIES.values()}.values())

@@ -7,8 +7,6 @@ by compressed-tensors.
 
 from __future__ import annotations
 
-import os
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,49 +14,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.artifact import MANIFEST, Artifact
-from convert.artifact.file_names import CONFIG, GENERATION_CONFIG, MODEL_STEM, TOKENIZER_FILES
+from convert.artifact.file_names import CONFIG, GENERATION_CONFIG, MODEL_STEM, PROCESSOR_FILES, TOKENIZER_FILES
 from convert.artifact.links import require_contained
 from convert.errors import BaseMismatch, BaseUnreadable
 from convert.inputs import model_config
-from convert.inputs.architecture import Architecture, architecture_of
-from convert.quantization import compressed, nf4
-from convert.quantization.compressed import Compressed
+from convert.inputs.architecture import Architecture, architecture_of, with_prefix
+from convert.inputs.trainer_files import public_name
 from convert.quantization.format import QuantizationFormat
+from convert.quantization.linear import Linear, compressed_format_of, stored_linear
 from convert.safetensors_io.directories import why_no_directory, why_no_model
 from convert.safetensors_io.tensors import DTYPES, FLOATS, Tensors, TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer; `is_head`: the output head. `quantization_format`: None where its weight is stored as floats."""
-
-    module: str
-    out_features: int
-    in_features: int
-    quantization_format: QuantizationFormat | None
-    is_head: bool = False
-
-    @property
-    def weight(self) -> str:
-        """The name of its weight."""
-        return f"{self.module}.weight"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
+__all__ = ["BaseModel", "Linear"]
 
 
 @dataclass(frozen=True)
 class BaseModel:
     """A base model whose configuration and headers have been read.
 
-    `quantization_format`: that of its quantized linear layers; None where there are none.
+    `quantization_format`: that of its quantized linear layers; None where there are none. The tensors have the names of
+    the family; `file_prefixes`: prefixes of these names, and those that they have in the files.
     """
 
     root: Path
@@ -68,6 +46,7 @@ class BaseModel:
     linears: Mapping[str, Linear]
     quantization_format: QuantizationFormat | None
     artifact: Artifact | None
+    file_prefixes: Mapping[str, str]
 
     @classmethod
     def open(cls, path: Path) -> BaseModel:
@@ -83,13 +62,18 @@ class BaseModel:
         if not (root / CONFIG).is_file():
             raise BaseUnreadable(why_no_model(root))
         config = model_config.read_config(root)
-        tensors = Tensors.open(root, MODEL_STEM, BaseUnreadable)
+        in_files = Tensors.open(root, MODEL_STEM, BaseUnreadable)
         architecture = architecture_of(config, root)
-        linears = _linears(root, architecture, tensors, _compressed_format(root, config, tensors))
+        prefixes = architecture.file_prefixes(in_files.specs)
+        of_files = {prefix: own for own, prefix in prefixes.items()}
+        tensors = in_files.renamed({name: with_prefix(name, of_files) for name in in_files.specs})
+        if architecture.other_parts:
+            config = _with_stored_head(config, architecture, tensors)
+        linears = _linears(root, config, architecture, tensors)
         _require_known(root, config["model_type"], architecture, tensors, linears)
         _require_complete(root, config, architecture, tensors, linears)
         formats = [linear.quantization_format for linear in linears.values() if linear.quantization_format]
-        return cls(root, config, architecture, tensors, linears, formats[0] if formats else None, artifact)
+        return cls(root, config, architecture, tensors, linears, formats[0] if formats else None, artifact, prefixes)
 
     @property
     def is_quantized(self) -> bool:
@@ -123,8 +107,27 @@ class BaseModel:
     @property
     def other_specs(self) -> tuple[TensorSpec, ...]:
         """Every tensor that does not belong to a linear layer's weight: embeddings, norms, biases."""
-        of_linears = {name for linear in self.linears.values() for name in _stored_names(linear)}
+        of_linears = {name for linear in self.linears.values() for name in linear.stored_names}
         return tuple(spec for name, spec in self.tensors.specs.items() if name not in of_linears)
+
+    @property
+    def language_specs(self) -> tuple[TensorSpec, ...]:
+        """`other_specs` of the language model."""
+        return tuple(spec for spec in self.other_specs if not self.architecture.is_other_part(spec.name))
+
+    @property
+    def other_part_specs(self) -> tuple[TensorSpec, ...]:
+        """`other_specs` of the other parts of a multimodal model."""
+        return tuple(spec for spec in self.other_specs if self.architecture.is_other_part(spec.name))
+
+    @property
+    def language_settings(self) -> Mapping[str, Any]:
+        """The settings of the language model in config.json."""
+        return model_config.language_settings(self.config)
+
+    def file_name(self, name: str) -> str:
+        """The name in files like the base's of a tensor of the family."""
+        return with_prefix(name, self.file_prefixes)
 
     @property
     def tokenizer_files(self) -> tuple[Path, ...]:
@@ -132,11 +135,12 @@ class BaseModel:
 
     @property
     def generation_files(self) -> tuple[Path, ...]:
-        return self._present((GENERATION_CONFIG,))
+        processors = PROCESSOR_FILES if self.architecture.other_parts else ()
+        return self._present((GENERATION_CONFIG, *processors))
 
     def stored_specs(self, linear: Linear) -> tuple[TensorSpec, ...]:
         """The tensors in which a linear layer's weight is stored: one, or the parts of its quantization format."""
-        return tuple(self.tensors.specs[name] for name in _stored_names(linear))
+        return tuple(self.tensors.specs[name] for name in linear.stored_names)
 
     def read(self, linear: Linear) -> torch.Tensor:
         """The weight (out, in): as stored in floats, or dequantized to float32."""
@@ -172,17 +176,6 @@ class BaseModel:
         return tuple(path for name in names if (path := self.root / name).is_file())
 
 
-def public_name(name: str) -> str:
-    """A hub id unchanged; for a local path the hub id in the name of a hub cache directory, or its last part."""
-    # os.path: False for a name that is too long for a path, where pathlib raises an error.
-    if _HUB_ID.fullmatch(name) and not os.path.isdir(name):  # noqa: PTH112
-        return name
-    for part in Path(name).parts:
-        if match := _HUB_CACHE.fullmatch(part):
-            return f"{match['owner']}/{match['name']}"
-    return Path(name).name or "base"
-
-
 def _model_directory(artifact: Artifact) -> Path:
     manifest = artifact.manifest
     if manifest.route.name == "merge":
@@ -199,32 +192,25 @@ def _model_directory(artifact: Artifact) -> Path:
     return artifact.model_path
 
 
-def _compressed_format(root: Path, config: Mapping[str, Any], tensors: Tensors) -> Compressed | None:
-    """The format of compressed-tensors that config.json names. Raises BaseUnreadable for another quantization."""
-    quantization = config.get("quantization_config")
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method")
-    if method == compressed.METHOD:
-        return compressed.format_of(root, quantization, tensors)
-    if method != "bitsandbytes":
-        raise BaseUnreadable(
-            f"{root} is quantized by {method!r}. Give the original model, or one stored as NF4 or by "
-            f"{compressed.METHOD} as {', '.join(compressed.NAMES)}."
-        )
-    nf4.require_nf4(root, quantization)
-    return None
+def _with_stored_head(config: dict[str, Any], architecture: Architecture, tensors: Tensors) -> dict[str, Any]:
+    """The configuration of a multimodal model, untied where the files hold a head that is not the embedding.
+
+    Its parts have settings of their own, which can contradict each other. transformers decides by the weights, too.
+    """
+    head, embedding = architecture.head_weight, architecture.embedding
+    if head in tensors and embedding in tensors and not tensors.has_bytes_of(head, tensors, embedding):
+        return model_config.with_own_head(config)
+    return config
 
 
-def _linears(
-    root: Path, architecture: Architecture, tensors: Tensors, compressed_format: Compressed | None
-) -> dict[str, Linear]:
+def _linears(root: Path, config: Mapping[str, Any], architecture: Architecture, tensors: Tensors) -> dict[str, Linear]:
+    compressed_format = compressed_format_of(root, config, tensors, architecture.other_parts)
     linears = {}
     for module in sorted({module for name in tensors.specs if (module := _module_of_weight(name))}):
         if module == architecture.head:
-            linears[module] = replace(_linear(root, tensors, module, None), is_head=True)
+            linears[module] = replace(stored_linear(root, tensors, module, None), is_head=True)
         elif architecture.layer_of(module) is not None:
-            linears[module] = _linear(root, tensors, module, compressed_format)
+            linears[module] = stored_linear(root, tensors, module, compressed_format)
     return linears
 
 
@@ -234,35 +220,14 @@ def _module_of_weight(name: str) -> str | None:
     return module if part in ("weight", "weight_packed") else None
 
 
-def _linear(root: Path, tensors: Tensors, module: str, compressed_format: Compressed | None) -> Linear:
-    if compressed_format:
-        shape = compressed.stored_shape(root, tensors, module, compressed_format)
-        return Linear(module, *shape, compressed_format)
-    if f"{module}.weight.{nf4.STATE}" in tensors:
-        nf4_format, shape = nf4.stored_layer(root, tensors, module)
-        return Linear(module, *shape, nf4_format)
-    spec = tensors.specs.get(f"{module}.weight")
-    if spec is None or spec.dtype not in FLOATS or len(spec.shape) != 2 or 0 in spec.shape:
-        stored = f"{spec.dtype} {list(spec.shape)}" if spec else "packed"
-        raise BaseUnreadable(
-            f"{root}: '{module}.weight' is {stored}; expected a matrix of bfloat16, float16 or float32, or NF4 with "
-            "its quant_state. Give the original model, or one stored as NF4."
-        )
-    return Linear(module, spec.shape[0], spec.shape[1], None)
-
-
-def _stored_names(linear: Linear) -> tuple[str, ...]:
-    if linear.quantization_format is None:
-        return (linear.weight,)
-    return tuple(spec.name for spec in linear.quantization_format.specs(linear.module, linear.shape))
-
-
 def _require_known(
     root: Path, model_type: str, architecture: Architecture, tensors: Tensors, linears: Mapping[str, Linear]
 ) -> None:
-    of_linears = {name for linear in linears.values() for name in _stored_names(linear)}
+    of_linears = {name for linear in linears.values() for name in linear.stored_names}
     other_names = tensors.specs.keys() - of_linears
-    unknown = sorted(name for name in other_names if not architecture.has_other_weight(name))
+    unknown = sorted(
+        name for name in other_names if not (architecture.has_other_weight(name) or architecture.is_other_part(name))
+    )
     if unknown:
         raise BaseUnreadable(
             f"{root} is not built like {model_type}: {len(unknown)} tensors have no place there "
@@ -277,7 +242,7 @@ def _require_complete(
     tensors: Tensors,
     linears: Mapping[str, Linear],
 ) -> None:
-    layers = config["num_hidden_layers"]
+    layers = model_config.language_settings(config)["num_hidden_layers"]
     modules = architecture.linears_of(layers) + ([] if model_config.is_tied(config) else [architecture.head])
     missing = [name for name in (architecture.embedding, architecture.final_norm) if name not in tensors]
     if missing := missing + [f"{module}.weight" for module in modules if module not in linears]:

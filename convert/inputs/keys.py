@@ -61,7 +61,7 @@ class Key:
     @property
     def is_corrected(self) -> bool:
         """Whether the path differs from that in the causal language model; removing a wrapper is no correction."""
-        return self.trained_path != self.module
+        return self.trained_path not in (self.module, _before_transformers_4_52(self.module))
 
     @property
     def weight(self) -> str:
@@ -117,7 +117,9 @@ _PLAIN_KEYS: tuple[tuple[re.Pattern[str], Part], ...] = (
     (re.compile(rf"{_MODULE}\.weight"), Part.WEIGHT),
     (re.compile(rf"{_MODULE}\.bias"), Part.BIAS),
 )
-_ADAPTER_WORDS = re.compile(r"lora_|ia3_|oft_|hada_|lokr_|vera_|boft_|adapter|prompt|modules_to_save|base_layer")
+_ADAPTER_WORDS = re.compile(
+    r"(?<![a-z])(?:lora_|ia3_|oft_|hada_|lokr_|vera_|boft_)|adapter|prompt|modules_to_save|base_layer"
+)
 
 # Explanations of keys that no pattern above matches.
 _UNKNOWN_KEYS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -155,17 +157,24 @@ def strip_wrappers(key: str) -> str:
 
 
 def canonical_module(module: str) -> str:
-    """The path of a module in transformers' causal language model: `model.layers…`, but `lm_head`.
+    """The path of a module in transformers' causal language model: `model.layers…`, but `lm_head`; in a multimodal one
+    `model.language_model.layers…`.
 
     A file has `model.model.` where the model was wrapped once more, and no `model.` where the adapter was trained on
     the model without its head.
     """
-    inner = module
-    while inner.startswith("model."):
-        inner = inner.removeprefix("model.")
+    inner = re.sub(r"^(?:(?:model|language_model)\.)+", "", module)
+    around = module.removesuffix(inner).split(".")
     if re.match(r"(?:layers\.\d+\.|embed_tokens$|norm$)", inner):
-        return f"model.{inner}"
+        return f"model.language_model.{inner}" if "language_model" in around else f"model.{inner}"
     return inner if inner == "lm_head" else module
+
+
+def _before_transformers_4_52(module: str) -> str:
+    """The path of a module of a multimodal model in older versions of transformers. vLLM reads it, too."""
+    if module == "lm_head":
+        return "language_model.lm_head"
+    return re.sub(r"^model\.language_model\.", "language_model.model.", module)
 
 
 def _torchtune_key(match: re.Match[str]) -> Key | None:

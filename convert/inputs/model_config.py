@@ -17,6 +17,7 @@ _Size = Annotated[int, Field(gt=0, le=1 << 31)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 # Vocabularies have less than 2^31 tokens, and the tokenizers library takes no larger ids.
 _TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TEXT_CONFIG = "text_config"
 StopIds = _TokenId | list[_TokenId] | None
 
 
@@ -43,6 +44,7 @@ class ModelSettings(Settings):
     dtype: str | None = None
     torch_dtype: str | None = None
     quantization_config: dict[str, Any] | None = None
+    text_config: dict[str, Any] | None = None
     eos_token_id: StopIds = None
 
 
@@ -50,8 +52,25 @@ def read_config(directory: Path) -> dict[str, Any]:
     """The config.json of a model directory. Raises BaseUnreadable, which names every setting of a wrong type."""
     path = directory / CONFIG
     config = read_json(path, BaseUnreadable)
-    settings_of(config, ModelSettings, path, BaseUnreadable)
+    nested = config.get(TEXT_CONFIG)
+    stated = {**config, **nested, "model_type": config.get("model_type")} if isinstance(nested, dict) else config
+    settings_of(stated, ModelSettings, path, BaseUnreadable)
     return config
+
+
+def language_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the language model: those of the whole model, or the `text_config` of a multimodal one."""
+    nested = config.get(TEXT_CONFIG)
+    if not isinstance(nested, dict):
+        return config
+    model_type = nested.get("model_type") or getattr(_language_defaults(config), "model_type", None)
+    return {**config, **nested, "model_type": model_type or config["model_type"]}
+
+
+def with_language_settings(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with these settings of the language model."""
+    nested = config.get(TEXT_CONFIG)
+    return {**config, TEXT_CONFIG: {**nested, **changes}} if isinstance(nested, dict) else {**config, **changes}
 
 
 def stop_ids(stated: StopIds) -> tuple[int, ...]:
@@ -64,19 +83,28 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
     Readers older than transformers 4.56 know only torch_dtype.
     """
-    return {**config, "dtype": dtype, "torch_dtype": dtype}
+    names = ("dtype", "torch_dtype")
+    nested = config.get(TEXT_CONFIG)
+    stated = [name for name in names if isinstance(nested, dict) and nested.get(name)]
+    return with_language_settings(config, dict.fromkeys(stated, dtype)) | dict.fromkeys(names, dtype)
 
 
 def setting(config: Mapping[str, Any], name: str) -> Any:
     """The value in config.json, else transformers' default; None where transformers doesn't know the model type."""
     if name in config:
         return config[name]
-    return getattr(_defaults(str(config.get("model_type"))), name, None)
+    defaults = _defaults(str(config.get("model_type")))
+    return getattr(defaults, name, getattr(_language_defaults(config), name, None))
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the head is the embedding."""
     return bool(setting(config, "tie_word_embeddings"))
+
+
+def with_own_head(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a model whose head has its own weight. vLLM reads the setting of the language model."""
+    return with_language_settings(config, {"tie_word_embeddings": False}) | {"tie_word_embeddings": False}
 
 
 def head_dim(config: Mapping[str, Any]) -> int | None:
@@ -123,6 +151,10 @@ def _rope_of_transformers(config: Mapping[str, Any]) -> object:
         return AutoConfig.for_model(**dict(config)).rope_parameters
     except Exception:  # as in _defaults
         return "the values"
+
+
+def _language_defaults(config: Mapping[str, Any]) -> Any:
+    return getattr(_defaults(str(config.get("model_type"))), TEXT_CONFIG, None)
 
 
 @cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from convert.artifact.json_files import shown
 
@@ -20,7 +21,7 @@ class Setting:
 
 
 _OFF: tuple[object, ...] = (None, False)
-UNSUPPORTED_SETTINGS: Mapping[str, Setting] = {
+_UNSUPPORTED_SETTINGS: Mapping[str, Setting] = {
     "lora_bias": Setting(_OFF, "a bias in LoRA is not served: train with lora_bias=False"),
     "target_parameters": Setting((None, []), "LoRA on bare parameters is not served: use target_modules"),
     "layer_replication": Setting((None, []), "replicated layers are another model: train without them"),
@@ -37,7 +38,7 @@ UNSUPPORTED_SETTINGS: Mapping[str, Setting] = {
 }
 
 # Settings of training, or of how PEFT finds the modules to adapt: the tensors show which ones it found.
-HARMLESS_SETTINGS = frozenset(
+_HARMLESS_SETTINGS = frozenset(
     {
         "alpha_pattern",
         "auto_mapping",
@@ -90,7 +91,7 @@ _NAME_SETTINGS: Mapping[str, str] = {
 }
 
 
-def type_problem(name: str, value: object) -> str | None:
+def _type_problem(name: str, value: object) -> str | None:
     """What is wrong with the type of a setting that names modules."""
     expected = _NAME_SETTINGS.get(name)
     if expected is None or value is None or (isinstance(value, str) and expected is _NAMES):
@@ -100,6 +101,36 @@ def type_problem(name: str, value: object) -> str | None:
     return f"{name}={shown(value)}: {expected}, as PEFT's save_pretrained writes it"
 
 
+_BIASES = (None, "none", "all", "lora_only")
+_NEUTRAL: tuple[object, ...] = (None, False, [], {}, "")
 # Initialisations that leave the base weights alone. The others (pissa, olora, corda, loftq, lora_ga) change the base
 # weights before training, so that the adapter is wrong on the published base.
-PLAIN_INITS: tuple[object, ...] = (None, True, False, "gaussian", "eva", "mica", "orthogonal")
+_PLAIN_INITS: tuple[object, ...] = (None, True, False, "gaussian", "eva", "mica", "orthogonal")
+
+
+def setting_problems(config: Mapping[str, Any]) -> list[str]:
+    """What stops a conversion in the settings of adapter_config.json."""
+    problems = []
+    if str(config.get("peft_type", "")).upper() != "LORA":
+        problems.append(f"peft_type is {config.get('peft_type')!r}: only LORA adapters are supported")
+    problems += [problem for name, value in config.items() if (problem := _setting_problem(name, value))]
+    return problems
+
+
+def _setting_problem(name: str, value: object) -> str | None:
+    if setting := _UNSUPPORTED_SETTINGS.get(name):
+        return None if value in setting.neutral else f"{name}={value!r}: {setting.why}"
+    if name == "bias":
+        return None if value in _BIASES else f"bias={value!r}: expected one of {', '.join(map(repr, _BIASES))}"
+    if name == "init_lora_weights":
+        if value in _PLAIN_INITS:
+            return None
+        return (
+            f"init_lora_weights={value!r} changed the base weights before training, so the adapter alone is wrong "
+            "on the original base: save it converted to plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    if problem := _type_problem(name, value):
+        return problem
+    if name in _HARMLESS_SETTINGS or value in _NEUTRAL:
+        return None
+    return f"{name}={value!r} is a setting not known here: it may change what the adapter does"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from convert.inputs.architecture import is_layer_linear
+from convert.inputs.architecture import is_layer_linear, is_other_part
 from convert.inputs.keys import Key, Part, parse, why_unknown
 from convert.inputs.lora_weights import LORA_PARTS
 from convert.safetensors_io.tensors import FLOATS, TensorSpec
@@ -16,7 +16,7 @@ Modules = dict[str, dict[Part, tuple[Key, TensorSpec]]]
 
 @dataclass(frozen=True)
 class SortedKeys:
-    """By module and role; `base_layers`, `doubled` and `unread` as in `AdapterState`.
+    """By module and role; `base_layers`, `doubled`, `unread` and `in_other_parts` as in `AdapterState`.
 
     `problems`: keys and shapes that don't fit.
     """
@@ -24,6 +24,7 @@ class SortedKeys:
     modules: Modules
     base_layers: Mapping[str, TensorSpec]
     unread: frozenset[str]
+    in_other_parts: Mapping[str, tuple[TensorSpec, ...]]
     problems: tuple[str, ...]
 
     @classmethod
@@ -41,7 +42,12 @@ class SortedKeys:
                 problems.append(problem)
             elif key:
                 modules.setdefault(key.module, {})[key.part] = key, spec
-        return cls(modules, base_layers, frozenset(unread), tuple(problems))
+        others = {module: modules.pop(module) for module in list(modules) if is_other_part(module)}
+        # Whether LoRA weights have an effect, their values say. Anything else has one.
+        if trained := [module for module, parts in others.items() if not parts.keys() <= {Part.A, Part.B}]:
+            problems.append(other_part_problem(trained))
+        in_other_parts = {module: tuple(spec for _, spec in parts.values()) for module, parts in others.items()}
+        return cls(modules, base_layers, frozenset(unread), in_other_parts, tuple(problems))
 
     @property
     def doubled(self) -> tuple[tuple[TensorSpec, TensorSpec], ...]:
@@ -51,6 +57,15 @@ class SortedKeys:
             for parts in self.modules.values()
             if Part.SAVED in parts and Part.WEIGHT in parts
         )
+
+
+def other_part_problem(modules: Sequence[str]) -> str:
+    """Why an adapter is refused that changes these modules of a multimodal model."""
+    more = f" and {len(modules) - 1} more modules" if len(modules) > 1 else ""
+    return (
+        f"{modules[0]}{more} outside of the language model were trained, and only the language model is converted. "
+        "Train that alone: PEFT's exclude_modules leaves the others out"
+    )
 
 
 def _key_problem(name: str, key: Key | None, spec: TensorSpec, modules: Modules) -> str | None:

@@ -6,6 +6,7 @@ checkpoint-K/    the checkpoint; most trainers write every file here
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from convert.artifact.json_files import read_json
 from convert.artifact.links import is_contained
 from convert.errors import CheckpointUnreadable, ConvertError
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_CACHE = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 # A step of a run: transformers' checkpoint-500, torchtune's epoch_0 and step_100, ms-swift 1's default in a step.
 _STEP = re.compile(r"(?:checkpoint|epoch|step|global_step)[-_]?\d+|checkpoint-(?:best|last|final)|default")
 _MAX_FILE_BYTES = 4 << 20
@@ -127,6 +130,17 @@ def repository_of(root: Path) -> str | None:
         if isinstance(name, str) and name:
             return name
     return None
+
+
+def public_name(name: str) -> str:
+    """A hub id unchanged; for a local path the hub id in the name of a hub cache directory, or its last part."""
+    # os.path: False for a name that is too long for a path, where pathlib raises an error.
+    if _HUB_ID.fullmatch(name) and not os.path.isdir(name):  # noqa: PTH112
+        return name
+    for part in Path(name).parts:
+        if match := _HUB_CACHE.fullmatch(part):
+            return f"{match['owner']}/{match['name']}"
+    return Path(name).name or "base"
 
 
 def base_config(root: Path) -> dict[str, Any]:

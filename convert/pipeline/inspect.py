@@ -9,7 +9,8 @@ from convert.detection.detect import Detection, detect, stated_by_user
 from convert.detection.training import Training
 from convert.errors import CheckpointUnsupported, ConvertError
 from convert.inputs.adapter_checkpoint import Checkpoint
-from convert.inputs.base_model import BaseModel, public_name
+from convert.inputs.base_model import BaseModel
+from convert.inputs.trainer_files import public_name
 from convert.pipeline.request import quantization_format, run_command, usable_tokenizer
 from convert.plan.conversion_plan import plan_model
 from convert.plan.weight_updates import WeightUpdates
@@ -54,6 +55,7 @@ def inspect(root: Path, base_root: Path | None) -> Inspection:
     checkpoint = Checkpoint.open(root)
     detection = detect(checkpoint)
     base = BaseModel.open(base_root) if base_root else None
+    checkpoint = checkpoint.named_as(base.architecture) if base else checkpoint
     problems = checkpoint.all_problems + _quantizer_problems(root, detection)
     if problems:
         return Inspection(checkpoint, detection, problems, ())

@@ -167,6 +167,11 @@ class PreparedRequest:
             raise RouteRefused(
                 f"--method {method} is for --quantize w4a16 and w8a8-int8, not for {variant.storage_name}."
             )
+        if method != "rtn" and self.base.architecture.other_parts:
+            raise RouteRefused(
+                f"--method {method} is for models of text alone: llm-compressor would quantize more than the language "
+                "model. Take --method rtn."
+            )
         if method != "rtn" and self.calibration is None:
             raise RouteRefused(
                 f"--method {method} needs text to calibrate on, like what it will be used on: --calibration."
@@ -187,6 +192,7 @@ def prepare(request: Request, progress: Progress) -> PreparedRequest:
     checkpoint = Checkpoint.open(request.checkpoint)
     checkpoint.require_supported()
     base = BaseModel.open(request.base)
+    checkpoint = checkpoint.named_as(base.architecture)
     tokenizer = usable_tokenizer(checkpoint, base)
     detection = _detect_training(request, checkpoint, base, tokenizer, text, progress)
     target = request.target or target_here()

@@ -46,13 +46,13 @@ def _lora_problems(checkpoint: Checkpoint, base: BaseModel) -> Iterator[str]:
             yield _missing_linear(module, base)
         elif (weights.in_features, weights.out_features) != (linear.in_features, linear.out_features):
             yield _feature_problem(weights, linear.in_features, linear.out_features)
-        elif weights.head_dim and weights.head_dim != (expected := head_dim(base.config)):
+        elif weights.head_dim and weights.head_dim != (expected := head_dim(base.language_settings)):
             yield f"{module}: its rows are ordered in heads of {weights.head_dim}, the base has heads of {expected}"
 
 
 def _missing_linear(module: str, base: BaseModel) -> str:
     if base.architecture.layer_of(module) is not None:
-        return f"{module}: the base has only {base.config['num_hidden_layers']} layers"
+        return f"{module}: the base has only {base.language_settings['num_hidden_layers']} layers"
     own = ", ".join(name.rpartition(".")[2] for name in base.architecture.linears)
     if fused := base.architecture.fused_for(module):
         return f"{module}: in the base it is a part of {fused}: train on {own}"
@@ -94,7 +94,7 @@ def _base_layer_problems(checkpoint: Checkpoint, base: BaseModel) -> Iterator[st
 def _missing_bias_problems(checkpoint: Checkpoint, base: BaseModel) -> Iterator[str]:
     """PEFT's rules: `all` trains every bias of the model, `lora_only` those of adapted layers."""
     setting, state = checkpoint.config.get("bias"), checkpoint.adapter_state
-    biases = {name for name in base.tensors.specs if name.endswith(".bias")}
+    biases = {spec.name for spec in base.language_specs if spec.name.endswith(".bias")}
     if setting == "lora_only":
         biases &= {f"{module}.bias" for module in state.lora_weights}
     missing = sorted(biases - state.saved_weights.keys()) if setting in ("all", "lora_only") else []

@@ -17,16 +17,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from convert.errors import BaseMismatch, OutputUnwritable
+from convert.errors import BaseMismatch, BaseUnreadable, OutputUnwritable
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel, Linear
-from convert.inputs.model_config import rope_note, with_dtype
+from convert.inputs.model_config import rope_note, with_dtype, with_language_settings, with_own_head
 from convert.plan.side_files import SideFiles, side_files
 from convert.plan.stop_tokens import StopTokens
 from convert.plan.weight_updates import WeightUpdate, WeightUpdates
 from convert.quantization.format import QuantizationFormat
 from convert.quantization.nf4 import Nf4
-from convert.safetensors_io.tensors import DTYPES, TensorSpec
+from convert.safetensors_io.tensors import DTYPES, FLOATS, TensorSpec
 
 MergedOnto = Literal["original", "dequantized"]
 
@@ -123,7 +123,8 @@ def plan_model(
 ) -> ModelPlan:
     """Every tensor and file of the model directory.
 
-    Raises BaseUnreadable when no tokenizer is anywhere, BaseMismatch for an update of a weight that is not written.
+    Raises BaseUnreadable when no tokenizer is anywhere, or a vision tower is quantized that can't stay as it is, and
+    BaseMismatch for an update of a weight that is not written.
     """
     if updates is None:
         updates = WeightUpdates.of(checkpoint, base, separate=output_format.merged_onto is None)
@@ -151,14 +152,15 @@ def _output_config(base: BaseModel, output_format: OutputFormat, updates: Weight
     """config.json of the written model."""
     # _name_or_path is a path on the disk of whoever saved the base.
     config = {name: value for name, value in base.config.items() if name != "_name_or_path"}
-    config.update(_config_changes(base, updates))
+    config = _updated_config(config, base, updates)
     planner = _Planner(base, output_format)
     if planner.keeps_base:
         stated = config.get("dtype") or config.get("torch_dtype")
         return with_dtype(config, stated or DTYPES[base.embedding.dtype][1])
     config.pop("quantization_config", None)
     if output_format.quantization_format:
-        config["quantization_config"] = output_format.quantization_format.config()
+        float_parts = base.architecture.other_parts
+        config["quantization_config"] = output_format.quantization_format.config(float_parts)
     return with_dtype(config, DTYPES[planner.dtype][1])
 
 
@@ -192,7 +194,9 @@ class _Planner:
         return self.output_format.dtype or self.base.dtype
 
     def steps(self, updates: WeightUpdates) -> Iterator[Step]:
-        for spec in self.base.other_specs:
+        for spec in self.base.other_part_specs:
+            yield self._other_part_step(spec)
+        for spec in self.base.language_specs:
             yield self._float_step(spec, updates.by_weight.get(spec.name))
         for linear in self.base.linears.values():
             # Some tied models store the head a second time; the embedding is what counts.
@@ -201,6 +205,16 @@ class _Planner:
         if updates.untie_head:
             head = self.base.architecture.head_weight
             yield self._update_step(self.base.embedding, updates.by_weight[head], head)
+
+    def _other_part_step(self, spec: TensorSpec) -> CopyStep:
+        """Raises BaseUnreadable for a quantized weight where config.json will name another quantization."""
+        if spec.dtype not in FLOATS and not self.keeps_base:
+            raise BaseUnreadable(
+                f"{self.base.root}: {spec.name!r} is {spec.dtype}. Only the language model is converted, and what else "
+                "there is must be stored as floats. Give the original model, or keep this base: --route adapter "
+                f"--quantize {self.base.quantization_name}."
+            )
+        return CopyStep(spec)
 
     def _linear_steps(self, linear: Linear, update: WeightUpdate | None) -> Sequence[Step]:
         specs = self.base.stored_specs(linear)
@@ -244,13 +258,11 @@ class _Planner:
         return self.dtype
 
 
-def _config_changes(base: BaseModel, updates: WeightUpdates) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    if updates.untie_head:
-        changes["tie_word_embeddings"] = False
+def _updated_config(config: dict[str, Any], base: BaseModel, updates: WeightUpdates) -> dict[str, Any]:
+    config = with_own_head(config) if updates.untie_head else config
     if updates.vocabulary != base.vocabulary:
-        changes["vocab_size"] = updates.vocabulary
-    return changes
+        config = with_language_settings(config, {"vocab_size": updates.vocabulary})
+    return config
 
 
 def _update_notes(base: BaseModel, updates: WeightUpdates) -> Iterator[str]:
@@ -261,5 +273,5 @@ def _update_notes(base: BaseModel, updates: WeightUpdates) -> Iterator[str]:
         )
     if updates.vocabulary != base.vocabulary:
         yield f"The vocabulary was resized in training: from {base.vocabulary} to {updates.vocabulary} rows."
-    if note := rope_note(base.config):
+    if note := rope_note(base.language_settings):
         yield note

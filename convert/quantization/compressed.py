@@ -16,7 +16,7 @@ packing, from float32 weights and from the scale in the type in which it is stor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -114,13 +114,13 @@ class Compressed:
         weight: torch.Tensor = compressor.decompress(local, scheme)["weight"]
         return weight
 
-    def config(self) -> dict[str, Any]:
+    def config(self, float_parts: Sequence[str] = ()) -> dict[str, Any]:
         """As llm-compressor writes it."""
         return {
             "config_groups": {"group_0": self.group() | {"format": _FORMATS[self.name]}},
             "format": _FORMATS[self.name],
             "global_compression_ratio": None,
-            "ignore": ["lm_head"],
+            "ignore": _ignored(float_parts),
             "kv_cache_scheme": None,
             "quant_method": METHOD,
             "quantization_status": "compressed",
@@ -150,6 +150,13 @@ class Compressed:
         return scale.clamp(min=torch.finfo(dtype).tiny).to(dtype)
 
 
+def _ignored(float_parts: Sequence[str]) -> list[str]:
+    """The layers that are not quantized, by patterns where transformers and vLLM have other paths for them."""
+    if not float_parts:
+        return ["lm_head"]
+    return ["re:.*lm_head", *(f"re:.*{part.removeprefix('model.')}.*" for part in float_parts)]
+
+
 def _arguments(number: str, *, strategy: str, dynamic: bool = False, observer: str | None = None) -> dict[str, Any]:
     return {
         "actorder": None,
@@ -177,11 +184,16 @@ def _library(settings: Compressed) -> tuple[Any, Any]:
     return compressor, QuantizationScheme.model_validate(settings.group())
 
 
-def format_of(root: Path, quantization: Mapping[str, Any], tensors: Tensors) -> Compressed:
+def format_of(
+    root: Path, quantization: Mapping[str, Any], tensors: Tensors, float_parts: Sequence[str] = ()
+) -> Compressed:
     """The format that a `quantization_config` of compressed-tensors describes. Raises BaseUnreadable for any other."""
+    ignored: tuple[object, ...] = (None, [], ["lm_head"], _ignored(float_parts))
     for name in NAMES:
         for group_size in GROUP_SIZES if name == "w4a16" else (None,):
-            if _is_config_of(quantization, Compressed(name, group_size=group_size)):
+            if quantization.get("ignore") in ignored and _is_config_of(
+                quantization, Compressed(name, group_size=group_size)
+            ):
                 return Compressed(name, _scale_dtype(root, tensors), group_size)
     raise BaseUnreadable(
         f"{root} is stored by {METHOD} in a way that is not read here (format {quantization.get('format')!r}). Read "
@@ -239,7 +251,6 @@ def _is_config_of(quantization: Mapping[str, Any], settings: Compressed) -> bool
         and group.get("output_activations") is None
         and _decoding_arguments(group.get("weights")) == _decoding_arguments(expected["weights"])
         and _decoding_arguments(group.get("input_activations")) == _decoding_arguments(expected["input_activations"])
-        and quantization.get("ignore") in (None, [], ["lm_head"])
         and not any(quantization.get(name) for name in ("kv_cache_scheme", "transform_config", "sparsity_config"))
     )
 

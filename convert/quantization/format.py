@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from convert.artifact import QuantizationName
@@ -32,6 +32,6 @@ class QuantizationFormat(Protocol):
         """The weight (out, in) in float32, from its stored tensors by full name."""
         ...
 
-    def config(self) -> dict[str, Any]:
-        """The `quantization_config` of config.json."""
+    def config(self, float_parts: Sequence[str] = ()) -> dict[str, Any]:
+        """The `quantization_config` of config.json. `float_parts`: modules in which nothing is quantized."""
         ...

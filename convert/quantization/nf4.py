@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,15 +110,18 @@ class Nf4:
         weight: torch.Tensor = dequantize_4bit(codes, state)
         return weight.view(shape)
 
-    def config(self) -> dict[str, Any]:
+    def config(self, float_parts: Sequence[str] = ()) -> dict[str, Any]:
         """The `quantization_config` as transformers writes it."""
         from transformers import BitsAndBytesConfig
 
+        # transformers compares with the beginning of a module's path, vLLM with each name in it.
+        names = dict.fromkeys(name for part in float_parts for name in (part, part.removeprefix("model.")))
         config: dict[str, Any] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=self.double,
             bnb_4bit_compute_dtype=self.torch_dtype,
+            llm_int8_skip_modules=["lm_head", *names] if names else None,
         ).to_dict()
         return config
 

@@ -33,7 +33,7 @@ def _shape_problems(base: BaseModel, onto: BaseModel) -> Iterator[str]:
 
 
 def _norm_problems(base: BaseModel, onto: BaseModel) -> Iterator[str]:
-    for spec in base.other_specs:
+    for spec in base.language_specs:
         if spec == base.embedding or spec.name.endswith("inv_freq"):
             continue
         if spec.name not in onto.tensors or onto.tensors.specs[spec.name].shape != spec.shape:

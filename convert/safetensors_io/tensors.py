@@ -108,6 +108,20 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self.specs
 
+    def renamed(self, names: Mapping[str, str]) -> Tensors:
+        """The same tensors with other names. `names`: the new name of each tensor that gets one, by its present one.
+
+        Raises the error of `open` where two would have one name.
+        """
+        specs: dict[str, TensorSpec] = {}
+        for name, spec in self.specs.items():
+            new = names.get(name, name)
+            if new in specs:
+                raise self._error(f"{self.directory} holds {new!r} a second time, under another name")
+            specs[new] = replace(spec, name=new)
+        locations = {names.get(name, name): location for name, location in self._locations.items()}
+        return replace(self, specs=specs, _locations=locations)
+
     def location(self, name: str) -> tuple[Path, int]:
         """The file a tensor is in, and the offset of its first byte there."""
         location = self._locations[name]

@@ -7,7 +7,7 @@ scales, each module's scale is multiplied into its B; where they have several ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,18 @@ class UniformAdapter:
             "peft_type": "LORA",
             "r": self.rank,
             "rank_pattern": {},
-            "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+            "target_modules": _targets(sorted(modules)),
             "task_type": "CAUSAL_LM",
             "use_dora": False,
             "use_rslora": False,
         }
+
+
+def _targets(modules: Sequence[str]) -> list[str]:
+    """Last names of the modules; whole paths in a multimodal model, whose vision tower has layers of such names too."""
+    if any(module.startswith("model.language_model.") for module in modules):
+        return list(modules)
+    return sorted({module.rpartition(".")[2] for module in modules})
 
 
 def write_adapter(directory: Path, checkpoint: Checkpoint, source: str, progress: Progress) -> UniformAdapter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,11 +13,12 @@ from convert.artifact.durable_files import sync
 from convert.artifact.file_names import CONFIG, MODEL_STEM
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
-from convert.plan.conversion_plan import ModelPlan
+from convert.plan.conversion_plan import ModelPlan, Step
 from convert.progress import Progress
 from convert.safetensors_io.direct_io import IoThreads
 from convert.safetensors_io.reader import TensorReader
 from convert.safetensors_io.shards import SHARD_BYTES, Shard, ShardWriter, index, split
+from convert.safetensors_io.tensors import TensorSpec
 from convert.write.blocks import Buffers
 from convert.write.files import write_json, write_side_files
 from convert.write.journal import Journal
@@ -38,7 +40,7 @@ def write_model(
     Shards that the journal holds are kept; each shard that gets finished is added to it. Memory: a few blocks of rows
     and one module's A and B, or one whole weight while it is quantized.
     """
-    shards = split((step.outputs for step in plan.steps), MODEL_STEM, shard_bytes)
+    shards = split((_in_file(step, base) for step in plan.steps), MODEL_STEM, shard_bytes)
     missing = [shard for shard in shards if not (journal and journal.holds(directory / shard.file))]
     with TensorReader(base.tensors) as reader:
         with _ShardFiles(directory, journal) as files:
@@ -50,6 +52,11 @@ def write_model(
     write_json(directory / CONFIG, plan.stop_tokens.config)
     write_side_files(directory, plan.stop_tokens.files)
     return base_files
+
+
+def _in_file(step: Step, base: BaseModel) -> tuple[TensorSpec, ...]:
+    """The outputs of a step with their names in the files, which are those of the base's files."""
+    return tuple(replace(spec, name=base.file_name(spec.name)) for spec in step.outputs)
 
 
 class _ShardFiles:
@@ -103,12 +110,12 @@ def _write_shards(
     files: _ShardFiles, shards: Sequence[Shard], tasks: StepTasks, reader: TensorReader, progress: Progress
 ) -> None:
     shard_of = {spec.name: shard for shard in shards for spec in shard.specs}
-    all_steps = tasks.plan.steps
-    steps = [step for step in all_steps if step.outputs[0].name in shard_of]
+    all_steps, file_name = tasks.plan.steps, tasks.base.file_name
+    steps = [step for step in all_steps if file_name(step.outputs[0].name) in shard_of]
     kept = len(all_steps) - len(steps)
     buffers = Buffers()
     with closing(compute_blocks(map(tasks.task, steps), reader, buffers)) as outputs:
         for number, name, block in outputs:
             progress("writing weights", kept + number, len(all_steps))
-            files.append(shard_of[name], name, block.bytes)
+            files.append(shard_of[file_name(name)], file_name(name), block.bytes)
             buffers.release(block.buffer)

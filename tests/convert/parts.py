@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -98,7 +99,13 @@ def load_quantized(base: Path, *, double: bool = True) -> Any:
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=settings).eval()
+    return auto_class(base).from_pretrained(base, dtype=torch.bfloat16, quantization_config=settings).eval()
+
+
+def auto_class(directory: Path) -> Any:
+    """transformers' factory for the model of a directory."""
+    is_multimodal = hasattr(AutoConfig.from_pretrained(directory), "vision_config")
+    return AutoModelForImageTextToText if is_multimodal else AutoModelForCausalLM
 
 
 def save_compressed(base: Path, directory: Path, name: CompressedName) -> Path:
@@ -176,7 +183,7 @@ def dequantized_model(base: Path, *, double: bool = True) -> Any:
 
 def load_stored(directory: Path) -> Any:
     """A float32 model of a directory whose linear layers are stored as NF4."""
-    return dequantized(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16))
+    return dequantized(auto_class(directory).from_pretrained(directory, dtype=torch.bfloat16))
 
 
 def float32_of(opened: BaseModel) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.errors import BaseUnreadable
 from convert.inputs.base_model import BaseModel
+from convert.inputs.model_config import TEXT_CONFIG, with_language_settings
 from convert.quantization.format import QuantizationFormat
 
 if TYPE_CHECKING:
@@ -48,15 +49,19 @@ def skeleton(base: BaseModel) -> Any:
 
 def _empty_model(base: BaseModel) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.initialization import no_init_weights
 
+    others = base.architecture.other_parts
+    factory = AutoModelForImageTextToText if others else AutoModelForCausalLM
     try:
         config = AutoConfig.for_model(**_float_config(base.config))
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+            model = factory.from_config(config, dtype=torch.float32, attn_implementation="eager")
     except Exception as cause:  # the model's own code raises errors of many kinds for sizes that don't fit
         raise BaseUnreadable(f"{base.root}: transformers makes no model of its config.json: {cause}") from cause
+    for part in others:
+        model.set_submodule(part, torch.nn.Module())  # text alone never runs it
     model.tie_weights()
     return model
 
@@ -64,15 +69,18 @@ def _empty_model(base: BaseModel) -> Any:
 def weight_shapes(base: BaseModel) -> dict[str, tuple[int, ...]]:
     """The shape of every weight of the model that its files hold, by its name; they may hold others too."""
     linears = [linear for linear in base.linears.values() if not (linear.is_head and base.is_tied)]
-    return {spec.name: spec.shape for spec in base.other_specs} | {linear.weight: linear.shape for linear in linears}
+    return {spec.name: spec.shape for spec in base.language_specs} | {linear.weight: linear.shape for linear in linears}
 
 
 def _float_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in ("quantization_config", "auto_map")}
+    left_out = ("quantization_config", "auto_map")
+    nested_dtypes = {"dtype": None, "torch_dtype": None} if TEXT_CONFIG in config else {}
+    kept = {name: value for name, value in config.items() if name not in left_out}
+    return with_language_settings(kept, nested_dtypes) if nested_dtypes else kept
 
 
 def _named_weights(base: BaseModel, quantizer: QuantizationFormat | None) -> Iterator[tuple[str, torch.Tensor]]:
-    for spec in base.other_specs:
+    for spec in base.language_specs:
         yield spec.name, base.tensors.read(spec.name)
     for linear in base.linears.values():
         if linear.is_head and base.is_tied:

@@ -93,7 +93,7 @@ class StreamedModel:
     def log_probs(self, states: torch.Tensor, variant: Variant = nullcontext) -> Iterator[torch.Tensor]:
         """Log-probabilities of the next token after each state, in blocks of (`positions_at_once`, vocabulary)."""
         plain = causal_lm(self.model)
-        for block in states.split(positions_at_once(plain.config.vocab_size)):
+        for block in states.split(positions_at_once(plain.config.get_text_config().vocab_size)):
             with variant():
                 logits = logits_of(plain, block)
             yield logits.log_softmax(-1)

@@ -22,14 +22,23 @@ def test_the_linear_layers_of_a_family_are_those_of_its_model(family: str, tmp_p
     with torch.device("meta"):
         model = families.random_model(family, layers=2)
     architecture = FAMILIES[family]
-    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linears = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not architecture.is_other_part(name)
+    }
 
     assert {*architecture.linears_of(2), architecture.head} == linears
     assert architecture.embedding in dict(model.named_parameters())
     assert model.get_input_embeddings() is model.get_submodule(architecture.embedding_module)
     assert model.get_output_embeddings() is model.get_submodule(architecture.head)
     others = dict(model.named_parameters()).keys() - {f"{name}.weight" for name in linears}
-    assert [name for name in others if not architecture.has_other_weight(name)] == []
+    assert [name for name in others if not architecture.has_other_weight(name)] == [
+        name for name in others if architecture.is_other_part(name)
+    ]
+    if architecture.other_parts:
+        parts_of_model = {f"model.{name}" for name, _ in model.model.named_children()}
+        assert {*architecture.other_parts, "model.language_model"} == parts_of_model
 
 
 def test_another_family_is_refused_by_its_name_although_its_weights_have_the_same(base: Path, tmp_path: Path) -> None:

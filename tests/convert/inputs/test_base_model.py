@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from convert.errors import BaseUnreadable
-from convert.inputs.base_model import BaseModel, public_name
+from convert.inputs.base_model import BaseModel
+from convert.inputs.trainer_files import public_name
 from convert.quantization.compressed import NAMES, Compressed, CompressedName, stored_shape
 from convert.safetensors_io.shards import Shard, ShardWriter
 from convert.safetensors_io.tensors import Tensors, TensorSpec

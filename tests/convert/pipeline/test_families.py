@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 
 from convert.errors import BaseMismatch
 from convert.inputs.architecture import FAMILIES
@@ -24,16 +23,12 @@ def tuned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return families.save_tuned(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def as_trained(base: Path, adapter: Path) -> Any:
-    return PeftModel.from_pretrained(families.load(base), str(adapter)).eval()
-
-
 def test_a_merged_model_is_what_peft_merges(tuned: tuple[Path, Path], out: Path) -> None:
     base, adapter = tuned
 
     artifact = convert(Request(adapter, base, out, route="merge", quantize="none"))
 
-    trained, merged = as_trained(base, adapter), families.load(out / "model")
+    trained, merged = families.as_trained(base, adapter), families.load(out / "model")
     expected, actual = parts.logits(trained, PROMPT), parts.logits(merged, PROMPT)
     learnt = parts.divergence(expected, parts.logits(families.load(base), PROMPT))
     assert learnt > 0.01
@@ -51,8 +46,8 @@ def test_a_separate_adapter_on_a_written_base_is_the_function_as_trained(tuned: 
 
     convert(Request(adapter, base, out, route="adapter", quantize="none", measure=False))
 
-    separate = parts.logits(as_trained(out / "model", out / "adapter"), PROMPT)
-    torch.testing.assert_close(separate, parts.logits(as_trained(base, adapter), PROMPT), atol=1e-4, rtol=1e-4)
+    separate = parts.logits(families.as_trained(out / "model", out / "adapter"), PROMPT)
+    torch.testing.assert_close(separate, parts.logits(families.as_trained(base, adapter), PROMPT), atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
