@@ -172,8 +172,16 @@ FAMILIES: Mapping[str, Architecture] = {
     "qwen2_5_vl": _QWEN_VL,
 }
 
+_MIXTURE = (
+    "It is a mixture of experts: transformers keeps the experts of a layer in one tensor, and only linear layers are "
+    "read here"
+)
 # Why well-known families can't be added as an entry above.
 _REFUSED: Mapping[str, str] = {
+    "mixtral": _MIXTURE,
+    "qwen2_moe": _MIXTURE,
+    "qwen3_moe": _MIXTURE,
+    "gpt_oss": _MIXTURE,
     "mllama": (
         "Some of its decoder layers attend to the image and are left out where there is none, so that their linear "
         "layers are others than those of the rest"

@@ -64,6 +64,7 @@ def quantize_calibrated(
         "out": str(out.absolute()),
         "method": method,
         "group": settings.group(),
+        "ignore": settings.config()["ignore"],
         "dtype": DTYPES[dtype][1],
         "rows": [list(row) for row in rows],
     }

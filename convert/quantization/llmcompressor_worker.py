@@ -5,6 +5,7 @@ object:
 
     model, out   directories          method   "gptq" or "awq"
     group        a quantization group of compressed-tensors: targets, weights, activations
+    ignore       names of linear layers that are not quantized
     dtype        torch's name of the type that is written
     rows         lists of token ids; they are used as they are, in this order
 
@@ -59,7 +60,7 @@ def _recipe(request: dict[str, Any]) -> list[Any]:
 
     settings: dict[str, Any] = {
         "config_groups": {"group_0": QuantizationScheme.model_validate(request["group"])},
-        "ignore": ["lm_head"],
+        "ignore": request["ignore"],
     }
     if request["method"] == "gptq":
         from llmcompressor.modifiers.gptq import GPTQModifier

@@ -49,6 +49,26 @@ def test_another_family_is_refused_by_its_name_although_its_weights_have_the_sam
         BaseModel.open(copied)
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("mllama", "attend to the image"),
+        ("mixtral", "mixture of experts"),
+        ("qwen2_moe", "mixture of experts"),
+        ("qwen3_moe", "mixture of experts"),
+        ("gpt_oss", "mixture of experts"),
+    ],
+)
+def test_a_family_that_no_entry_can_describe_is_refused_with_the_reason(
+    family: str, reason: str, base: Path, tmp_path: Path
+) -> None:
+    copied = parts.copy(base, tmp_path / "copy")
+    parts.edit_json(copied / "config.json", model_type=family)
+
+    with pytest.raises(ArchitectureUnknown, match=rf"'{family}' .*not converted.*{reason}"):
+        BaseModel.open(copied)
+
+
 def test_weights_of_another_family_are_refused(tmp_path: Path) -> None:
     from convert.errors import BaseUnreadable
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from convert.errors import ArchitectureUnknown, BaseUnreadable, CheckpointUnsupported, RouteRefused
-from convert.inputs.base_model import BaseModel
+from convert.errors import BaseUnreadable, CheckpointUnsupported, RouteRefused
+from convert.inputs.keys import parse
 from convert.pipeline.convert import Destination
 from convert.pipeline.convert import convert as run
 from convert.pipeline.inspect import inspect
@@ -93,6 +93,19 @@ def test_an_adapter_with_other_names_of_the_language_model_is_the_same_adapter(
     files = ("model/model.safetensors", *(["adapter/adapter_model.safetensors"] if route == "adapter" else []))
     for file in files:
         assert (out / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["model.language_model.layers.0.mlp.up_proj", "language_model.model.layers.0.mlp.up_proj"],
+    ids=["newer", "older"],
+)
+def test_the_names_of_either_transformers_are_those_of_the_model_without_a_warning(path: str) -> None:
+    key = parse(f"base_model.model.{path}.lora_A.weight")
+
+    assert key
+    assert key.module == "model.language_model.layers.0.mlp.up_proj"
+    assert not key.is_corrected
 
 
 def test_a_tied_head_with_its_own_delta_is_untied_in_the_whole_model(
@@ -212,13 +225,3 @@ def test_inspect_offers_the_ways_of_an_adapter_of_the_text_model(gemma: tuple[Pa
 
     assert offers
     assert [offer.obstacle for offer in offers if offer.obstacle] == []
-
-
-def test_a_family_with_layers_that_attend_to_the_image_is_refused_with_the_reason(
-    gemma: tuple[Path, Path], tmp_path: Path
-) -> None:
-    copied = parts.copy(gemma[0], tmp_path / "base")
-    parts.edit_json(copied / "config.json", model_type="mllama")
-
-    with pytest.raises(ArchitectureUnknown, match=r"'mllama'.*attend to the image"):
-        BaseModel.open(copied)

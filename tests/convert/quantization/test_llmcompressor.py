@@ -16,7 +16,7 @@ from convert.inputs.base_model import BaseModel
 from convert.progress import silent
 from convert.quantization.compressed import Compressed
 from convert.quantization.llmcompressor import PACKAGES, CalibratedName, Method, quantize_calibrated, rows_digest
-from tests.convert import parts
+from tests.convert import families, parts
 
 FORMS: list[tuple[Method, CalibratedName]] = [("gptq", "w4a16"), ("gptq", "w8a8-int8"), ("awq", "w4a16")]
 ROWS = [[1, *range(3 + row, 180, 7 + row)] for row in range(6)]
@@ -36,6 +36,22 @@ def quantized(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tu
         identity = quantize_calibrated(merged, directories[method, scheme], method, scheme, ROWS, silent)
         (home / f"{method}-{scheme}.identity").write_text(identity)
     return directories
+
+
+@pytest.mark.parametrize("variant", [("gptq", "w8a8-int8"), ("awq", "w4a16")], ids="-".join)
+def test_fused_layers_are_quantized_as_one(tmp_path: Path, variant: tuple[Method, CalibratedName]) -> None:
+    model = families.random_model("phi3", layers=2)
+    model.save_pretrained(tmp_path / "merged")
+    parts.save_tokenizer(tmp_path / "merged")
+
+    quantize_calibrated(tmp_path / "merged", tmp_path / "quantized", *variant, ROWS, silent)
+
+    opened = BaseModel.open(tmp_path / "quantized")
+    assert opened.quantization_format == Compressed.fitting(variant[1], [64, 128])
+    assert all(linear.quantization_format or linear.is_head for linear in opened.linears.values())
+    rounded = parts.logits(parts.float32_of(opened))
+    loss = parts.divergence(parts.logits(model), rounded)
+    assert 0 < loss < (0.001 if variant[1] == "w8a8-int8" else 0.1)
 
 
 @pytest.fixture
