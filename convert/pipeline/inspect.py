@@ -120,7 +120,7 @@ def _size(
     is_known = detection.training is not Training.UNKNOWN
     assumed = detection if is_known else stated_by_user(variant.training, detection)
     choice = choose(variant, assumed, base, RouteOptions(), quantization_format(variant.storage, base))
-    updates = WeightUpdates.of(checkpoint, base, separate=variant.route == "adapter")
+    updates = WeightUpdates.of(checkpoint, base, separate=variant.route in ("adapter", "rebase"))
     output_format = with_weight_updates(choice, base, updates).output_format
     model_bytes = plan_model(base, output_format, checkpoint, updates).weight_bytes if output_format else 0
     return model_bytes + (checkpoint.weight_bytes if variant.route == "adapter" else 0)

@@ -154,7 +154,7 @@ class PreparedRequest:
         self._require_calibration(variant)
         if variant.route in ("rebase", "recover"):
             require_rank(self.rank, self._trained_rank)
-        updates = WeightUpdates.of(self.checkpoint, self.base, separate=variant.route == "adapter")
+        updates = WeightUpdates.of(self.checkpoint, self.base, separate=variant.route in ("adapter", "rebase"))
         choice = with_weight_updates(choice, self.base, updates)
         output_format = choice.output_format
         plan = plan_model(self.base, output_format, self.checkpoint, updates) if output_format else None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from convert.artifact import GOLDEN, Artifact, file_sha256
 from convert.detection.detect import detect
@@ -59,6 +60,8 @@ def test_an_adapter_rebased_onto_the_original_weights_loses_less_there_than_as_i
     assert artifact.manifest.model.quantization == "none"
     assert artifact.manifest.adapter
     assert artifact.manifest.adapter.rank == 64
+    written, original = load_file(out / "model" / "model.safetensors"), load_file(base / "model.safetensors")
+    assert all(torch.equal(written[name], weight) for name, weight in original.items())
 
 
 def test_a_recovered_adapter_is_merged_and_can_be_trained_on(
