@@ -85,7 +85,8 @@ Rank = Annotated[
         metavar="N",
         min=1,
         max=512,
-        help="rebase, recover: rank of the new adapter. Default: twice the old rank, at least 64.",
+        help="rebase, recover: rank of the new adapter. Default: twice the old rank and at least 64, raised to "
+        "the next rank that vLLM serves.",
         rich_help_panel=_OUTPUT,
     ),
 ]

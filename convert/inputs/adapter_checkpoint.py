@@ -183,10 +183,8 @@ class Checkpoint:
         """For the routes that compute a new adapter: rebase and recover."""
         state = self.adapter_state
         if state.embedding_lora_weights or state.saved_weights or state.trained_rows:
-            yield (
-                f"more was trained than LoRA on linear layers ({self.trained_besides_lora}): "
-                "take --route merge or adapter"
-            )
+            others = "merge or adapter" if self.lora_weights else "merge"
+            yield (f"more was trained than LoRA on linear layers ({self.trained_besides_lora}): take --route {others}")
 
     def _adapter_problems(self) -> Iterator[str]:
         """For the route `adapter`, whose result vLLM loads as an adapter."""

@@ -55,6 +55,8 @@ class Builder:
     def build(self, candidate: Candidate) -> BuildResult:
         """Write the model and the adapter of the candidate. Raises ConvertError."""
         checkpoint = self.prepared.checkpoint
+        if candidate.rank:
+            self.progress(f"computing an adapter of rank {candidate.rank}", 0, 1)
         match candidate.variant.route:
             case "adapter":
                 result = self._write_model(candidate.plan, checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,14 +33,13 @@ from convert.routes.choose import (
     trained_quantizer,
     with_weight_updates,
 )
-from convert.routes.low_rank import require_rank
+from convert.routes.low_rank import default_rank, require_rank
 from convert.routes.variants import RouteVariant, Storage
 from convert.safetensors_io.shards import SHARD_BYTES
 
 Method = Literal["rtn", "gptq", "awq"]
 """How integer weights are found: rounding to nearest, or GPTQ or AWQ with calibration text."""
 
-_LEAST_RANK = 64
 _TRAINED_ON = {Training.QLORA: "4bit", Training.LORA: "full"}
 
 
@@ -80,11 +79,13 @@ def run_command(checkpoint: Path, base: str, trained_on: Training | None) -> str
 class Candidate:
     """A route variant that this checkpoint, base and target can carry.
 
-    `plan`: everything that will be written of the model; None where another artifact's model is referenced.
+    `plan`: everything that will be written of the model; None where another artifact's model is referenced. `rank`: of
+    the adapter that `rebase` or `recover` computes; None for the other routes.
     """
 
     choice: Choice
     plan: ModelPlan | None
+    rank: int | None = None
 
     @property
     def variant(self) -> RouteVariant:
@@ -117,7 +118,7 @@ class PreparedRequest:
     @property
     def rank(self) -> int:
         """The rank of an adapter that `rebase` or `recover` computes."""
-        return self.request.rank or max(_LEAST_RANK, 2 * self._trained_rank)
+        return self.request.rank or default_rank(self._trained_rank)
 
     @property
     def _trained_rank(self) -> int:
@@ -152,13 +153,21 @@ class PreparedRequest:
         shapes = {linear.shape for linear in self.base.linears.values() if not linear.is_head}
         require_works(self.target, _output_quantization(choice), shapes, with_adapter=with_adapter)
         self._require_calibration(variant)
-        if variant.route in ("rebase", "recover"):
-            require_rank(self.rank, self._trained_rank)
+        rank = self.rank if variant.route in ("rebase", "recover") else None
+        if rank:
+            require_rank(rank, self._trained_rank)
+            choice = replace(choice, reason=f"{choice.reason} {self._rank_reason(rank)}")
         updates = WeightUpdates.of(self.checkpoint, self.base, separate=variant.route in ("adapter", "rebase"))
         choice = with_weight_updates(choice, self.base, updates)
         output_format = choice.output_format
         plan = plan_model(self.base, output_format, self.checkpoint, updates) if output_format else None
-        return Candidate(choice, plan)
+        return Candidate(choice, plan, rank)
+
+    def _rank_reason(self, rank: int) -> str:
+        trained = self._trained_rank
+        if rank == trained:
+            return f"The new adapter has rank {rank}, as the trained one: nothing is left for a correction."
+        return f"The new adapter has rank {rank}, of which {rank - trained} are for the correction."
 
     def _require_calibration(self, variant: RouteVariant) -> None:
         """Raises RouteRefused where the method doesn't fit the storage, or lacks its text."""

@@ -27,6 +27,7 @@ RANKS = tuple(rank for rank in VLLM_LORA_RANKS if rank > 1)
 
 # The weight of C's own diagonal in C: a direction that a short text never takes still counts by the size of its inputs.
 _DIAGONAL_WEIGHT = 0.1
+_LEAST_DEFAULT_RANK = 64
 _OVERSAMPLING = 16
 _ITERATIONS = 6
 _SEED = 20
@@ -43,6 +44,16 @@ class LowRankFit:
     a: torch.Tensor
     b: torch.Tensor
     residual: float
+
+
+def default_rank(trained: int) -> int:
+    """The rank of a corrected adapter, where the user names none: one that vLLM serves.
+
+    Half of it is for the correction: twice the rank of the trained adapter and at least 64, raised to the next rank
+    that vLLM serves. Where there is none, the largest, and less is left for the correction.
+    """
+    wanted = max(_LEAST_DEFAULT_RANK, 2 * trained)
+    return next((rank for rank in RANKS if rank >= wanted), RANKS[-1])
 
 
 def require_rank(rank: int, least: int) -> None:

@@ -55,11 +55,16 @@ def _variants(variants: Sequence[PlannedVariant]) -> list[RenderableType]:
     obstacles: list[Text] = []
     for number, planned in enumerate(variants, 1):
         variant = planned.variant
-        table.add_row(str(number), f"{variant.route}, {variant.storage_name}", *_costs(planned), variant.loss)
+        table.add_row(str(number), _way(planned), *_costs(planned), variant.loss)
         options.append(Text(f"{number}  {variant.flags}"))
         if planned.obstacle:
             obstacles.append(Text(f"\n{number} is not possible: {planned.obstacle}", style="yellow"))
     return [table, Text("\nOptions of `run` that ask for each:"), *options, *obstacles]
+
+
+def _way(planned: PlannedVariant) -> str:
+    rank = planned.candidate.rank if planned.candidate else None
+    return f"{planned.variant.route}, {planned.variant.storage_name}" + (f", rank {rank}" if rank else "")
 
 
 def _costs(planned: PlannedVariant) -> tuple[str, str, str]:
@@ -133,6 +138,7 @@ def _planned_document(planned: PlannedVariant) -> dict[str, Any]:
         "flags": planned.variant.flags,
         "obstacle": planned.obstacle,
         "reason": planned.candidate.choice.reason if planned.candidate else None,
+        "rank": planned.candidate.rank if planned.candidate else None,
         "estimate": asdict(planned.estimate) if planned.estimate else None,
         "files": list(model.stop_tokens.files) if model else [],
         "notes": list(model.notes) if model else [],
