@@ -17,6 +17,7 @@ ConvertError
 ├── OutputExists             output_exists           the destination is already there
 ├── OutputBusy               output_busy             another process is writing this destination
 ├── OutputUnwritable         output_unwritable       no space or no permission at the destination
+├── MemoryShort              memory_short            a phase needs more memory than is free
 ├── FileInaccessible         file_inaccessible       the system refuses to read or write a file
 ├── ArtifactInvalid          artifact_invalid        not an artifact, or its bytes changed
 ├── SigningKeyInvalid        signing_key_invalid     not an Ed25519 key in PEM
@@ -106,6 +107,10 @@ class OutputBusy(ConvertError):
 
 class OutputUnwritable(ConvertError):
     code = "output_unwritable"
+
+
+class MemoryShort(ConvertError):
+    code = "memory_short"
 
 
 class FileInaccessible(ConvertError):

@@ -20,6 +20,8 @@ def plan(
     route: groups.Route,
     output: groups.Output,
     text: options.Text = None,
+    canaries: options.CanaryFile = None,
+    measure: options.Measure = True,
     as_json: options.Json = False,
 ) -> None:
     """Show what `run` would write, tensor by tensor, and the memory and time it would need. Writes nothing."""
@@ -27,9 +29,10 @@ def plan(
     from convert.cli.report.screen import print_screen
     from convert.pipeline.dry_run import dry_run
 
+    settings = {"route_options": route.route_options(), "canaries": canaries, "measure": measure}
     with reported_errors():  # the screen shows notes for which the tokenizer is loaded
         with shown_progress() as progress:
-            planned = dry_run(groups.request(inputs, output, text, route_options=route.route_options()), progress)
+            planned = dry_run(groups.request(inputs, output, text, **settings), progress)
         if as_json:
             print_json(plan_document(planned))
         else:

@@ -14,7 +14,7 @@ from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
 from convert.inputs.model_config import read_config, with_dtype
 from convert.pipeline.request import Candidate, PreparedRequest
-from convert.plan.conversion_plan import ModelPlan, OutputFormat, plan_model
+from convert.plan.conversion_plan import ModelPlan, OutputFormat, float32_copy, plan_model
 from convert.plan.side_files import json_content
 from convert.progress import Progress
 from convert.quality import Tokenizer, token_rows
@@ -89,7 +89,7 @@ class Builder:
         assert stored.name in ("w4a16", "w8a8-int8"), "checked with the request"
         assert method != "rtn", "checked by _write_model"
         scratch = self._directory(_UNQUANTIZED_DIR)
-        unquantized = plan_model(base, replace(plan.output_format, quantization_format=None, dtype="F32"), checkpoint)
+        unquantized = float32_copy(plan, base, checkpoint)
         write_model(scratch, unquantized, base, checkpoint, self.progress)
         model = self._directory(MODEL_DIR)
         rows = self._calibration_rows(Tokenizer.open(scratch))

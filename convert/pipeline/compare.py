@@ -12,10 +12,11 @@ from convert.artifact.scratch import scratch_directory
 from convert.detection.training import Training
 from convert.errors import ConvertError, OutputUnwritable, RouteRefused
 from convert.pipeline.comparison import Comparison, Row, comparison_document, comparison_page
+from convert.pipeline.estimate import Estimator
 from convert.pipeline.evaluate import Evaluation, Evaluator
 from convert.pipeline.manifest import base_of, origin_of, versions
 from convert.pipeline.request import PreparedRequest, Request, prepare
-from convert.plan.conversion_plan import require_room
+from convert.plan.machine import require_resources
 from convert.progress import Progress
 from convert.quality import choosing_gate
 from convert.routes.variants import VARIANTS, RouteVariant, offered_variants
@@ -109,7 +110,7 @@ def _measured_row(
     """Build and measure one variant in a directory that is removed afterwards. Raises ConvertError."""
     candidate = prepared.candidate(variant)
     with scratch_directory() as root:
-        require_room(candidate.plan.weight_bytes if candidate.plan else 0, root / "way")
+        require_resources(Estimator.of(prepared).estimate(candidate), root / "way")
         evaluation = evaluator.evaluate(candidate, root)
         tokens_per_s = _decode_speed(prepared, root, progress) if speed else None
         shutil.rmtree(root / MODEL_DIR, ignore_errors=True)

@@ -9,10 +9,11 @@ from pathlib import Path
 from convert.artifact import Artifact, Trial, size_bytes
 from convert.artifact.file_names import ADAPTER_CONFIG, CONFIG
 from convert.errors import ConvertError, QualityGateFailed
+from convert.pipeline.estimate import Estimator
 from convert.pipeline.evaluate import Evaluator
 from convert.pipeline.manifest import ManifestBuilder, versions
 from convert.pipeline.request import Candidate, PreparedRequest, Request, prepare
-from convert.plan.conversion_plan import require_room
+from convert.plan.machine import require_resources
 from convert.progress import Progress, silent
 from convert.quality import choosing_gate, require_passed
 from convert.routes.variants import RouteVariant
@@ -46,11 +47,11 @@ def convert(request: Request, destination: Destination, progress: Progress = sil
     if destination.keep_finished and (artifact := _finished_before(destination, candidates, prepared)):
         return artifact
     gate = choosing_gate(request.gate) if len(variants) > 1 else request.gate
+    _require_resources(prepared, candidates, destination.path)
     evaluator = Evaluator(prepared, gate, progress)
     trials: list[Trial] = []
     for number, candidate in enumerate(candidates, start=1):
         _require_measurable(request, candidate)
-        _require_room(candidate, prepared, destination.path)
         identity = _conversion_id(candidate, prepared)
         with ArtifactWriter(destination.path, identity, record=destination.keep_finished) as writer:
             evaluation = evaluator.evaluate(candidate, writer.root, writer.journal)
@@ -91,11 +92,15 @@ def _require_measurable(request: Request, candidate: Candidate) -> None:
     )
 
 
-def _require_room(candidate: Candidate, prepared: PreparedRequest, destination: Path) -> None:
-    """Raises OutputUnwritable. Files of an interrupted run are used or removed, so they count as free room."""
-    planned = candidate.plan.weight_bytes if candidate.plan else 0
+def _require_resources(prepared: PreparedRequest, candidates: Sequence[Candidate], destination: Path) -> None:
+    """Raises MemoryShort or OutputUnwritable where a candidate does not fit, before the first one is built.
+
+    Files of an interrupted run are used or removed, so they count as free room.
+    """
+    estimator = Estimator.of(prepared)
     interrupted = size_bytes(partial_directory(destination))
-    require_room(max(planned + 2 * prepared.checkpoint.weight_bytes - interrupted, 0), destination)
+    for candidate in candidates:
+        require_resources(estimator.estimate(candidate), destination, interrupted)
 
 
 def _finished_before(

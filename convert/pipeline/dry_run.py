@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from convert.errors import ConvertError
+from convert.pipeline.estimate import Estimator
 from convert.pipeline.request import Candidate, PreparedRequest, Request, prepare
-from convert.plan.estimate import Estimate, estimate
+from convert.plan.machine import shortages
+from convert.plan.phases import Estimate
 from convert.progress import Progress
-from convert.quality import MAX_TOKENS, measuring_bytes, token_rows
 from convert.routes.variants import RouteVariant
-
-# The function as trained, the base alone, and the result.
-_PASSES = 3
-# The first two go through a layer together.
-_READINGS = 2
 
 
 @dataclass(frozen=True)
 class PlannedVariant:
     """A variant that `run` would try.
 
-    `obstacle`: why the variant would be passed over; then `candidate` and `estimate` are None.
+    `obstacle`: why the variant would be passed over; then `candidate` and `estimate` are None. `shortages`: why `run`
+    would refuse it on this machine, with its artifact in the current directory.
     """
 
     variant: RouteVariant
     candidate: Candidate | None
     estimate: Estimate | None
     obstacle: str | None
+    shortages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ def dry_run(request: Request, progress: Progress) -> DryRun:
     variants: list[PlannedVariant] = []
     last: ConvertError | None = None
     open_variants = prepared.open_variants()
-    tokens = min(sum(map(len, token_rows(prepared.text, prepared.tokenizer))), MAX_TOKENS)
-    memory = measuring_bytes(prepared.base, prepared.checkpoint, tokens)
+    estimator = Estimator.of(prepared)
     for variant in open_variants:
         try:
             candidate = prepared.candidate(variant)
@@ -53,8 +51,8 @@ def dry_run(request: Request, progress: Progress) -> DryRun:
             variants.append(PlannedVariant(variant, None, None, str(error)))
             last = error
             continue
-        costs = estimate(candidate.plan, prepared.base, prepared.checkpoint, memory, tokens, _PASSES, _READINGS)
-        variants.append(PlannedVariant(variant, candidate, costs, None))
+        costs = estimator.timed(candidate)
+        variants.append(PlannedVariant(variant, candidate, costs, None, shortages(costs, Path("out"))))
     if last and all(planned.candidate is None for planned in variants):
         raise last
     return DryRun(prepared, tuple(variants))

@@ -17,10 +17,21 @@ from convert.inputs.base_model import BaseModel
 from convert.inputs.chat.answer_format import AnswerFormat
 from convert.plan.compatibility import require_compatible
 from convert.plan.conversion_plan import ModelPlan, plan_model
+from convert.plan.machine import require_memory
+from convert.plan.phases import Phase
 from convert.plan.stop_tokens import open_tokenizer
 from convert.plan.weight_updates import WeightUpdates
 from convert.progress import Progress
-from convert.quality import Canary, Gate, Text, Tokenizer, open_canaries, require_applicable, tokenize
+from convert.quality import (
+    Canary,
+    Gate,
+    MeasuredModels,
+    Text,
+    Tokenizer,
+    open_canaries,
+    require_applicable,
+    tokenize,
+)
 from convert.quantization.compressed import Compressed
 from convert.quantization.format import QuantizationFormat
 from convert.quantization.nf4 import Nf4
@@ -255,9 +266,18 @@ def _detect_training(
     elif detection.training is Training.UNKNOWN and request.measure and not base.is_quantized:
         # Losses can decide only on the user's own text: an adapter fits its base on what it was trained on.
         tokens = tokenize(text, tokenizer) if request.text else None
+        if tokens:
+            _require_memory_for_losses(checkpoint, base, sum(row.shape[1] for row in tokens.all))
         measured = measure_training(checkpoint, base, tokens, progress)
         detection = Detection(measured.training, measured.sources, None, measured.confidence)
     return detection.require_known(request.checkpoint)
+
+
+def _require_memory_for_losses(checkpoint: Checkpoint, base: BaseModel, tokens: int) -> None:
+    """Raises MemoryShort where the comparison of losses, which tells LoRA from QLoRA, does not fit."""
+    needed = MeasuredModels(base, checkpoint, None, tokens).reference_bytes()
+    remedy = "Say it with --trained-on 4bit or full, then it is not measured; or free some."
+    require_memory([Phase("Finding out how the adapter was trained", needed, remedy=remedy)])
 
 
 def _require_apart(text: Text, calibration: Text | None) -> None:

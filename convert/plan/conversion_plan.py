@@ -10,14 +10,12 @@ A model is written step by step, with one tensor of the base in memory at a time
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
-from convert.errors import BaseMismatch, BaseUnreadable, OutputUnwritable
+from convert.errors import BaseMismatch, BaseUnreadable
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel, Linear
 from convert.inputs.model_config import rope_note, with_dtype, with_language_settings, with_own_head
@@ -29,9 +27,6 @@ from convert.quantization.nf4 import Nf4
 from convert.safetensors_io.tensors import DTYPES, FLOATS, TensorSpec
 
 MergedOnto = Literal["original", "dequantized"]
-
-# Header and manifest of a few hundred modules, with room to spare.
-_SMALL_FILES_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -164,15 +159,9 @@ def _output_config(base: BaseModel, output_format: OutputFormat, updates: Weight
     return with_dtype(config, DTYPES[planner.dtype][1])
 
 
-def require_room(needed_bytes: int, destination: Path) -> None:
-    """Raises OutputUnwritable when the destination's disk can't hold that much."""
-    parent = next(path for path in destination.absolute().parents if path.exists())
-    free, needed = shutil.disk_usage(parent).free, needed_bytes + _SMALL_FILES_BYTES
-    if needed > free:
-        raise OutputUnwritable(
-            f"{parent} has {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB. "
-            "Free some, or choose another --out."
-        )
+def float32_copy(plan: ModelPlan, base: BaseModel, checkpoint: Checkpoint) -> ModelPlan:
+    """The plan of the same model in float32, which calibrated quantizers read."""
+    return plan_model(base, replace(plan.output_format, quantization_format=None, dtype="F32"), checkpoint)
 
 
 @dataclass(frozen=True)

@@ -1,112 +1,88 @@
-"""Estimates the memory, disk space and time of a conversion.
-
-Sizes come from the plan and are exact. For times, the conversion of the largest linear layer and a multiplication with
-it are measured; all other weights are assumed to take the same time for each element.
-"""
+"""Estimates what writing a model takes. Sizes come from the plan and are exact; memory is that of what is alive."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from dataclasses import replace
 
-from convert.inputs import lora
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
-from convert.plan.conversion_plan import LinearStep, ModelPlan
+from convert.plan.conversion_plan import LinearStep, ModelPlan, UpdateStep
+from convert.plan.phases import LIBRARY_BYTES, Phase, Work
+from convert.quantization.nf4 import Nf4
 from convert.safetensors_io.tensors import DTYPES
 
-# Python with torch and the libraries around it, before the first tensor.
-_LIBRARY_BYTES = 400 << 20
-# The speed that is assumed for the disk.
-_DISK_BYTES_PER_S = 400e6
-_COPIED_BYTES_PER_S = 2e9
-_PIECE_BYTES = 8 << 20
-_SAMPLE_TOKENS = 128
+# The blocks of a stream: 8 that are written, and those that are read or computed, each with its float32 form.
+_BLOCK_BYTES = 4 << 20
+_WRITTEN_BLOCKS = 8
+_BLOCKS_OF_THREAD = 3
+_READ_BLOCKS = 5
+# Bytes for each weight of the largest one, where it is computed as a whole. Merged: as stored in 16 bits, and in
+# float32. bitsandbytes quantizes it piece by piece; compressed-tensors holds it in float32 four times.
+_SEPARATE_NF4 = 3
+_MERGED = 6.5
+_COMPRESSED = 16
+_UPDATED = 10
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """The needs of a conversion. `measuring_*`: where the result is measured; its memory is needed after writing."""
-
-    output_bytes: int
-    writing_memory_bytes: int
-    writing_s: float
-    measuring_memory_bytes: int
-    measuring_s: float
-
-
-def estimate(
-    plan: ModelPlan | None,
-    base: BaseModel,
-    checkpoint: Checkpoint,
-    measuring_memory_bytes: int,
-    tokens: int,
-    passes: int,
-    readings: int,
-) -> Estimate:
-    """`tokens`: of the held-out text; `passes`: the models that are run over it; `readings`: of all weights for that.
-
-    `measuring_memory_bytes`: known to the package that measures.
-    """
-    adapter = checkpoint.weight_bytes
-    if plan is None:
-        return Estimate(adapter, _LIBRARY_BYTES + adapter, adapter / _DISK_BYTES_PER_S, 0, 0.0)
-    output = plan.weight_bytes + (adapter if plan.output_format.merged_onto is None else 0)
-    elements = sum(math.prod(linear.shape) for linear in base.linears.values())
-    convert_s = _convert_s_per_element(plan, base, checkpoint)
-    return Estimate(
-        output_bytes=output,
-        writing_memory_bytes=_LIBRARY_BYTES + adapter + 2 * _largest_bytes(plan),
-        writing_s=convert_s * elements + output / _DISK_BYTES_PER_S,
-        measuring_memory_bytes=measuring_memory_bytes,
-        measuring_s=(passes * tokens * _multiply_s_per_element(base) + readings * convert_s) * elements,
+def writing_phase(plan: ModelPlan, base: BaseModel, checkpoint: Checkpoint) -> Phase:
+    """Reading the base and writing the model of a plan. No adapter is written."""
+    steps = [step for step in plan.steps if isinstance(step, LinearStep)]
+    converted = sum(math.prod(step.linear.shape) for step in steps)
+    output = plan.weight_bytes
+    return Phase(
+        "Writing the model",
+        LIBRARY_BYTES + max(_streaming_bytes(), _largest_delta(plan)) + _whole_weight_bytes(plan, base),
+        Work(
+            converted=converted,
+            read_bytes=sum(spec.nbytes for spec in base.tensors.specs.values()),
+            written_bytes=output,
+        ),
+        disk_bytes=output,
+        remedy="Free some, or raise the limit.",
     )
 
 
-def _largest_bytes(plan: ModelPlan) -> int:
-    """The memory of the largest tensor: a linear layer in float32, or a piece of a tensor that is copied."""
-    copied = max((spec.nbytes for step in plan.steps for spec in step.outputs), default=0)
-    linear = max((4 * math.prod(step.linear.shape) for step in _linear_steps(plan)), default=0)
-    return max(min(copied, _PIECE_BYTES), linear)
+def adapter_phase(checkpoint: Checkpoint, model_bytes: int) -> Phase:
+    """Writing the adapter of the checkpoint beside a model of so many bytes."""
+    largest = max((spec.nbytes for spec in checkpoint.adapter_state.specs), default=0)
+    nbytes = checkpoint.weight_bytes
+    work = Work(read_bytes=nbytes, written_bytes=nbytes)
+    return Phase("Writing the adapter", LIBRARY_BYTES + 4 * largest, work, model_bytes + nbytes)
 
 
-def _linear_steps(plan: ModelPlan) -> list[LinearStep]:
-    return [step for step in plan.steps if isinstance(step, LinearStep)]
+def beside(phase: Phase, disk_bytes: int) -> Phase:
+    """The phase while other files of so many bytes are at the destination."""
+    return replace(phase, disk_bytes=phase.disk_bytes + disk_bytes)
 
 
-def _convert_s_per_element(plan: ModelPlan, base: BaseModel, checkpoint: Checkpoint) -> float:
-    """Seconds for each element of a linear layer, from reading it to the stored tensors."""
-    steps = _linear_steps(plan)
-    if not steps:
-        return DTYPES[base.dtype][0] / _COPIED_BYTES_PER_S
-    sample = max(steps, key=lambda step: math.prod(step.linear.shape))
-    lora_weights = sample.update.lora_weights
-
-    def convert_sample() -> None:
-        weight = base.read_as_trained(sample.linear, plan.output_format.quantizer)
-        if lora_weights:
-            a, b = checkpoint.read(lora_weights)
-            lora.add_delta(weight, a, b, lora_weights.scaling)
-        if sample.quantization_format:
-            sample.quantization_format.quantize(sample.linear.module, weight)
-
-    return _seconds(convert_sample) / math.prod(sample.linear.shape)
+def _streaming_bytes() -> int:
+    threads = min(4, os.cpu_count() or 1)
+    return _BLOCK_BYTES * (_WRITTEN_BLOCKS + _READ_BLOCKS + _BLOCKS_OF_THREAD * threads)
 
 
-def _multiply_s_per_element(base: BaseModel) -> float:
-    """Seconds for each element of a linear layer and each token, in float32."""
-    import torch
-
-    largest = max(base.linears.values(), key=lambda linear: math.prod(linear.shape))
-    weight, tokens = torch.ones(largest.shape), torch.ones(_SAMPLE_TOKENS, largest.in_features)
-    return _seconds(lambda: tokens @ weight.T) / math.prod(largest.shape) / _SAMPLE_TOKENS
+def _largest_delta(plan: ModelPlan) -> int:
+    """A and B of the largest delta, as stored and in float32."""
+    deltas = (step.update.lora_weights for step in plan.steps if isinstance(step, LinearStep))
+    return max((2 * 4 * math.prod(spec.shape) for delta in deltas if delta for spec in (delta.a, delta.b)), default=0)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """Seconds of the second run, since the first one also loads libraries."""
-    work()
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def _whole_weight_bytes(plan: ModelPlan, base: BaseModel) -> int:
+    """The largest weight that is computed as a whole, with everything that is computed from it meanwhile."""
+    sizes = [_whole_bytes(step, plan, base) for step in plan.steps if isinstance(step, LinearStep)]
+    sizes += [_UPDATED * math.prod(step.spec.shape) for step in plan.steps if isinstance(step, UpdateStep)]
+    return math.ceil(max(sizes, default=0))
+
+
+def _whole_bytes(step: LinearStep, plan: ModelPlan, base: BaseModel) -> float:
+    weights, output_format = math.prod(step.linear.shape), plan.output_format
+    if isinstance(step.quantization_format, Nf4):
+        return weights * (_SEPARATE_NF4 if output_format.merged_onto is None else _MERGED)
+    if step.quantization_format:
+        return weights * _COMPRESSED
+    is_stored_by_row = base.quantization_format is None or isinstance(base.quantization_format, Nf4)
+    is_quantized_first = output_format.quantizer is not None and base.quantization_format is None
+    if step.update.is_by_row and is_stored_by_row and not (is_quantized_first and output_format.merged_onto):
+        return 0.0
+    return weights * (_MERGED if step.update.is_by_row else _UPDATED + DTYPES[base.dtype][0])

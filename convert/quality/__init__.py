@@ -3,25 +3,26 @@ on held-out text. docs/explanation/quality.md says what each figure means; one d
 """
 
 from convert.inputs.chat.tokenizer import Tokenizer
-from convert.quality.canaries import Answer, Canary, open_canaries, require_passed
+from convert.quality.canaries import ANSWER_TOKENS, Answer, Canary, open_canaries, prompts_of, require_passed
 from convert.quality.examination import Examination, examine, measure
 from convert.quality.gate import DEFAULT_GATE, Gate, choosing_gate
 from convert.quality.golden import collect_golden, write_golden
 from convert.quality.models.float32_model import load
-from convert.quality.models.memory import measuring_bytes
+from convert.quality.models.memory import MeasuredModels
 from convert.quality.models.peft_reference import require_applicable
 from convert.quality.reference import Reference, compute_reference
 from convert.quality.retention import ModelRetention, measure_retention
 from convert.quality.text import Text
-from convert.quality.tokenized_text import MAX_TOKENS, TokenizedText, token_rows, tokenize
+from convert.quality.tokenized_text import TokenizedText, token_rows, tokenize
 
 __all__ = [
+    "ANSWER_TOKENS",
     "DEFAULT_GATE",
-    "MAX_TOKENS",
     "Answer",
     "Canary",
     "Examination",
     "Gate",
+    "MeasuredModels",
     "ModelRetention",
     "Reference",
     "Text",
@@ -34,8 +35,8 @@ __all__ = [
     "load",
     "measure",
     "measure_retention",
-    "measuring_bytes",
     "open_canaries",
+    "prompts_of",
     "require_applicable",
     "require_passed",
     "token_rows",

@@ -11,6 +11,7 @@ from convert.artifact import Canaries, GoldenCanary
 from convert.errors import QualityGateFailed, TextUnreadable
 from convert.inputs.chat.tokenizer import Message, Tokenizer
 from convert.progress import Progress
+from convert.quality.models.memory import Prompts
 from convert.quality.models.streamed_model import StreamedModel
 from convert.quality.text import json_lines, messages_of
 
@@ -89,6 +90,12 @@ def ask(
     if canaries:
         progress(f"asking {model_name}", len(canaries), len(canaries))
     return tuple(Answer(canary, texts[number]) for number, canary in enumerate(canaries))
+
+
+def prompts_of(canaries: Sequence[Canary], tokenizer: Tokenizer) -> tuple[Prompts, ...]:
+    """The batches in which canaries are asked."""
+    prompts = [tokenizer.prompt_ids(canary.messages) for canary in canaries]
+    return tuple(Prompts(len(batch), max(len(prompts[number]) for number in batch)) for batch in _batches(prompts))
 
 
 def _batches(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_STEPS = 200
+MAX_ROW_TOKENS = 256
 
-_MAX_ROW_TOKENS = 256
 _MIN_ROWS = 10
 # The teacher's full distributions on held-out rows are kept: half a gigabyte at a vocabulary of 128k.
 _MAX_HELD_OUT_TOKENS = 1024
@@ -119,7 +119,7 @@ def split(rows: Sequence[Sequence[int]], max_training_rows: int) -> RowSplit:
     """
     import torch
 
-    unique = list(dict.fromkeys(tuple(row[:_MAX_ROW_TOKENS]) for row in rows if len(row) > 1))
+    unique = list(dict.fromkeys(tuple(row[:MAX_ROW_TOKENS]) for row in rows if len(row) > 1))
     if len(unique) < _MIN_ROWS:
         raise TextUnreadable(
             f"Recovering needs at least {_MIN_ROWS} different rows of two tokens or more, there are {len(unique)}: "

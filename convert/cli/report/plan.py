@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import RenderableType
@@ -17,6 +17,7 @@ from convert.cli.report.screen import Page, facts_table, training_words
 from convert.pipeline.dry_run import DryRun, PlannedVariant
 from convert.pipeline.request import PreparedRequest
 from convert.plan.conversion_plan import CastStep, CopyStep, LinearStep, ModelPlan, Step, UpdateStep
+from convert.plan.phases import Estimate
 from convert.safetensors_io.tensors import TensorSpec
 
 _LAYER = re.compile(r"(?P<path>.+?\.)\d+\.(?P<name>.+)")
@@ -30,7 +31,12 @@ def plan_screen(dry_run: DryRun) -> Page:
     first = next((plan for planned in dry_run.variants if planned.candidate and (plan := planned.candidate.plan)), None)
     if first:
         parts += [Text(), _tensors(first), *(Text(f"\nNote: {note}") for note in first.notes)]
-    parts.append(Text("\nNothing was written. Memory and time in brackets: for measuring. --json lists every tensor."))
+    parts.append(
+        Text(
+            "\nNothing was written. In brackets: the disk that is used meanwhile. Memory and time are estimates. "
+            "--json lists every phase and every tensor."
+        )
+    )
     return tuple(parts)
 
 
@@ -57,6 +63,7 @@ def _variants(variants: Sequence[PlannedVariant]) -> list[RenderableType]:
         variant = planned.variant
         table.add_row(str(number), _way(planned), *_costs(planned), variant.loss)
         options.append(Text(f"{number}  {variant.flags}"))
+        obstacles += [Text(f"\n{number}: {shortage}", style="yellow") for shortage in planned.shortages]
         if planned.obstacle:
             obstacles.append(Text(f"\n{number} is not possible: {planned.obstacle}", style="yellow"))
     return [table, Text("\nOptions of `run` that ask for each:"), *options, *obstacles]
@@ -68,14 +75,14 @@ def _way(planned: PlannedVariant) -> str:
 
 
 def _costs(planned: PlannedVariant) -> tuple[str, str, str]:
-    """Size of the output, memory and time; measuring in brackets on a second line."""
+    """Size of the output, below it the disk at the peak; memory at the peak; time."""
     if planned.candidate is None or planned.estimate is None:
         return "not possible", "", ""
     costs = planned.estimate
     return (
-        decimal(costs.output_bytes),
-        f"{decimal(costs.writing_memory_bytes)}\n({decimal(costs.measuring_memory_bytes)})",
-        f"{costs.writing_s:.0f} s\n({costs.measuring_s:.0f} s)",
+        f"{decimal(costs.output_bytes)}\n({decimal(costs.disk_bytes)})",
+        decimal(costs.memory_bytes),
+        f"{sum(costs.seconds):.0f} s",
     )
 
 
@@ -139,8 +146,30 @@ def _planned_document(planned: PlannedVariant) -> dict[str, Any]:
         "obstacle": planned.obstacle,
         "reason": planned.candidate.choice.reason if planned.candidate else None,
         "rank": planned.candidate.rank if planned.candidate else None,
-        "estimate": asdict(planned.estimate) if planned.estimate else None,
+        "estimate": _estimate_document(planned.estimate) if planned.estimate else None,
+        "shortages": list(planned.shortages),
         "files": list(model.stop_tokens.files) if model else [],
         "notes": list(model.notes) if model else [],
         "tensors": tensors,
+    }
+
+
+def _estimate_document(estimate: Estimate) -> dict[str, Any]:
+    phases = [
+        {
+            "name": phase.name,
+            "memory_bytes": phase.memory_bytes,
+            "disk_bytes": phase.disk_bytes,
+            "temporary_bytes": phase.temporary_bytes,
+            "seconds": seconds,
+        }
+        for phase, seconds in zip(estimate.phases, estimate.seconds, strict=True)
+    ]
+    return {
+        "output_bytes": estimate.output_bytes,
+        "memory_bytes": estimate.memory_bytes,
+        "disk_bytes": estimate.disk_bytes,
+        "temporary_bytes": estimate.temporary_bytes,
+        "seconds": sum(estimate.seconds),
+        "phases": phases,
     }

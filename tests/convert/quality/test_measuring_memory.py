@@ -24,7 +24,7 @@ from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
 from convert.progress import silent
 from convert.quality.models import layer_weights
-from convert.quality import Text, compute_reference, examine, measuring_bytes
+from convert.quality import MeasuredModels, Text, compute_reference, examine
 from convert.quantization.nf4 import Nf4
 checkpoint, base = map(Path, sys.argv[1:3])
 quantizer = Nf4() if sys.argv[3] == "qlora" else None
@@ -37,7 +37,9 @@ imported = resident("VmRSS")
 expected = compute_reference(adapter, opened, quantizer, base, text, silent)
 examine(expected, base, checkpoint, silent)
 tokens = sum(row.shape[1] for row in expected.tokens.all)
-print(resident("VmHWM"), imported, measuring_bytes(opened, adapter, tokens))
+models = MeasuredModels(opened, adapter, quantizer, tokens)
+planned = max(models.reference_bytes(), models.result_bytes(None, adapter.weight_bytes))
+print(resident("VmHWM"), imported, planned)
 """
 
 

@@ -220,10 +220,10 @@ def test_unfinished_files_are_not_published(model: Path, adapter: Path, whole: A
 def test_files_of_an_interrupted_run_count_as_free_room(
     model: Path, adapter: Path, whole: Any, interrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convert.pipeline import convert as pipeline
+    from convert.plan import machine
 
     asked = []
-    monkeypatch.setattr(pipeline, "require_room", lambda needed, destination: asked.append(needed))
+    monkeypatch.setattr(machine, "require_room", lambda needed, destination: asked.append(needed))
     convert(request(adapter, model, interrupted))
     parts.remove(interrupted)
     convert(request(adapter, model, interrupted))
