@@ -17,7 +17,7 @@ from convert.routes.recover import MAX_ROW_TOKENS
 from convert.routes.trained_adapter import own_linears
 
 # The process of the calibrated quantizer: Python with torch, transformers and llm-compressor.
-_QUANTIZER_LIBRARY_BYTES = 560 << 20
+_QUANTIZER_LIBRARY_BYTES = 480 << 20
 # What AWQ tries for each layer; GPTQ runs each layer once to record its inputs, and once quantized.
 _AWQ_PASSES, _GPTQ_PASSES = 22, 2
 # Fitting holds two weights, their difference and what is multiplied with it, in float32.
@@ -96,7 +96,12 @@ class Estimator:
         own = sum(tokens * columns**2 + rows * columns**2 + columns**3 for rows, columns in shapes)
         calibrating = Phase(
             "Calibrating the quantizer",
-            LIBRARY_BYTES + _QUANTIZER_LIBRARY_BYTES + copy.weight_bytes + 3 * hessians + 2 * 4 * tokens * width,
+            # The process of the quantizer keeps the float32 weights that it frees while it casts them to 16 bits.
+            LIBRARY_BYTES
+            + _QUANTIZER_LIBRARY_BYTES
+            + copy.weight_bytes * 3 // 2
+            + 3 * hessians
+            + 2 * 4 * tokens * width,
             Work(
                 products=passes * tokens * weights + (0 if prepared.request.method == "awq" else own),
                 read_bytes=copy.weight_bytes,

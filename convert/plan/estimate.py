@@ -9,7 +9,7 @@ from dataclasses import replace
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
 from convert.plan.conversion_plan import LinearStep, ModelPlan, UpdateStep
-from convert.plan.phases import LIBRARY_BYTES, Phase, Work
+from convert.plan.phases import ALLOCATOR_BYTES, LIBRARY_BYTES, Phase, Work
 from convert.quantization.nf4 import Nf4
 from convert.safetensors_io.tensors import DTYPES
 
@@ -21,6 +21,7 @@ _READ_BLOCKS = 5
 # Bytes for each weight of the largest one, where it is computed as a whole. Merged: as stored in 16 bits, and in
 # float32. bitsandbytes quantizes it piece by piece; compressed-tensors holds it in float32 four times.
 _SEPARATE_NF4 = 3
+_KEPT_BY_ALLOCATOR = 8
 _MERGED = 6.5
 _COMPRESSED = 16
 _UPDATED = 10
@@ -72,7 +73,13 @@ def _whole_weight_bytes(plan: ModelPlan, base: BaseModel) -> int:
     """The largest weight that is computed as a whole, with everything that is computed from it meanwhile."""
     sizes = [_whole_bytes(step, plan, base) for step in plan.steps if isinstance(step, LinearStep)]
     sizes += [_UPDATED * math.prod(step.spec.shape) for step in plan.steps if isinstance(step, UpdateStep)]
-    return math.ceil(max(sizes, default=0))
+    return math.ceil(max(sizes, default=0) + min(ALLOCATOR_BYTES, _KEPT_BY_ALLOCATOR * _largest_whole(plan, base)))
+
+
+def _largest_whole(plan: ModelPlan, base: BaseModel) -> int:
+    """The number of weights in the largest linear layer that is computed as a whole."""
+    steps = [step for step in plan.steps if isinstance(step, LinearStep) and _whole_bytes(step, plan, base)]
+    return max((math.prod(step.linear.shape) for step in steps), default=0)
 
 
 def _whole_bytes(step: LinearStep, plan: ModelPlan, base: BaseModel) -> float:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 # Python with torch, transformers, PEFT and bitsandbytes, once models have been made.
 LIBRARY_BYTES = 460 << 20
+# Freed blocks of less than 32 MiB stay with the process: glibc's malloc gives only larger ones back to the system.
+ALLOCATOR_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,14 @@ def save_tokenizer(
 
 
 def save_base(
-    directory: Path, *, tied: bool, layers: int = 2, hidden: int = 64, dtype: str = "bfloat16", biases: bool = False
+    directory: Path,
+    *,
+    tied: bool,
+    layers: int = 2,
+    hidden: int = 64,
+    vocabulary: int = VOCABULARY,
+    dtype: str = "bfloat16",
+    biases: bool = False,
 ) -> Path:
     torch.manual_seed(7)
     config = LlamaConfig(
@@ -66,7 +73,7 @@ def save_base(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         tie_word_embeddings=tied,
         initializer_range=0.15,
         bos_token_id=0,

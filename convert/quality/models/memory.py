@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
-from convert.plan.phases import LIBRARY_BYTES, Work
+from convert.plan.phases import ALLOCATOR_BYTES, LIBRARY_BYTES, Work
 from convert.quality.models import layer_weights
 from convert.quality.models.peft_reference import changed_weights
 from convert.quality.models.streamed_model import GROUP_TOKENS, is_vocabulary_held
@@ -19,8 +19,6 @@ from convert.safetensors_io.tensors import DTYPES
 
 # Two distributions are compared. Of each there are the logits and what is made of them, of the block before as well.
 _DISTRIBUTIONS = 6
-# Freed blocks of less than 32 MiB stay with the process: pieces of files, of the head and of its products.
-_ALLOCATOR_BYTES = 128 << 20
 # What is alive for each weight while it is read into its place: as stored, and in float32. compressed-tensors makes the
 # codes float32, and multiplies them into another tensor.
 _OF_NF4 = 5
@@ -131,7 +129,7 @@ class MeasuredModels:
         in_head = head * 3 // 2 + min(logits, logits * head // (4 * math.prod(base.embedding.shape)))
         rows_of_tokens = 2 * 4 * width * min(self.tokens, base.vocabulary)
         adapter = sum(4 * math.prod(spec.shape) for spec in self.checkpoint.adapter_state.specs)
-        alive = states + rows_of_tokens + adapter + second_adapter + _held(base, self.checkpoint) + _ALLOCATOR_BYTES
+        alive = states + rows_of_tokens + adapter + second_adapter + _held(base, self.checkpoint) + ALLOCATOR_BYTES
         comparing = max(while_read, in_head + _DISTRIBUTIONS * logits, self._asking_bytes())
         return LIBRARY_BYTES + alive + layers + comparing
 

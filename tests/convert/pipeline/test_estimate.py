@@ -55,15 +55,17 @@ CONVERSIONS = {
     "int8": Conversion("lora", ("--route", "merge", "--quantize", "w8a8-int8")),
     "LoRA, several candidates": Conversion("lora", ()),
     "nothing measured": Conversion("lora", ("--no-measure",)),
-    "rebase": Conversion("qlora", ("--route", "rebase")),
 }
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base whose layers are as large in float32 as the libraries, and a LoRA and a QLoRA of it."""
-    home = tmp_path_factory.mktemp("large")
-    base = parts.save_base(home / "base", tied=True, layers=LAYERS, hidden=HIDDEN)
+    return save_inputs(tmp_path_factory.mktemp("large"), LAYERS)
+
+
+def save_inputs(home: Path, layers: int) -> Path:
+    base = parts.save_base(home / "base", tied=True, layers=layers, hidden=HIDDEN)
     parts.mark_lora(parts.save_adapter(base, home / "lora"))
     parts.mark_qlora(parts.save_adapter(base, home / "qlora"))
     rows = [{"text": f"the rain in spain falls on plain {number}"} for number in range(10)]
@@ -123,8 +125,9 @@ def test_a_conversion_takes_the_memory_and_disk_that_the_plan_says(large: Path, 
 
 
 @pytest.mark.skipif(not PACKAGES.is_dir(), reason="llm-compressor is not installed")
-def test_a_calibrated_quantizer_takes_the_memory_and_disk_that_the_plan_says(large: Path, tmp_path: Path) -> None:
+def test_a_calibrated_quantizer_takes_the_memory_and_disk_that_the_plan_says(tmp_path: Path) -> None:
     """The process of the quantizer has the model, as its float32 copy on the disk has."""
+    large = save_inputs(tmp_path, layers=2)
     options = ("--route", "merge", "--quantize", "w4a16", "--method", "gptq", "--no-measure", "--target", "cuda:9.0")
     conversion = Conversion("lora", (*options, "--calibration", str(large / "calibration.jsonl")))
     out = tmp_path / "published" / "tiny"
