@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 
 from convert.artifact import Artifact
 from convert.errors import ArtifactInvalid
@@ -30,11 +34,16 @@ def check_memory(needed: Mapping[str, int], available_bytes: int) -> None:
 
 
 def check_model(settings: ServeSettings) -> None:
-    """Raises EngineRefused if there is no model for the engine, or, in the place of one that was added to the running
-    server, another one. What `run` is given was verified by it."""
+    """Raises EngineRefused if there is no model for the engine, if vLLM lacks a library for it, or if in the place of
+    one that was added to the running server there is another one. What `run` is given was verified by it."""
     path = settings.engine.model_path
     if not (path / "config.json").is_file():
         raise EngineRefused(f"There is no model in {path}: put its artifact back there.")
+    if _is_multimodal(path / "config.json") and find_spec("torchvision") is None:
+        raise EngineRefused(
+            f"{path} is a multimodal model, for which vLLM imports torchvision, and that is not installed in the "
+            f"environment of {sys.executable}. Install the version that fits its torch there."
+        )
     if not settings.added:
         return
     try:
@@ -45,6 +54,14 @@ def check_model(settings: ServeSettings) -> None:
         raise EngineRefused(
             f"{path.parent} holds another model than when it was added: remove the pool, and add it again."
         )
+
+
+def _is_multimodal(config: Path) -> bool:
+    """False where the file can't be read: vLLM says better what is wrong with it."""
+    try:
+        return "vision_config" in json.loads(config.read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
 
 
 def check_arguments(settings: EngineSettings) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,27 @@ def test_an_added_pool_serves_only_the_model_that_was_added(make_artifact: MakeA
     shutil.rmtree(artifact.model_path)
     with pytest.raises(EngineRefused, match="There is no model in"):
         check_model(added.model_copy(update={"added": False}))
+
+
+def test_a_multimodal_model_is_refused_where_vllm_lacks_a_library_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM would fail in the engine's process, after a minute and for every attempt."""
+    settings = ServeSettings(
+        engine=EngineSettings(model_path=tmp_path, model_name="gemma", fingerprint="0" * 64),
+        gateway=GatewaySettings(admin_tokens={"admin": "0" * 64}),
+        state_dir=tmp_path,
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3", "vision_config": {}}')
+    libraries = tmp_path / "libraries"
+    monkeypatch.syspath_prepend(libraries)
+    monkeypatch.setattr(sys, "path", [str(libraries)])
+    with pytest.raises(EngineRefused, match="vLLM imports torchvision"):
+        check_model(settings)
+
+    (libraries / "torchvision").mkdir(parents=True)
+    importlib.invalidate_caches()
+    check_model(settings)
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    (libraries / "torchvision").rmdir()
+    check_model(settings)
