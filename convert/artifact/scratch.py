@@ -29,7 +29,8 @@ def scratch_directory(parent: Path | None = None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
         directory = Path(name)
         with (directory / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # some file systems have no locks: nothing abandoned is removed there
+                fcntl.flock(lock, fcntl.LOCK_EX)
             files = directory / "files"
             files.mkdir()
             yield files

@@ -64,9 +64,10 @@ class Estimator:
 
     def _building(self, candidate: Candidate) -> tuple[Phase, ...]:
         prepared, plan = self.prepared, candidate.plan
-        if plan and self._is_calibrated(candidate):
-            return self._calibrated(candidate)
-        writing = (writing_phase(plan, prepared.base, prepared.checkpoint),) if plan else ()
+        writing: tuple[Phase, ...] = ()
+        if plan:
+            is_calibrated = self._is_calibrated(candidate)
+            writing = self._calibrated(candidate) if is_calibrated else (writing_phase(plan, prepared.base),)
         model_bytes = plan.weight_bytes if plan else 0
         match candidate.variant.route:
             case "adapter":
@@ -85,9 +86,7 @@ class Estimator:
         assert plan, "a calibrated model is written"
         copy = float32_copy(plan, prepared.base, prepared.checkpoint)
         remedy = "Free some, raise the limit, or take --method rtn."
-        writing = replace(
-            writing_phase(copy, prepared.base, prepared.checkpoint), name="Writing the float32 copy", remedy=remedy
-        )
+        writing = replace(writing_phase(copy, prepared.base), name="Writing the float32 copy", remedy=remedy)
         shapes = [linear.shape for linear in prepared.base.linears.values() if not linear.is_head]
         tokens, weights = sum(map(len, self._calibration_rows())), sum(map(math.prod, shapes))
         width = prepared.base.embedding.shape[1]

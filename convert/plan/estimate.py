@@ -27,7 +27,7 @@ _COMPRESSED = 16
 _UPDATED = 10
 
 
-def writing_phase(plan: ModelPlan, base: BaseModel, checkpoint: Checkpoint) -> Phase:
+def writing_phase(plan: ModelPlan, base: BaseModel) -> Phase:
     """Reading the base and writing the model of a plan. No adapter is written."""
     steps = [step for step in plan.steps if isinstance(step, LinearStep)]
     converted = sum(math.prod(step.linear.shape) for step in steps)

@@ -16,6 +16,8 @@ from convert.plan.phases import Estimate, Phase
 _SMALL_FILES_BYTES = 4 << 20
 # cgroup v1 says so where there is no limit.
 _NO_LIMIT = 1 << 60
+# An estimate may be so much too high: nothing is refused that may fit.
+_TOLERANCE = 1.25
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,13 @@ def require_room(needed_bytes: int, destination: Path) -> None:
         )
 
 
-def require_memory(phases: Sequence[Phase]) -> None:
-    """Raises MemoryShort for the phase that needs most, where it needs more than is free."""
+def require_memory(phases: Sequence[Phase], tolerance: float = 1.0) -> None:
+    """Raises MemoryShort for the phase that needs most, where it needs more than `tolerance` times what is free."""
     phase, free = max(phases, key=lambda each: each.memory_bytes), free_memory()
     if free is None:
         return
     available = free.nbytes + resident_bytes()
-    if phase.memory_bytes > available:
+    if phase.memory_bytes > tolerance * available:
         raise MemoryShort(
             f"{phase.name} needs about {phase.memory_bytes / 1e9:.2f} GB of memory, and {free.limit} has "
             f"{available / 1e9:.2f} GB for it. {phase.remedy}"
@@ -70,11 +72,11 @@ def require_memory(phases: Sequence[Phase]) -> None:
 
 
 def require_resources(estimate: Estimate, destination: Path, reusable_bytes: int = 0) -> None:
-    """Raises MemoryShort or OutputUnwritable where a phase needs more than is free, before anything is written.
+    """Raises MemoryShort or OutputUnwritable where a phase needs clearly more than is free, before anything is written.
 
     `reusable_bytes`: of files at the destination that an interrupted run has left.
     """
-    require_memory(estimate.phases)
+    require_memory(estimate.phases, _TOLERANCE)
     require_room(max(estimate.disk_bytes - reusable_bytes, 0), destination)
     _require_temporary_room(estimate)
 
@@ -136,7 +138,7 @@ def _left(folder: Path, limit_name: str, usage_name: str) -> int | None:
     except (OSError, ValueError):
         return None
     # Files in the page cache count as used, and are dropped when memory is needed.
-    cache = stat.get("total_inactive_file", stat.get("inactive_file", 0))
+    cache = sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in ("inactive_file", "active_file"))
     return max(int(limit) - used + cache, 0)
 
 

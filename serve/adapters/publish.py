@@ -117,7 +117,8 @@ class Control:
         if not target.is_promoted:
             raise TransitionRefused(f"{candidate.adapter} is {target.state}, it never served: promote it.")
         try:
-            check_holding(await self.sync(candidate), candidate.adapter)
+            if await self._sleeping_base(candidate) is None:  # a pool that wakes loads what it should hold
+                check_holding(await self.sync(candidate), candidate.adapter)
         except PublishFailed:
             await self.stage_on_all(candidate, audit, self.stage_deadline())
         except ReplicaUnreachable as error:
@@ -174,6 +175,10 @@ class Control:
         """Stages the candidate and returns when every replica holds it. `until`: see `stage_deadline`; None for no
         deadline. If a replica fails, the revision is abandoned and PublishFailed raised with the reason."""
         adapter = candidate.adapter
+        if sleeper := await self._sleeping_base(candidate):
+            raise PublishFailed(
+                f"{adapter} was not published: its base model {sleeper} is asleep. Send that a request, and try again."
+            )
         catalogue = await asyncio.to_thread(self.log.stage, candidate, audit, until, self.given_bases)
         try:
             reports = await self.sync(candidate, awaited=True)
@@ -209,6 +214,12 @@ class Control:
     ) -> Published:
         reports = await self.confirm(f"{candidate.adapter} {change}", candidate, catalogue.epoch)
         return _published(candidate, catalogue, reports, staged - started, time.monotonic() - staged)
+
+    async def _sleeping_base(self, candidate: Candidate) -> str | None:
+        """The name of the candidate's base model, if that is a pool which sleeps."""
+        pools = (await asyncio.to_thread(self.log.read)).pools.values()
+        sleeping = (pool.name for pool in pools if pool.base == candidate.base and pool.asleep)
+        return None if candidate.base in self.given_bases else next(sleeping, None)
 
     async def _find(self, name: str, revision: str | None) -> Revision:
         """A revision of a name; the current one for None. Raises UnknownModel."""

@@ -72,12 +72,13 @@ def remove_pool(log: CatalogueLog, name: str, given: Sequence[PoolSettings], aud
     return log.append(decide)
 
 
-def sleep_pool(log: CatalogueLog, name: str, audit: Audit) -> Catalogue:
-    """Record that the engines of a pool which was added are stopped; nothing happens if they are, or if it is gone."""
+def sleep_pool(log: CatalogueLog, awake: AddedPool, audit: Audit) -> Catalogue:
+    """Record that the engines of a pool which was added are stopped. Nothing happens if it is not `awake` any more, or
+    if it has been woken since."""
 
     def decide(catalogue: Catalogue) -> PoolEntry | None:
-        pool = catalogue.pools.get(name)
-        return PoolEntry.now("sleep_pool", pool.fallen_asleep(), audit) if pool and not pool.asleep else None
+        is_same = catalogue.pools.get(awake.name) == awake and not awake.asleep
+        return PoolEntry.now("sleep_pool", awake.fallen_asleep(), audit) if is_same else None
 
     return log.append(decide)
 

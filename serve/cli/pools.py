@@ -50,7 +50,7 @@ class _NewPoolFields(BaseModel):
     ] = None
     sleep_after: Annotated[
         float | None,
-        typer.Option(min=1, help="Seconds without a request after which its engines stop; the next one starts them."),
+        typer.Option(min=5, help="Seconds without a request after which its engines stop; the next one starts them."),
     ] = None
     wait: Annotated[bool, typer.Option(help="Return when its engines answer, or fail.")] = True
 
@@ -106,8 +106,10 @@ def add(
             _publish_adapter(client, root, options.reason)
     if options.as_json:
         print_json(pool)
-    elif pool["state"] in ("running", "asleep"):
+    elif pool["state"] == "running":
         err.print(f"[bold]{pool['name']}[/] answers ({counted(pool['ready'], 'engine')}).", soft_wrap=True)
+    elif pool["state"] == "asleep":
+        err.print(f"[bold]{pool['name']}[/] sleeps until a request comes.", soft_wrap=True)
     else:
         err.print(f"[bold]{pool['name']}[/] starts: see `python -m serve pool list`.", soft_wrap=True)
 

@@ -91,7 +91,7 @@ class EngineReplica:
         await self._reconciler.start()
         self._meter.start()
         self._report_ready()
-        sleeping = sleep_when_idle(self._settings, self._log, self._open_requests, reports)
+        sleeping = sleep_when_idle(self._settings, self._log, self._current, self._open_requests, reports)
         tasks = (self._follow(), self._watch_identity(), self._metrics.watch_disk(), self._end_with_engine(), sleeping)
         self._tasks = [asyncio.create_task(task) for task in tasks]
 
@@ -99,7 +99,7 @@ class EngineReplica:
         limits, forwarder = self._settings.gateway, self._peers.forwarder
         policy = RequestPolicy(limits, self._engine, self._rate_limits, self._meter, self._open_requests)
         changes = PoolChanges(self._settings, self._log, self._admin.control.replicas)
-        wakes = WakeQueue(changes.wake, limits.max_waiting_requests, limits.max_wake_s)
+        wakes = WakeQueue(changes, limits.max_waiting_requests, limits.max_wake_s)
         gateway = Gateway(
             self._settings,
             self._engine,

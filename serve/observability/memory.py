@@ -11,12 +11,14 @@ from pathlib import Path
 
 import psutil
 
-# Where a container sees its own control group: the directory, and its files for the limit, the usage, and the cache of
-# files in memory.stat, which is given up before a process is ended.
+# Where a container sees its own control group: the directory, its files for the limit and the usage, and how the names
+# in memory.stat begin.
 _GROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
+# The cache of files in memory.stat, which is given up before a process is ended.
+_CACHE = ("inactive_file", "active_file")
 _SHORT_SHARE = 0.05
 
 
@@ -80,7 +82,7 @@ def _machine_and_container(groups_root: Path) -> list[Memory]:
 
 
 def _of_groups(root: Path, machine_bytes: int) -> Iterator[Memory]:
-    for directory, limit_file, usage_file, cache_key in _GROUPS:
+    for directory, limit_file, usage_file, prefix in _GROUPS:
         group = root / directory.lstrip("/")
         try:
             limit = (group / limit_file).read_text().strip()
@@ -89,4 +91,5 @@ def _of_groups(root: Path, machine_bytes: int) -> Iterator[Memory]:
         except (OSError, ValueError):
             continue  # not of this kind, or not readable
         if limit.isdigit() and int(limit) < machine_bytes:  # without a limit: `max`, or a huge number
-            yield Memory(max(0, int(limit) - used_bytes + int(stat.get(cache_key, 0))), int(limit))
+            cache_bytes = sum(int(stat.get(f"{prefix}{name}", 0)) for name in _CACHE)
+            yield Memory(max(0, int(limit) - used_bytes + cache_bytes), int(limit))

@@ -32,6 +32,27 @@ def _without_reserved(args: tuple[str, ...]) -> tuple[str, ...]:
     return args
 
 
+# What a caller of the admin API may set: sizes and switches. Others of vLLM's arguments import modules, read files, or
+# send data elsewhere, which is for whoever starts the server.
+POOL_VLLM_ARGS = frozenset({
+    "--block-size", "--dtype", "--enable-auto-tool-choice", "--enable-chunked-prefill", "--enable-prefix-caching",
+    "--enforce-eager", "--gpu-memory-utilization", "--kv-cache-dtype", "--kv-cache-memory-bytes", "--max-logprobs",
+    "--max-model-len", "--max-num-batched-tokens", "--max-num-seqs", "--no-enable-chunked-prefill",
+    "--no-enable-prefix-caching", "--reasoning-parser", "--seed", "--tool-call-parser",
+})  # fmt: skip
+
+
+def _harmless(args: tuple[str, ...]) -> tuple[str, ...]:
+    names = [match[0].replace("_", "-") if (match := _ARGUMENT.match(arg)) else arg for arg in args]
+    if refused := sorted({name for name in names if name not in POOL_VLLM_ARGS}):
+        raise ValueError(
+            f"{', '.join(refused)} can't be set for one pool; what can: {', '.join(sorted(POOL_VLLM_ARGS))}. Each is "
+            "one argument with its value, as --max-model-len=4096"
+        )
+    return args
+
+
+PoolVllmArgs = Annotated[tuple[str, ...], AfterValidator(_harmless)]
 VllmArgs = Annotated[tuple[str, ...], AfterValidator(_without_reserved)]
 
 

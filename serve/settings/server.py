@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from serve.settings.engine import EngineSettings, VllmArgs
+from serve.settings.engine import EngineSettings, PoolVllmArgs
 from serve.settings.frozen import FrozenSettings
 from serve.settings.gateway import GatewaySettings
 from serve.settings.observability import LogSettings, MetricsSettings, TracingSettings
@@ -49,8 +49,8 @@ class PoolOptions(FrozenSettings):
 
     max_active_adapters: PositiveInt | None = Field(None, description="Default: that of the server.")
     max_resident_adapters: PositiveInt | None = Field(None, description="Default: that of the server.")
-    vllm_args: VllmArgs = Field((), description="Passed to vLLM after those of the server, which they override.")
-    sleep_after_s: Annotated[float, Field(ge=1)] | None = Field(
+    vllm_args: PoolVllmArgs = Field((), description="Passed to vLLM after those of the server, which they override.")
+    sleep_after_s: Annotated[float, Field(ge=5)] | None = Field(
         None,
         description="Its engines are stopped when none of them has had a request for this long. The next request "
         "starts them, and waits. Default: they keep running.",

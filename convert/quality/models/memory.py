@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from convert.inputs.adapter_checkpoint import Checkpoint
 from convert.inputs.base_model import BaseModel
+from convert.inputs.model_config import setting
 from convert.plan.phases import ALLOCATOR_BYTES, LIBRARY_BYTES, Work
 from convert.quality.models import layer_weights
 from convert.quality.models.peft_reference import changed_weights
@@ -135,14 +136,15 @@ class MeasuredModels:
 
     def _asking_bytes(self) -> int:
         """Keys and values of all layers in float32, copied when a token is added, and the scores of one layer."""
-        config = self.base.config
-        heads = int(config.get("num_attention_heads") or 1)
+        config = self.base.language_settings
+        heads = int(config.get("num_attention_heads") or setting(self.base.config, "num_attention_heads"))
+        layers = int(config.get("num_hidden_layers") or setting(self.base.config, "num_hidden_layers"))
         keys = [linear.out_features for linear in self.base.linears.values() if linear.module.endswith("k_proj")]
         width = max(keys, default=self.base.embedding.shape[1])
         largest = 0
         for batch in self.canaries:
             length = batch.tokens + self.answer_tokens
-            cache = 2 * 4 * batch.count * length * width * int(config["num_hidden_layers"])
+            cache = 2 * 4 * batch.count * length * width * layers
             largest = max(largest, 2 * cache + 3 * 4 * batch.count * heads * length * length)
         return largest
 

@@ -20,7 +20,7 @@ from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
-from serve.catalogue.pool_changes import add_pool, check_free, move_alias, pools_of, remove_pool, wake_pool
+from serve.catalogue.pool_changes import add_pool, check_free, move_alias, pools_of, remove_pool, sleep_pool, wake_pool
 from serve.catalogue.storage.file_threads import to_file_thread
 from serve.deployment.pools.application_status import attempt_failed, ready_replicas, reason_of, state_of
 from serve.deployment.pools.bundle import Bundle, bundles_of, weight_bytes
@@ -41,6 +41,7 @@ from serve.errors import (
 from serve.observability.memory import memory_left
 from serve.settings import EngineSettings, PoolOptions, PoolSettings, ServeSettings
 
+_MAX_REASON_CHARACTERS = 300
 _FIXED = (
     "The pools of this server are those that it was started with: no process of its own starts others. "
     "Start it with the artifact as well."
@@ -62,6 +63,7 @@ class PoolChanges:
         self._log = log
         self._replicas = replicas
         self._check_engine = check_engine
+        self._waking = asyncio.Lock()
         self._given = [pool for pool in (settings, *settings.other_pools) if not pool.added]
 
     async def add(self, pool: NewPool, audit: Audit) -> PoolView:
@@ -82,18 +84,27 @@ class PoolChanges:
 
     async def wake(self, name: str) -> datetime:
         """Records that a pool is woken, and returns when it was. Raises PoolAsleep if there is no room for it now."""
-        catalogue = await asyncio.to_thread(self._log.read)
-        if (pool := catalogue.pools.get(name)) is None:
-            raise PoolUnavailable(name)
-        try:
-            if pool.asleep:
-                await self._check_room(pool, catalogue)
-        except PoolRefused as error:
-            raise PoolAsleep(name, f"it can't start now: {error}") from error
-        catalogue = await asyncio.to_thread(wake_pool, self._log, name, Audit("graft", "a request"))
-        if (woken := catalogue.pools.get(name)) is None:
-            raise PoolUnavailable(name)
-        return woken.woken_at or datetime.now(UTC)
+        async with self._waking:  # one after the other: what the first one takes is not there for the second
+            catalogue = await asyncio.to_thread(self._log.read)
+            if (pool := catalogue.pools.get(name)) is None or not self._settings.takes_pools:
+                raise PoolUnavailable(name)
+            try:
+                if pool.asleep:
+                    await self._check_room_to_wake(pool, catalogue)
+            except PoolRefused as error:
+                raise PoolAsleep(name, f"it can't start now: {error}") from error
+            catalogue = await asyncio.to_thread(wake_pool, self._log, name, Audit("graft", "a request"))
+            if (woken := catalogue.pools.get(name)) is None:
+                raise PoolUnavailable(name)
+            return woken.woken_at or datetime.now(UTC)
+
+    async def give_up(self, name: str) -> None:
+        """Records that a pool which may sleep is asleep, if its engines can't start: the next request wakes it, and so
+        tries it again."""
+        pool = (await asyncio.to_thread(self._log.read)).pools.get(name)
+        if pool and not pool.asleep and (view := await self._view_of(name)).state == "failed":
+            why = f"its engines did not start: {view.reason}"[:_MAX_REASON_CHARACTERS]
+            await asyncio.to_thread(sleep_pool, self._log, pool, Audit("graft", why))
 
     async def move(self, name: str, pool: str, audit: Audit) -> int:
         catalogue = await asyncio.to_thread(self._log.read)
@@ -154,6 +165,12 @@ class PoolChanges:
             self._check_engine(pool.settings(self._given[0].engine).engine)
         except EngineRefused as error:
             raise PoolRefused(str(error)) from error
+
+    async def _check_room_to_wake(self, pool: AddedPool, catalogue: Catalogue) -> None:
+        """Raises PoolRefused. What the pool's own engines still hold, which are being stopped, will be there for it."""
+        status = await asyncio.to_thread(ray_serve.status)
+        if pool.settings(self._settings.engine).application not in status.applications:
+            await self._check_room(pool, catalogue)
 
     async def _check_room(self, added: AddedPool, catalogue: Catalogue) -> None:
         """Raises PoolRefused. Memory that a pool which starts will take is not there for another one."""

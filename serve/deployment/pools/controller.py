@@ -52,6 +52,9 @@ def settings_of_added(pool: PoolSettings, given: Sequence[ServeSettings]) -> Ser
             # Ray was started with a CPU for each engine that there was then, and has no more to give. It only counts
             # them: all engines share the machine.
             "cpus_per_replica": 0.0,
+            # Of the catalogue: replicas would be restarted when they change.
+            "asleep": False,
+            "woken_at": None,
         }
     )
 

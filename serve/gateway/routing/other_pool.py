@@ -94,6 +94,8 @@ class OtherPool:
             while not (reports := [report for report in await self._reports.get() if report.address]):
                 if _now() > deadline:
                     self._out_of_reach_until_s = _now() + _OUT_OF_REACH_S
+                    if self.settings.sleep_after_s is not None:
+                        await self._wakes.give_up(self.name)
                     raise self._wakes.too_late(self.name) if is_waking else PoolUnavailable(self.name)
                 await asyncio.sleep(_FIND_PAUSE_S)
         prefix = self.settings.route_prefix.rstrip("/")

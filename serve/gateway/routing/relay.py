@@ -66,6 +66,10 @@ class Relay:
             return await self._forward_to(pool, request)
         except RevisionUnknown as answer:
             await self.catch_up(answer.epoch)
+        except PoolUnavailable:
+            if self._peers is None or pool.settings.sleep_after_s is None:
+                raise
+            await self._peers.follow()  # it may have fallen asleep a moment ago
         if (pool := self._other_pool(request)) is None:
             return False
         try:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+import contextlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Protocol
 
-from serve.errors import PoolAsleep
+from serve.errors import PoolAsleep, ServeError
 
-# Records that a pool is woken, and returns when it was. Raises PoolAsleep with the reason if it can't be.
-Wake = Callable[[str], Awaitable[datetime]]
+
+class Waker(Protocol):
+    async def wake(self, name: str) -> datetime:
+        """Records that a pool is woken, and returns when it was. Raises PoolAsleep with the reason if it can't be."""
+        ...
+
+    async def give_up(self, name: str) -> None:
+        """Lets a pool sleep again whose engines can't start, so that the next request tries it again."""
+        ...
 
 
 class WakeQueue:
     """Those of one replica, for all pools together."""
 
-    def __init__(self, wake: Wake, max_waiting: int, max_wait_s: float) -> None:
-        self._wake = wake
+    def __init__(self, waker: Waker, max_waiting: int, max_wait_s: float) -> None:
+        self._waker = waker
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
         self._waiting = 0
@@ -26,9 +35,14 @@ class WakeQueue:
     async def wake(self, name: str) -> datetime:
         """When the pool was woken. Requests that come together wake it once. Raises PoolAsleep."""
         if name not in self._waking:
-            task = self._waking[name] = asyncio.ensure_future(self._wake(name))
+            task = self._waking[name] = asyncio.create_task(self._waker.wake(name))
             task.add_done_callback(lambda _: self._waking.pop(name))
         return await asyncio.shield(self._waking[name])
+
+    async def give_up(self, name: str) -> None:
+        """Called when no engine of an awake pool could be found."""
+        with contextlib.suppress(ServeError, OSError):
+            await self._waker.give_up(name)
 
     def left_s(self, woken_at: datetime) -> float:
         """How long a request may wait for a pool that was woken then. All wait until the same time: the proxy repeats a

@@ -26,7 +26,7 @@ def write(path: Path, text: str) -> None:
 def limit(folder: Path, limit: object, used: int, cache: int) -> None:
     write(folder / "memory.max", f"{limit}\n")
     write(folder / "memory.current", f"{used}\n")
-    write(folder / "memory.stat", f"anon 5\ninactive_file {cache}\n")
+    write(folder / "memory.stat", f"anon 5\ninactive_file {cache // 2}\nactive_file {cache - cache // 2}\n")
 
 
 def free(root: Path) -> int:

@@ -202,7 +202,7 @@ def test_a_pool_that_nobody_asks_is_stopped_and_requests_that_come_then_wait_unt
 async def sleep_and_wake(pools: Server, artifacts: Path) -> tuple[list[int], list[httpx.Response]]:
     """The statuses of requests for the first pool meanwhile, and the answers to those that found the pool asleep."""
     async with asking(pools) as statuses, httpx.AsyncClient(timeout=READY_S) as client:
-        added = await asyncio.to_thread(pools.command, "pool", "add", artifacts / SLEEPER, "--sleep-after", "3")
+        added = await asyncio.to_thread(pools.command, "pool", "add", artifacts / SLEEPER, "--sleep-after", "5")
         assert added.returncode == 0, added.stderr
         await asyncio.to_thread(wait_for_state, pools, SLEEPER, "asleep")
         deadline = time.monotonic() + READY_S
@@ -243,7 +243,7 @@ def test_what_cannot_be_added_or_removed_is_refused_with_the_reason(
         ("add", damaged): ("pool_refused", "config.json"),
         ("add", artifacts): ("pool_refused", "manifest.json"),
         ("remove", "tiny-llama"): ("transition_refused", "was given to `run`"),
-        ("add", other, "--vllm-arg=--max-modle-len=1"): ("pool_refused", "unrecognized arguments"),
+        ("add", other, "--vllm-arg=--max-model-len=none"): ("pool_refused", "vLLM refuses its arguments"),
         ("remove", "unknown"): ("model_not_found", "`unknown`"),
     }
     for arguments, (code, reason) in refusals.items():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -9,9 +10,11 @@ from serve.adapters.pool import AdapterPool
 from serve.adapters.publish import Control, Published
 from serve.adapters.reconcile import Reconciler, ReplicaReport
 from serve.catalogue.adapter_store import AdapterStore
+from serve.catalogue.added_pool import AddedPool
 from serve.catalogue.candidate import Candidate
 from serve.catalogue.entry import Audit
 from serve.catalogue.log import CatalogueLog
+from serve.catalogue.pool_changes import add_pool, sleep_pool
 from serve.errors import (
     AdapterRejected,
     PublishFailed,
@@ -154,6 +157,27 @@ async def test_a_rollback_moves_every_replica_back_and_loads_nothing(fleet: Flee
     assert fleet.answers == {OLD.adapter}
     assert [engine.loads for engine in fleet.engines] == loads
     assert (log.history(limit=1)[0][1].verb, log.history(limit=1)[0][1].reason) == ("rollback", "it swears")
+
+
+async def test_while_its_base_model_sleeps_a_name_is_rolled_back_and_nothing_is_published(
+    fleet: Fleet, log: CatalogueLog, tmp_path: Path
+) -> None:
+    control = Control(log, fleet)
+    await control.publish(NEW)
+    base = AddedPool(name="zephyr", base=NEW.base, model_path=tmp_path, max_lora_rank=16)
+    add_pool(log, base, [], Audit())
+    sleep_pool(log, base, Audit())
+    reconcilers, fleet.reconcilers = fleet.reconcilers, []  # its engines are stopped
+
+    moved = await control.roll_back("pirate")
+    with pytest.raises(PublishFailed, match=r"its base model zephyr is asleep\. Send that a request"):
+        await control.publish(candidate("pirate", "newest"))
+
+    assert (moved.revision, moved.replicas) == (OLD.adapter.engine_name, 0)
+    assert log.read().resolve(ALIAS) == OLD.adapter
+    fleet.reconcilers = reconcilers
+    await fleet.sync()
+    assert fleet.answers == {OLD.adapter}, "what it loads when it wakes"
 
 
 async def test_a_rollback_to_what_a_replica_holds_no_more_is_staged_first(fleet: Fleet, log: CatalogueLog) -> None:

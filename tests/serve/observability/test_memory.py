@@ -9,16 +9,18 @@ import pytest
 from serve.observability.memory import Memory, MemoryWatch, largest_process, memory_left, memory_limit_bytes
 
 GIB = 2**30
-V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
-V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "")
+V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
 def group(root: Path, version: tuple[str, str, str, str], limit: str, used: int, cached: int) -> None:
-    directory, limit_file, usage_file, cache_key = version
+    directory, limit_file, usage_file, prefix = version
     (root / directory).mkdir(parents=True)
     (root / directory / limit_file).write_text(f"{limit}\n")
     (root / directory / usage_file).write_text(f"{used}\n")
-    (root / directory / "memory.stat").write_text(f"anon 1\n{cache_key} {cached}\nactive_file 7\n")
+    (root / directory / "memory.stat").write_text(
+        f"anon 1\n{prefix}inactive_file {cached - 7}\n{prefix}active_file 7\n"
+    )
 
 
 def test_without_a_container_it_is_the_memory_of_the_machine(tmp_path: Path) -> None:

@@ -200,12 +200,15 @@ async def test_arguments_that_vllm_refuses_are_told_before_the_pool_is_recorded(
     def refuse(settings: EngineSettings) -> None:
         raise EngineRefused(f"vLLM refuses its arguments: {settings.vllm_args[-1]}")
 
-    with pytest.raises(PoolRefused, match="vLLM refuses its arguments: --max-modle-len=1"):
+    with pytest.raises(PoolRefused, match="vLLM refuses its arguments: --max-model-len=x"):
         await PoolChanges(settings_in(tmp_path), log, NOBODY, refuse).add(
-            NewPool(path=artifact.root, vllm_args=("--max-modle-len=1",)), ANN
+            NewPool(path=artifact.root, vllm_args=("--max-model-len=x",)), ANN
         )
-    with pytest.raises(ValidationError, match="--trust-remote-code can't be passed to vLLM"):
+    with pytest.raises(ValidationError, match="--trust-remote-code can't be set for one pool"):
         NewPool(path=artifact.root, vllm_args=("--trust_remote_code",))
+    for harmful in ("--worker-cls=a.b", "--reasoning-parser-plugin=/x.py", "--speculative-config.model=/x", "x"):
+        with pytest.raises(ValidationError, match="can't be set for one pool"):
+            NewPool(path=artifact.root, vllm_args=(harmful,))
 
     assert log.read().epoch == 0
 
@@ -220,30 +223,37 @@ async def test_a_sleeping_pool_is_woken_where_the_machine_has_room_for_it(
     artifact = make_artifact("merged", name="merged", weights=None, base="merged weights")
     pools = PoolChanges(settings_in(tmp_path), log, NOBODY, taken)
     await pools.add(NewPool(path=artifact.root, sleep_after_s=60), ANN)
-    sleep_pool(log, "merged", ANN)
-    applications["graft-merged"] = application("DELETING", ready=1)
+    sleep_pool(log, log.read().pools["merged"], ANN)
     assert [(view.state, view.sleep_after_s) for view in await pools.all()] == [("asleep", 60), ("starting", None)]
 
     monkeypatch.setattr(changes, "memory_left", lambda: SimpleNamespace(available=1))
     with pytest.raises(PoolAsleep, match="merged was asleep, and it can't start now: The weights of all engines need"):
         await pools.wake("merged")
     assert log.read().pools["merged"].asleep
-    monkeypatch.undo()
+    applications["graft-merged"] = application("DELETING", ready=1)
+    woken_at = await pools.wake("merged")  # what its own engines still hold is not missing
     applications.clear()
-    monkeypatch.setattr(changes.ray_serve, "status", lambda: SimpleNamespace(applications=applications))
-    woken_at = await pools.wake("merged")
     again = await pools.wake("merged")
 
     assert again == woken_at == log.read().pools["merged"].woken_at
     assert [view.state for view in await pools.all()] == ["starting", "starting"]
+    await pools.give_up("merged")
+    assert not log.read().pools["merged"].asleep, "it starts"
+    failure = "Traceback (most recent call last):\n  …\nserve.errors.start.EngineStartFailed: no memory\n"
+    applications["graft-merged"] = application("DEPLOY_FAILED", failure)
+    await pools.give_up("merged")
+    assert log.read().pools["merged"].asleep, "the next request tries it again"
+    assert dict(log.history())[4].reason == "its engines did not start: no memory"
     with pytest.raises(PoolUnavailable):
         await pools.wake("gone")
+    with pytest.raises(PoolUnavailable):
+        await PoolChanges(settings_in(tmp_path, takes_pools=False), log, NOBODY, taken).wake("merged")
 
 
 async def test_a_pool_sleeps_once_none_of_its_replicas_has_had_a_request_for_long_enough(
     log: CatalogueLog, tmp_path: Path
 ) -> None:
-    options = PoolOptions(sleep_after_s=1)
+    options = PoolOptions(sleep_after_s=5)
     pool = AddedPool(name="merged", base=BASE, model_path=tmp_path, max_lora_rank=0, options=options)
     add_pool(log, pool, [], ANN)
     requests, other_is_idle_s = OpenRequests(), 0.0
@@ -255,8 +265,8 @@ async def test_a_pool_sleeps_once_none_of_its_replicas_has_had_a_request_for_lon
             for each in idle
         ]
 
-    settings = pool.settings(settings_in(tmp_path).engine)
-    task = asyncio.create_task(sleep_when_idle(settings, log, requests, reports))
+    settings = pool.settings(settings_in(tmp_path).engine).model_copy(update={"sleep_after_s": 1})
+    task = asyncio.create_task(sleep_when_idle(settings, log, log.read, requests, reports))
     with requests.counted():
         other_is_idle_s = 60.0
         await asyncio.sleep(2)

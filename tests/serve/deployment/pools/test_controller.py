@@ -64,17 +64,23 @@ def test_a_pool_that_sleeps_is_stopped_and_one_that_wakes_is_started(
     admin = CatalogueLog(DirectoryStore(tmp_path))
     add_pool(admin, TICKET, [], Audit())
     controller.update()
-    for change in (sleep_pool, wake_pool):
-        change(admin, "ticket", Audit())
-        change(admin, "ticket", Audit())
-        controller.update()
+    awake = admin.read().pools["ticket"]
+    sleep_pool(admin, awake, Audit())
+    sleep_pool(admin, awake, Audit())
+    controller.update()
+    wake_pool(admin, "ticket", Audit())
+    wake_pool(admin, "ticket", Audit())
+    controller.update()
 
     names = [[pool.engine.model_name for pool in pools] for pools in deployed]
     assert names == [["small", "ticket"], ["small"], ["small", "ticket"]]
+    assert deploy_config(deployed[0]) == deploy_config(deployed[2]), "Ray Serve restarts what has other arguments"
     assert admin.read().epoch == 3, "what is so already is not recorded"
+    sleep_pool(admin, awake, Audit())
+    assert not admin.read().pools["ticket"].asleep, "whoever found it idle did so before it was woken"
     add_pool(admin, TICKET, [], Audit())
     assert admin.read().epoch == 3, "it is the same pool"
-    assert sleep_pool(admin, "gone", Audit()).epoch == 3
+    assert sleep_pool(admin, replace(TICKET, name="gone"), Audit()).epoch == 3
 
 
 def test_what_ray_serve_refused_is_tried_again(log: CatalogueLog, given: list[ServeSettings]) -> None:

@@ -242,7 +242,7 @@ def test_a_pool_that_is_added_gets_its_requests_and_one_that_is_removed_no_more(
         assert eventually(proxy, "pirate", "small-llama")
         move_alias(log, "pirate", TICKET, Audit())
         assert eventually(proxy, "pirate", "ticket"), "the pool that answers for it"
-        sleep_pool(log, "ticket", Audit())
+        sleep_pool(log, log.read().pools["ticket"], Audit())
         assert eventually(proxy, "ticket", "small-llama"), "whoever gets the request wakes the pool"
         wake_pool(log, "ticket", Audit())
         assert eventually(proxy, "ticket", "ticket")

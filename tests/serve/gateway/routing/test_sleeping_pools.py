@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from serve.catalogue.adapter_store import AdapterStore
 from serve.catalogue.added_pool import AddedPool
+from serve.catalogue.catalogue import Catalogue
 from serve.catalogue.entry import Audit
-from serve.catalogue.pool_changes import add_pool, sleep_pool
+from serve.catalogue.pool_changes import add_pool, sleep_pool, wake_pool
 from serve.observability.open_requests import OpenRequests
 from serve.settings import PoolOptions
 from tests.serve.gateway.routing.two_pools import MERGED, Replica, two_pools
@@ -25,7 +28,7 @@ async def sleeping(store: AdapterStore, root: Path, **gateway: Any) -> AsyncIter
         options = PoolOptions(sleep_after_s=60)
         ticket = AddedPool(name="ticket", base=MERGED, model_path=root, max_lora_rank=0, options=options)
         add_pool(first.log, ticket, [], Audit())
-        sleep_pool(first.log, "ticket", Audit())
+        sleep_pool(first.log, ticket, Audit())
         second.reachable = False
         await first.reconciler.follow()
         yield first, second
@@ -63,6 +66,7 @@ async def test_a_request_that_waits_too_long_gets_a_503_and_its_repetition_does_
         assert (late.status_code, late.json()["error"]["code"]) == (503, "pool_asleep")
         assert late.headers["retry-after"] == "10"
         assert "ticket was asleep" in late.json()["error"]["message"]
+        assert set(first.given_up) == {"ticket"}, "if its engines can't start, the next request tries again"
         assert (repeated.status_code, repeated.json()["error"]["code"]) == (503, "pool_unavailable")
         assert asyncio.get_running_loop().time() - began_s < 30
 
@@ -79,6 +83,26 @@ async def test_no_more_requests_wait_than_may_and_the_others_are_told_at_once(
 
         assert [answer.json()["error"]["code"] for answer in refused] == ["pool_asleep"]
         assert [answer.status_code for answer in answered] == [200, 200]
+
+
+async def test_a_request_that_comes_just_after_a_pool_fell_asleep_wakes_it(store: AdapterStore, tmp_path: Path) -> None:
+    async with sleeping(store, tmp_path) as (first, second):
+        wake_pool(first.log, "ticket", Audit())
+        await first.reconciler.follow()
+        sleep_pool(second.log, second.log.read().pools["ticket"], Audit())  # which the first replica does not know yet
+        old = add_age(first.reconciler.catalogue, "ticket")
+        first.reconciler.catalogue = old
+        task = asyncio.create_task(first.ask("ticket"))
+        await until(lambda: bool(first.woken))
+        second.reachable = True
+
+        assert (await task).status_code == 200
+
+
+def add_age(catalogue: Catalogue, name: str) -> Catalogue:
+    """As if the pool had been woken long ago."""
+    pool = replace(catalogue.pools[name], woken_at=datetime(2026, 1, 1, tzinfo=UTC))
+    return replace(catalogue, pools={**catalogue.pools, name: pool})
 
 
 async def test_a_health_check_finds_a_sleeping_pool_ready_and_does_not_wake_it(

@@ -53,6 +53,7 @@ class Replica:
     peers: Peers = field(init=False)
     reachable: bool = True
     woken: list[str] = field(default_factory=list)  # the pools that this replica has woken
+    given_up: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -72,6 +73,9 @@ class Replica:
         woken = wake_pool(self.log, name, Audit()).pools[name]
         assert woken.woken_at
         return woken.woken_at
+
+    async def give_up(self, name: str) -> None:
+        self.given_up.append(name)
 
     async def ask(self, model: str | None, path: str = "/v1/completions", **headers: str) -> httpx.Response:
         async with direct_async_client(timeout=60) as client:
@@ -142,7 +146,7 @@ async def _serving(replica: Replica, other: Replica, store: AdapterStore, root: 
         address=lambda: replica.peers.address,
     )  # fmt: skip
     forwarder = Forwarder()
-    wakes = WakeQueue(replica.wake, settings.gateway.max_waiting_requests, settings.gateway.max_wake_s)
+    wakes = WakeQueue(replica, settings.gateway.max_waiting_requests, settings.gateway.max_wake_s)
     replica.peers = Peers(base.model_name, HOST, replica.report, replica.reconciler.follow, forwarder=forwarder)
     await replica.reconciler.sync()
     admin = Admin(
