@@ -67,7 +67,9 @@ class Checkpoint:
         return cls(root, config, layout, state, tuple(problems), tensors)
 
     def named_as(self, family: Architecture) -> Checkpoint:
-        """The checkpoint with the family's names of the modules of a decoder (`AdapterState.named_as`)."""
+        """The checkpoint with the family's names of the modules of a decoder (`AdapterState.named_as`). Raises
+        CheckpointUnsupported if two modules get one name."""
+        self._require_none(self.adapter_state.clashes(family))
         state = self.adapter_state.named_as(family)
         return self if state == self.adapter_state else replace(self, adapter_state=state)
 

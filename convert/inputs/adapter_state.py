@@ -6,6 +6,7 @@ Every tensor of the file is used, is compared with another one, or is a problem:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -110,6 +111,13 @@ class AdapterState:
             trained_rows={own(name): rows for name, rows in self.trained_rows.items()},
             base_layers={own(name): spec for name, spec in self.base_layers.items()},
         )
+
+    def clashes(self, family: Architecture) -> tuple[str, ...]:
+        """Problems: modules that have one name in the family, so that one would take the other's place."""
+        named = (self.lora_weights, self.embedding_lora_weights, self.saved_weights, self.trained_rows)
+        counted = [Counter(map(family.own_name, modules)) for modules in named]
+        twice = sorted({module for counts in counted for module, count in counts.items() if count > 1})
+        return tuple(f"two modules of the adapter stand for {module}: keep one" for module in twice)
 
     @property
     def is_empty(self) -> bool:

@@ -117,8 +117,10 @@ class Control:
         if not target.is_promoted:
             raise TransitionRefused(f"{candidate.adapter} is {target.state}, it never served: promote it.")
         try:
-            if await self._sleeping_base(candidate) is None:  # a pool that wakes loads what it should hold
-                check_holding(await self.sync(candidate), candidate.adapter)
+            reports = await self.sync(candidate)
+            # A pool that wakes loads what it should hold.
+            if reports or await self._sleeping_base(candidate) is None:
+                check_holding(reports, candidate.adapter)
         except PublishFailed:
             await self.stage_on_all(candidate, audit, self.stage_deadline())
         except ReplicaUnreachable as error:
@@ -175,13 +177,11 @@ class Control:
         """Stages the candidate and returns when every replica holds it. `until`: see `stage_deadline`; None for no
         deadline. If a replica fails, the revision is abandoned and PublishFailed raised with the reason."""
         adapter = candidate.adapter
-        if sleeper := await self._sleeping_base(candidate):
-            raise PublishFailed(
-                f"{adapter} was not published: its base model {sleeper} is asleep. Send that a request, and try again."
-            )
         catalogue = await asyncio.to_thread(self.log.stage, candidate, audit, until, self.given_bases)
         try:
             reports = await self.sync(candidate, awaited=True)
+            if not reports and (sleeper := await self._sleeping_base(candidate)):
+                raise PublishFailed(f"Its base model {sleeper} is asleep: send that a request, and try again.")
             check_holding(reports, adapter)
         except (PublishFailed, ReplicaUnreachable) as error:
             await asyncio.to_thread(self.log.abandon, candidate, Audit(audit.by, str(error)))

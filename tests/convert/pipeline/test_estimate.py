@@ -102,6 +102,11 @@ def taken(words: Sequence[str], destination: Path) -> tuple[int, int]:
     return int(memory), max(disk, written_bytes(destination.parent))
 
 
+def is_near(planned: int, peak: int) -> bool:
+    """How much of what was freed the allocator still holds differs between runs; too little is worse than too much."""
+    return (1 - TOLERANCE) * peak < planned < (1 + 2 * TOLERANCE) * peak
+
+
 def written_bytes(directory: Path) -> int:
     total = 0
     for folder, _, names in os.walk(directory):
@@ -120,7 +125,7 @@ def test_a_conversion_takes_the_memory_and_disk_that_the_plan_says(large: Path, 
 
     peak_memory, peak_disk = taken(command("run", large, conversion, "--out", out), out)
 
-    assert memory == pytest.approx(peak_memory, rel=TOLERANCE)
+    assert is_near(memory, peak_memory)
     assert disk == pytest.approx(peak_disk, rel=TOLERANCE)
 
 
@@ -136,7 +141,7 @@ def test_a_calibrated_quantizer_takes_the_memory_and_disk_that_the_plan_says(tmp
     peak_memory, peak_disk = taken(command("run", large, conversion, "--out", out), out)
 
     # The larger process; that which waits for it has no more than its libraries.
-    assert memory - LIBRARY_BYTES == pytest.approx(peak_memory, rel=TOLERANCE)
+    assert is_near(memory - LIBRARY_BYTES, peak_memory)
     assert disk == pytest.approx(peak_disk, rel=TOLERANCE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from convert.errors import QualityGateFailed
 from tests.convert import families, parts
 from tests.convert.asking import Request, convert
 from tests.convert.families import MULTIMODAL
@@ -128,3 +130,13 @@ def test_a_merged_language_model_is_stored_in_every_format_and_nothing_else_is(
     before, after = weights_of(base), weights_of(out / "model")
     others = [key for key in before if not families.is_language(key)]
     assert all(bits(before[key]) == bits(after[key]) for key in others)
+
+
+def test_canaries_are_asked_of_the_language_model(gemma: tuple[Path, Path], tmp_path: Path, out: Path) -> None:
+    base, adapter = gemma
+    canaries = tmp_path / "canaries.jsonl"
+    question = {"messages": [{"role": "user", "content": "the rain"}], "expect": "never said by anybody"}
+    canaries.write_text(json.dumps(question))
+
+    with pytest.raises(QualityGateFailed, match="fails 1 of 1 canaries itself"):
+        convert(Request(adapter, base, out, route="merge", quantize="none", canaries=canaries))

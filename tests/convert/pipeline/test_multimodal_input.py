@@ -225,3 +225,14 @@ def test_inspect_offers_the_ways_of_an_adapter_of_the_text_model(gemma: tuple[Pa
 
     assert offers
     assert [offer.obstacle for offer in offers if offer.obstacle] == []
+
+
+def test_two_modules_that_stand_for_one_are_refused(gemma: tuple[Path, Path], tmp_path: Path, out: Path) -> None:
+    base, adapter = gemma
+    other = parts.copy(adapter, tmp_path / "other")
+    weights = load_file(other / "adapter_model.safetensors")
+    of_text = {name.replace(".language_model.", ".", 1): value.clone() for name, value in weights.items()}
+    save_file(weights | of_text, other / "adapter_model.safetensors")
+
+    with pytest.raises(CheckpointUnsupported, match=r"two modules of the adapter stand for .*down_proj: keep one"):
+        convert(Request(other, base, out, route="merge", quantize="none"))

@@ -80,4 +80,5 @@ def test_peak_memory_is_that_of_a_layer_and_the_plan_tells_it(large: tuple[Path,
 def test_the_plan_counts_what_is_alive_while_distributions_are_compared(wide: tuple[Path, Path]) -> None:
     peak, _, planned = measured(wide, "lora", 40)
 
-    assert planned == pytest.approx(peak, rel=0.25)
+    # How much of what was freed the allocator still holds differs between runs.
+    assert 0.8 * peak < planned < 1.5 * peak

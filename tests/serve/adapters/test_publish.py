@@ -170,7 +170,7 @@ async def test_while_its_base_model_sleeps_a_name_is_rolled_back_and_nothing_is_
     reconcilers, fleet.reconcilers = fleet.reconcilers, []  # its engines are stopped
 
     moved = await control.roll_back("pirate")
-    with pytest.raises(PublishFailed, match=r"its base model zephyr is asleep\. Send that a request"):
+    with pytest.raises(PublishFailed, match="Its base model zephyr is asleep: send that a request"):
         await control.publish(candidate("pirate", "newest"))
 
     assert (moved.revision, moved.replicas) == (OLD.adapter.engine_name, 0)

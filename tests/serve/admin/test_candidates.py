@@ -108,6 +108,7 @@ async def test_replicas_are_listed_with_what_their_engines_hold(client: httpx.As
                 "passed_on_requests": 0,
                 "splits": {},
                 "context_tokens": 64,
+                "idle_s": 0.0,
             }
         ]
     }

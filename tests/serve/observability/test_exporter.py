@@ -107,7 +107,7 @@ async def test_one_scrape_has_all_replicas_of_a_node(sockets: Path, tmp_path: Pa
     for replica in replicas:
         await replica.start()
 
-    text = (await asyncio.to_thread(Exporter(sockets).scrape)).decode()
+    text = (await asyncio.to_thread(Exporter(sockets, timeout_s=60).scrape)).decode()
 
     assert values(text, "graft_replica_up") == {"one": 1, "two": 1}
     assert values(text, "graft_replica_ready") == {"one": 0, "two": 0}
