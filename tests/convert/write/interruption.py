@@ -25,11 +25,13 @@ import os, signal, sys
 from pathlib import Path
 import bitsandbytes.functional, peft, torch
 from transformers import AutoTokenizer, LlamaForCausalLM
+from convert.artifact import scratch
 from convert.cli.console import exit_on_sigterm
 from tests.convert.asking import Request, convert
 checkpoint, base, folder = map(Path, sys.argv[1:4])
 quantize, shard_bytes, number, points = sys.argv[4], int(sys.argv[5]), int(sys.argv[6]), sys.argv[7:]
 torch.set_num_threads(1)
+scratch._MIN_AGE_S = float("inf")  # what a killed run left is removed by a later one: events that the others don't have
 def run(at):
     count = 0
     def event(*event_arguments):
