@@ -186,7 +186,7 @@ class Checkpoint:
         state = self.adapter_state
         if state.embedding_lora_weights or state.saved_weights or state.trained_rows:
             others = "merge or adapter" if self.lora_weights else "merge"
-            yield (f"more was trained than LoRA on linear layers ({self.trained_besides_lora}): take --route {others}")
+            yield f"more was trained than LoRA on linear layers ({self.trained_besides_lora}): take --route {others}"
 
     def _adapter_problems(self) -> Iterator[str]:
         """For the route `adapter`, whose result vLLM loads as an adapter."""

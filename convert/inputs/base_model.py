@@ -105,6 +105,11 @@ class BaseModel:
         return "BF16" if dtype == "F32" else dtype
 
     @property
+    def layer_linears(self) -> tuple[Linear, ...]:
+        """The linear layers without the head."""
+        return tuple(linear for linear in self.linears.values() if not linear.is_head)
+
+    @property
     def other_specs(self) -> tuple[TensorSpec, ...]:
         """Every tensor that does not belong to a linear layer's weight: embeddings, norms, biases."""
         of_linears = {name for linear in self.linears.values() for name in linear.stored_names}

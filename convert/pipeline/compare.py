@@ -47,13 +47,13 @@ def compare(request: Request, names: Sequence[str] | None, *, speed: bool, progr
     training = prepared.detection.training
     variants = [variant_named(name, training) for name in names] if names else list(offered_variants(training))
     _require_distinct(variants)
-    evaluator = Evaluator(prepared, choosing_gate(request.gate), progress)
+    estimator, evaluator = Estimator.of(prepared), Evaluator(prepared, choosing_gate(request.gate), progress)
     rows, obstacles = [], []
     errors: list[ConvertError] = []
     for number, variant in enumerate(variants):
         progress("variants compared", number, len(variants))
         try:
-            rows.append(_measured_row(prepared, variant, evaluator, speed=speed, progress=progress))
+            rows.append(_measured_row(estimator, variant, evaluator, speed=speed, progress=progress))
         except ConvertError as error:
             errors.append(error)
             obstacles.append(f"{variant.flags}: {error}")
@@ -105,12 +105,13 @@ def _full_name(variant: RouteVariant) -> str:
 
 
 def _measured_row(
-    prepared: PreparedRequest, variant: RouteVariant, evaluator: Evaluator, *, speed: bool, progress: Progress
+    estimator: Estimator, variant: RouteVariant, evaluator: Evaluator, *, speed: bool, progress: Progress
 ) -> Row:
     """Build and measure one variant in a directory that is removed afterwards. Raises ConvertError."""
+    prepared = estimator.prepared
     candidate = prepared.candidate(variant)
     with scratch_directory() as root:
-        require_resources(Estimator.of(prepared).estimate(candidate), root / "way")
+        require_resources(estimator.estimate(candidate), root / "way")
         evaluation = evaluator.evaluate(candidate, root)
         tokens_per_s = _decode_speed(prepared, root, progress) if speed else None
         shutil.rmtree(root / MODEL_DIR, ignore_errors=True)

@@ -14,6 +14,7 @@ from convert.pipeline.evaluate import Evaluator
 from convert.pipeline.manifest import ManifestBuilder, versions
 from convert.pipeline.request import Candidate, PreparedRequest, Request, prepare
 from convert.plan.machine import require_resources
+from convert.plan.phases import Estimate
 from convert.progress import Progress, silent
 from convert.quality import choosing_gate, require_passed
 from convert.routes.variants import RouteVariant
@@ -47,13 +48,11 @@ def convert(request: Request, destination: Destination, progress: Progress = sil
     if destination.keep_finished and (artifact := _finished_before(destination, candidates, prepared)):
         return artifact
     gate = choosing_gate(request.gate) if len(variants) > 1 else request.gate
-    _require_resources(prepared, candidates[0], destination.path)
-    evaluator = Evaluator(prepared, gate, progress)
+    estimator, evaluator = Estimator.of(prepared), Evaluator(prepared, gate, progress)
     trials: list[Trial] = []
     for number, candidate in enumerate(candidates, start=1):
         _require_measurable(request, candidate)
-        if number > 1:
-            _require_resources(prepared, candidate, destination.path)
+        _require_resources(estimator.estimate(candidate), destination.path)
         identity = _conversion_id(candidate, prepared)
         with ArtifactWriter(destination.path, identity, record=destination.keep_finished) as writer:
             evaluation = evaluator.evaluate(candidate, writer.root, writer.journal)
@@ -94,13 +93,13 @@ def _require_measurable(request: Request, candidate: Candidate) -> None:
     )
 
 
-def _require_resources(prepared: PreparedRequest, candidate: Candidate, destination: Path) -> None:
+def _require_resources(estimate: Estimate, destination: Path) -> None:
     """Raises MemoryShort or OutputUnwritable where a candidate does not fit, before it is built.
 
     Files of an interrupted run are used or removed, so they count as free room.
     """
     interrupted = size_bytes(partial_directory(destination))
-    require_resources(Estimator.of(prepared).estimate(candidate), destination, interrupted)
+    require_resources(estimate, destination, interrupted)
 
 
 def _finished_before(

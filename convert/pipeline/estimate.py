@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from convert.pipeline.request import Candidate, PreparedRequest
 from convert.plan.conversion_plan import float32_copy
@@ -14,7 +15,6 @@ from convert.plan.rates import measure_rates
 from convert.quality import ANSWER_TOKENS, MeasuredModels, prompts_of, token_rows, tokenize
 from convert.routes.distillation import TrainingSchedule
 from convert.routes.recover import MAX_ROW_TOKENS
-from convert.routes.trained_adapter import own_linears
 
 # The process of the calibrated quantizer: Python with torch, transformers and llm-compressor.
 _QUANTIZER_LIBRARY_BYTES = 480 << 20
@@ -46,17 +46,24 @@ class Estimator:
 
     def estimate(self, candidate: Candidate) -> Estimate:
         """The phases, without seconds."""
-        building = self._building(candidate)
-        output = building[-1].disk_bytes if building else 0
-        if building and self._is_calibrated(candidate) and candidate.plan:
-            output = candidate.plan.weight_bytes
-        return Estimate(output, (*building, *self._measuring(candidate, output)))
+        output = (candidate.plan.weight_bytes if candidate.plan else 0) + self._adapter_bytes(candidate)
+        return Estimate(output, (*self._building(candidate), *self._measuring(candidate, output)))
 
     def timed(self, candidate: Candidate) -> Estimate:
         """The phases with seconds, by the speed of this machine, which is measured."""
         prepared, estimate = self.prepared, self.estimate(candidate)
         rates = measure_rates(candidate.plan, prepared.base, prepared.checkpoint, candidate.choice.quantizer)
         return replace(estimate, seconds=tuple(rates.seconds(phase.work) for phase in estimate.phases))
+
+    def _adapter_bytes(self, candidate: Candidate) -> int:
+        """Of the adapter that is written beside a model."""
+        match candidate.variant.route:
+            case "adapter":
+                return self.prepared.checkpoint.weight_bytes
+            case "rebase" | "recover":
+                return self._corrected_bytes(candidate)
+            case "merge":
+                return 0
 
     def _is_calibrated(self, candidate: Candidate) -> bool:
         plan = candidate.plan
@@ -87,8 +94,8 @@ class Estimator:
         copy = float32_copy(plan, prepared.base, prepared.checkpoint)
         remedy = "Free some, raise the limit, or take --method rtn."
         writing = replace(writing_phase(copy, prepared.base), name="Writing the float32 copy", remedy=remedy)
-        shapes = [linear.shape for linear in prepared.base.linears.values() if not linear.is_head]
-        tokens, weights = sum(map(len, self._calibration_rows())), sum(map(math.prod, shapes))
+        shapes = [linear.shape for linear in prepared.base.layer_linears]
+        tokens, weights = sum(map(len, self._calibration_rows)), sum(map(math.prod, shapes))
         width = prepared.base.embedding.shape[1]
         hessians = 4 * max(columns for _, columns in shapes) ** 2
         passes = _AWQ_PASSES if prepared.request.method == "awq" else _GPTQ_PASSES
@@ -113,17 +120,17 @@ class Estimator:
 
     def _rebase(self, candidate: Candidate, model_bytes: int) -> tuple[Phase, ...]:
         prepared = self.prepared
-        shapes, nbytes = self._corrected(candidate)
+        shapes = [linear.shape for linear in prepared.base.layer_linears]
         fitting = Phase(
             "Fitting the difference",
             LIBRARY_BYTES + _OF_FIT * max(map(math.prod, shapes)),
             self._fit_work(candidate),
-            model_bytes + nbytes,
+            model_bytes + self._corrected_bytes(candidate),
             remedy="Free some, or raise the limit.",
         )
         if not prepared.calibration:
             return (fitting,)
-        tokens = sum(map(len, self._calibration_rows()))
+        tokens = sum(map(len, self._calibration_rows))
         recorded = self._activation_bytes(tokens)
         recording = Phase(
             "Recording the layers' inputs",
@@ -137,9 +144,9 @@ class Estimator:
     def _recover(self, candidate: Candidate) -> Phase:
         """The teacher and the student are in memory one after the other, the student with what training keeps."""
         prepared, base = self.prepared, self.prepared.base
-        shapes, nbytes = self._corrected(candidate)
+        shapes, nbytes = [linear.shape for linear in base.layer_linears], self._corrected_bytes(candidate)
         schedule = TrainingSchedule(prepared.request.steps)
-        rows = [min(len(row), MAX_ROW_TOKENS) for row in self._calibration_rows()]
+        rows = [min(len(row), MAX_ROW_TOKENS) for row in self._calibration_rows]
         batch = schedule.rows_per_step * max(rows, default=0)
         kept = sum(2 * rows_out + columns for rows_out, columns in shapes) + _KEPT_WIDTHS * base.embedding.shape[1]
         training = 4 * batch * kept + 3 * 4 * batch * base.vocabulary
@@ -166,7 +173,7 @@ class Estimator:
         if candidate.variant.route == "adapter":
             adapter = sum(4 * math.prod(spec.shape) for spec in self.prepared.checkpoint.adapter_state.specs)
         elif candidate.variant.route == "rebase":
-            adapter = self._corrected(candidate)[1]
+            adapter = self._corrected_bytes(candidate)
         measured = [
             Phase("Measuring the reference", models.reference_bytes(), models.reference_work()),
             Phase("Measuring the result", models.result_bytes(stored, adapter), models.result_work()),
@@ -175,13 +182,12 @@ class Estimator:
             measured.append(Phase("Measuring retention", models.retention_bytes()))
         return tuple(replace(phase, disk_bytes=output, temporary_bytes=temporary, remedy=remedy) for phase in measured)
 
-    def _corrected(self, candidate: Candidate) -> tuple[list[tuple[int, int]], int]:
-        """The shapes of the layers that a corrected adapter may have, and its bytes."""
-        shapes = [linear.shape for linear in own_linears(self.prepared.base).values() if not linear.is_head]
-        return shapes, sum(4 * (candidate.rank or 0) * sum(shape) for shape in shapes)
+    def _corrected_bytes(self, candidate: Candidate) -> int:
+        """Of a corrected adapter, which every linear layer may have."""
+        return sum(4 * (candidate.rank or 0) * sum(linear.shape) for linear in self.prepared.base.layer_linears)
 
     def _fit_work(self, candidate: Candidate) -> Work:
-        weights = sum(map(math.prod, self._corrected(candidate)[0]))
+        weights = sum(math.prod(linear.shape) for linear in self.prepared.base.layer_linears)
         products = _FIT_PRODUCTS * (candidate.rank or 0) * weights
         return Work(read_as_trained=weights, read_stored=weights, products=products)
 
@@ -190,18 +196,18 @@ class Estimator:
         """The whole model in float32."""
         base = self.prepared.base
         matrices = 1 if base.is_tied else 2
-        layers = sum(math.prod(linear.shape) for linear in base.linears.values() if not linear.is_head)
+        layers = sum(math.prod(linear.shape) for linear in base.layer_linears)
         return 4 * (layers + matrices * math.prod(base.embedding.shape))
 
     def _activation_bytes(self, tokens: int) -> int:
         """Of queries, keys and values, and of the two first matrices of the MLP, the inputs are recorded once."""
         inputs = {
             (self.prepared.base.architecture.layer_of(linear.module), linear.in_features, linear.module.split(".")[-2])
-            for linear in self.prepared.base.linears.values()
-            if not linear.is_head
+            for linear in self.prepared.base.layer_linears
         }
         return 2 * 2 * min(tokens, 2048) * sum(columns for _, columns, _ in inputs)
 
+    @cached_property
     def _calibration_rows(self) -> Sequence[Sequence[int]]:
         assert self.prepared.calibration, "checked with the request"
         return token_rows(self.prepared.calibration, self.prepared.tokenizer)

@@ -161,7 +161,7 @@ class PreparedRequest:
         quantization = quantization_format(variant.storage, self.base)
         choice = choose(variant, self.detection, self.base, self.request.route_options, quantization)
         with_adapter = variant.route in ("adapter", "rebase")
-        shapes = {linear.shape for linear in self.base.linears.values() if not linear.is_head}
+        shapes = {linear.shape for linear in self.base.layer_linears}
         require_works(self.target, _output_quantization(choice), shapes, with_adapter=with_adapter)
         self._require_calibration(variant)
         rank = self.rank if variant.route in ("rebase", "recover") else None
@@ -247,7 +247,7 @@ def quantization_format(storage: Storage, base: BaseModel) -> QuantizationFormat
         return None
     if storage == "nf4":
         return Nf4(True, base.dtype)
-    widths = [linear.in_features for linear in base.linears.values() if not linear.is_head]
+    widths = [linear.in_features for linear in base.layer_linears]
     return Compressed.fitting(storage, widths, base.dtype)
 
 

@@ -46,7 +46,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a conversion. `name`: as it goes on in "while …".
+    """A part of a conversion. `name`: the subject of a sentence.
 
     `memory_bytes`: of all processes, at the peak. `disk_bytes`: at the destination; `temporary_bytes`: in the directory
     of temporary files; both while the phase runs. `remedy`: what to do where they are short, as a sentence.

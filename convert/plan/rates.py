@@ -1,4 +1,4 @@
-"""Measures how fast this machine does the kinds of work of a conversion: a second or two, on samples of a megabyte."""
+"""Measures how fast this machine does the kinds of work of a conversion, on a sample of each: a second or two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from convert.inputs import lora
 from convert.inputs.adapter_checkpoint import Checkpoint
-from convert.inputs.base_model import BaseModel, Linear
+from convert.inputs.base_model import BaseModel
 from convert.plan.conversion_plan import LinearStep, ModelPlan
 from convert.plan.phases import Rates
 from convert.quantization.format import QuantizationFormat
@@ -30,7 +30,7 @@ def measure_rates(
 
     read_bytes = _read_s_per_byte(base)
     largest = max(base.linears.values(), key=lambda linear: math.prod(linear.shape))
-    in_layer = max((_in_layers(base)), key=lambda linear: math.prod(linear.shape), default=largest)
+    in_layer = max(base.layer_linears, key=lambda linear: math.prod(linear.shape), default=largest)
     count = math.prod(in_layer.shape)
     weight, states = torch.ones(in_layer.shape), torch.ones(_SAMPLE_TOKENS, in_layer.in_features)
     return Rates(
@@ -42,10 +42,6 @@ def measure_rates(
         read_bytes=read_bytes,
         written_bytes=1 / _WRITTEN_BYTES_PER_S,
     )
-
-
-def _in_layers(base: BaseModel) -> list[Linear]:
-    return [linear for linear in base.linears.values() if not linear.is_head]
 
 
 def _read_s_per_byte(base: BaseModel) -> float:

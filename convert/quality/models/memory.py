@@ -66,8 +66,9 @@ class MeasuredModels:
         is_read_again = bool(self.canaries) or self.tokens > GROUP_TOKENS
         if self.quantizer is None or self.base.quantization_format or not is_read_again:
             return states
-        layers = [linear for linear in self.base.linears.values() if not linear.is_head]
-        codes = sum(spec.nbytes for each in layers for spec in self.quantizer.specs(each.module, each.shape))
+        codes = sum(
+            spec.nbytes for each in self.base.layer_linears for spec in self.quantizer.specs(each.module, each.shape)
+        )
         return states + codes
 
     def reference_work(self) -> Work:
@@ -95,7 +96,7 @@ class MeasuredModels:
     @property
     def _weights(self) -> tuple[int, int]:
         """Of the linear layers of all decoder layers, and of the head."""
-        layers = sum(math.prod(linear.shape) for linear in self.base.linears.values() if not linear.is_head)
+        layers = sum(math.prod(linear.shape) for linear in self.base.layer_linears)
         return layers, math.prod(self.base.embedding.shape)
 
     @property

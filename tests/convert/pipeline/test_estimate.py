@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from convert.errors import MemoryShort, OutputUnwritable
 from convert.pipeline.dry_run import dry_run
@@ -198,6 +199,24 @@ def test_the_float32_copy_for_a_calibrated_quantizer_counts_as_disk(
     stored_in_16_bits = (base / "model.safetensors").stat().st_size
     assert calibrated.output_bytes == rounded.output_bytes
     assert calibrated.disk_bytes - rounded.disk_bytes == pytest.approx(2 * stored_in_16_bits, rel=0.05)
+
+
+def test_the_output_of_a_calibrated_recovery_counts_the_adapter_that_is_kept_beside_it(
+    qlora: Path, base: Path, tmp_path: Path
+) -> None:
+    calibration = tmp_path / "calibration.jsonl"
+    calibration.write_text(json.dumps({"text": "rain"}) + "\n")
+    options = RouteOptions("recover", "w4a16")
+    request = FullRequest(qlora, base, options, target="cuda:9.0", calibration=calibration, method="gptq", rank=64)
+
+    (planned,) = dry_run(request, silent).variants
+
+    assert planned.estimate
+    assert planned.candidate
+    assert planned.candidate.plan
+    by_peft = get_peft_model(parts.load_float32(base), LoraConfig(r=64, target_modules="all-linear"))
+    adapter_bytes = sum(4 * weight.numel() for weight in by_peft.parameters() if weight.requires_grad)
+    assert planned.estimate.output_bytes - planned.candidate.plan.weight_bytes == adapter_bytes
 
 
 def test_a_full_disk_of_temporary_files_is_noticed_before_writing(
