@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.artifact.control_groups import VERSIONS, memory_of
 from convert.errors import ConvertError, MemoryShort, OutputUnwritable
 from convert.plan.phases import Estimate, Phase
 
 # Header and manifest of a few hundred modules, with room to spare.
 _SMALL_FILES_BYTES = 4 << 20
-# cgroup v1 says so where there is no limit.
-_NO_LIMIT = 1 << 60
 # An estimate may be so much too high: nothing is refused that may fit.
 _TOLERANCE = 1.25
 
@@ -115,31 +114,15 @@ def _free_in_cgroups(root: Path) -> Iterator[int]:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            mount, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            mount, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
+        if controllers and "memory" not in controllers.split(","):
             continue
+        directory, *files = VERSIONS[bool(controllers)]
+        mount = root / directory
         own = mount / path.lstrip("/")
         # In a container the path may be that outside of it, while the mount shows only what is inside.
         for folder in (own, *own.parents) if own.is_dir() else (mount,):
-            if folder.is_relative_to(mount) and (left := _left(folder, limit, usage)) is not None:
-                yield left
-
-
-def _left(folder: Path, limit_name: str, usage_name: str) -> int | None:
-    try:
-        limit = (folder / limit_name).read_text().strip()
-        if limit == "max" or int(limit) >= _NO_LIMIT:
-            return None
-        used = int((folder / usage_name).read_text())
-        stat = _fields(folder / "memory.stat")
-    except (OSError, ValueError):
-        return None
-    # Files in the page cache count as used, and are dropped when memory is needed.
-    cache = sum(stat.get(f"total_{name}", stat.get(name, 0)) for name in ("inactive_file", "active_file"))
-    return max(int(limit) - used + cache, 0)
+            if folder.is_relative_to(mount) and (memory := memory_of(folder, *files)):
+                yield memory.left
 
 
 def _fields(path: Path, *, unit: int = 1) -> dict[str, int]:

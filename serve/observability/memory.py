@@ -11,14 +11,8 @@ from pathlib import Path
 
 import psutil
 
-# Where a container sees its own control group: the directory, its files for the limit and the usage, and how the names
-# in memory.stat begin.
-_GROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-)
-# The cache of files in memory.stat, which is given up before a process is ended.
-_CACHE = ("inactive_file", "active_file")
+from convert.artifact.control_groups import VERSIONS, memory_of
+
 _SHORT_SHARE = 0.05
 
 
@@ -82,14 +76,8 @@ def _machine_and_container(groups_root: Path) -> list[Memory]:
 
 
 def _of_groups(root: Path, machine_bytes: int) -> Iterator[Memory]:
-    for directory, limit_file, usage_file, prefix in _GROUPS:
-        group = root / directory.lstrip("/")
-        try:
-            limit = (group / limit_file).read_text().strip()
-            used_bytes = int((group / usage_file).read_text())
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue  # not of this kind, or not readable
-        if limit.isdigit() and int(limit) < machine_bytes:  # without a limit: `max`, or a huge number
-            cache_bytes = sum(int(stat.get(f"{prefix}{name}", 0)) for name in _CACHE)
-            yield Memory(max(0, int(limit) - used_bytes + cache_bytes), int(limit))
+    """Of the group that a container sees as its own."""
+    for directory, *files in VERSIONS:
+        group = memory_of(root / directory, *files)
+        if group and group.limit < machine_bytes:
+            yield Memory(group.left, group.limit)
