@@ -12,12 +12,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from convert.artifact.foreign_files import foreign_format
 from convert.artifact.small_files import read_small
-from convert.errors import ConvertError
+from convert.errors import ArtifactInvalid, ConvertError
 
 # Deeper than any settings of a model or a trainer, and far from where Python's own functions give up.
 _MAX_DEPTH = 64
 _MAX_SHOWN = 60
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+# Only the config.json of a multimodal model has it.
+VISION = "vision_config"
 
 
 class Settings(BaseModel):
@@ -46,6 +50,14 @@ def read_json(path: Path, error: type[ConvertError]) -> dict[str, Any]:
     if _is_deeper_than(_MAX_DEPTH, document):
         raise error(f"{path} nests its values deeper than {_MAX_DEPTH} levels. Copy the file again.")
     return document
+
+
+def has_setting(path: Path, name: str) -> bool:
+    """Whether the JSON object in a file has the setting. False where there is none: who uses it says what is wrong."""
+    try:
+        return name in read_json(path, ArtifactInvalid)
+    except ArtifactInvalid:
+        return False
 
 
 def require_text(document: object) -> None:

@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from convert.artifact import VLLM_LORA_RANKS
+from convert.artifact.json_files import VISION, has_setting
 from convert.artifact.scratch import scratch_directory
 from convert.errors import VerificationFailed, VerificationImpossible
 from convert.progress import Progress, silent
@@ -133,7 +133,7 @@ def guarded(command: list[str], directory: Path, output: int) -> Iterator[subpro
 def command(served: ServedModel, options: EngineOptions) -> list[str]:
     """vLLM's command line without its socket. Raises VerificationImpossible where there is no vLLM that can run it."""
     platform, has_torchvision = _installed(options.python)
-    is_multimodal = "vision_config" in _config(served.model)
+    is_multimodal = has_setting(served.model / "config.json", VISION)
     if is_multimodal and not has_torchvision:
         raise VerificationImpossible(
             f"NOT VERIFIED: {served.model} is a multimodal model, and vLLM imports torchvision for it, which is not in "
@@ -159,21 +159,12 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
 
 def context_tokens(served: ServedModel) -> int:
     """The context to serve, in tokens: never longer than the model's own, which vLLM would refuse."""
-    config = _config(served.model)
     try:
+        config = json.loads((served.model / "config.json").read_text(encoding="utf-8"))
         own = int(config.get("text_config", config)["max_position_embeddings"])
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return served.context_tokens  # vLLM reports better what is wrong with the file
     return min(own, served.context_tokens)
-
-
-def _config(model: Path) -> dict[str, Any]:
-    """config.json of the model; empty where it can't be read, since vLLM reports better what is wrong with it."""
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def log_summary(log: Path) -> str:

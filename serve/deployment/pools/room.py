@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 
 from convert.artifact import Artifact
+from convert.artifact.json_files import VISION, has_setting
 from convert.errors import ArtifactInvalid
 from serve.catalogue.candidate import Candidate
 from serve.deployment.pools.bundle import Bundle
@@ -39,7 +38,7 @@ def check_model(settings: ServeSettings) -> None:
     path = settings.engine.model_path
     if not (path / "config.json").is_file():
         raise EngineRefused(f"There is no model in {path}: put its artifact back there.")
-    if _is_multimodal(path / "config.json") and find_spec("torchvision") is None:
+    if has_setting(path / "config.json", VISION) and find_spec("torchvision") is None:
         raise EngineRefused(
             f"{path} is a multimodal model, for which vLLM imports torchvision, and that is not installed in the "
             f"environment of {sys.executable}. Install the version that fits its torch there."
@@ -54,14 +53,6 @@ def check_model(settings: ServeSettings) -> None:
         raise EngineRefused(
             f"{path.parent} holds another model than when it was added: remove the pool, and add it again."
         )
-
-
-def _is_multimodal(config: Path) -> bool:
-    """False where the file can't be read: vLLM says better what is wrong with it."""
-    try:
-        return "vision_config" in json.loads(config.read_bytes())
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
 
 
 def check_arguments(settings: EngineSettings) -> None:
