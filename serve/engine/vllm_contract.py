@@ -11,8 +11,9 @@ from collections.abc import Mapping
 # Modules that turn a request body into a conversation or a prompt; see serve.engine.vllm_patches.
 BODY_MODULES = ("vllm.entrypoints.openai.responses.utils", "vllm.renderers.chat_utils")
 
-# Variables and arguments that Graft sets, or refuses to pass on. vLLM ignores an environment variable that it does not
-# know, and refuses an argument that it does not know; an argument that got another name would be passed on.
+# Variables and arguments that Graft sets, refuses to pass on, or lets a pool have. vLLM ignores an environment variable
+# that it does not know, and refuses an argument that it does not know; an argument that got another name would be
+# passed on.
 ENVIRONMENT: Mapping[str, tuple[str, ...]] = {
     "vllm.envs": (
         *("VLLM_CONFIGURE_LOGGING", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_HOST_IP"),
@@ -26,9 +27,13 @@ ARGUMENTS: Mapping[str, tuple[str, ...]] = {
         *("model", "served_model_name", "enforce_eager", "kv_cache_memory_bytes", "otlp_traces_endpoint"),
         *("enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras", "worker_extension_cls"),
         *("code_revision", "hf_overrides", "tokenizer", "trust_remote_code"),
+        *("block_size", "dtype", "enable_chunked_prefill", "enable_prefix_caching", "gpu_memory_utilization"),
+        *("kv_cache_dtype", "max_logprobs", "max_model_len", "max_num_batched_tokens", "max_num_seqs"),
+        *("reasoning_parser", "seed"),
     ),
     "vllm.entrypoints.launchers.cli_args:FrontendArgs": (
         *("allow_credentials", "api_key", "host", "lora_modules", "middleware", "port", "root_path", "uds"),
+        *("enable_auto_tool_choice", "tool_call_parser"),
     ),
     "vllm.utils.argparse_utils:text --config": (),
 }

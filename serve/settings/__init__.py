@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from serve.settings.callers import Allowance, Grant, OidcSettings, SecretDigest
-from serve.settings.engine import REFUSED_VLLM_ARGS, RESERVED_SLOTS, EngineSettings, supported_rank
+from serve.settings.engine import (
+    POOL_VLLM_ARGS,
+    REFUSED_VLLM_ARGS,
+    RESERVED_SLOTS,
+    EngineSettings,
+    supported_rank,
+)
 from serve.settings.gateway import GatewaySettings
 from serve.settings.observability import LogSettings, MetricsSettings, TracingSettings
 from serve.settings.server import (
@@ -20,6 +26,7 @@ __all__ = [
     "APP_NAME",
     "LOCAL_ADAPTER_BYTES",
     "NO_POOL_OPTIONS",
+    "POOL_VLLM_ARGS",
     "REFUSED_VLLM_ARGS",
     "RESERVED_SLOTS",
     "AdmissionSettings",

@@ -11,7 +11,7 @@ import serve
 from serve.engine import fastapi_patches
 from serve.engine.vllm_contract import ARGUMENTS, CONTRACT, ENVIRONMENT
 from serve.gateway.public_routes import ENGINE_ROUTES
-from serve.settings import REFUSED_VLLM_ARGS
+from serve.settings import POOL_VLLM_ARGS, REFUSED_VLLM_ARGS
 from tests.contracts.contract import Library
 from tests.contracts.own_files import importing, texts, undeclared, undeclared_attributes
 from tests.contracts.renamed import with_renamed
@@ -59,13 +59,14 @@ def test_every_variable_of_vllm_that_graft_sets_or_reads_is_in_the_contract() ->
     assert (texts(files, "VLLM_") | elsewhere) - own == set(ENVIRONMENT["vllm.envs"])
 
 
-def test_every_argument_of_vllm_that_graft_sets_or_refuses_is_in_the_contract() -> None:
+def test_every_argument_of_vllm_that_graft_sets_refuses_or_lets_a_pool_have_is_in_the_contract() -> None:
     fields = {name for entry in ARGUMENTS for name in ARGUMENTS[entry]}
     named = {f"--{name.replace('_', '-')}" for name in fields} | {
         entry.partition(":text ")[2] for entry in ARGUMENTS if ":text " in entry
     }
 
-    assert named == texts([ENGINE / "vllm_engine.py"], "--") | REFUSED_VLLM_ARGS
+    of_pools = {name.replace("--no-", "--", 1) for name in POOL_VLLM_ARGS}
+    assert named == texts([ENGINE / "vllm_engine.py"], "--") | REFUSED_VLLM_ARGS | of_pools
 
 
 @pytest.mark.parametrize(
