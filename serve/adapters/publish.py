@@ -217,9 +217,10 @@ class Control:
 
     async def _sleeping_base(self, candidate: Candidate) -> str | None:
         """The name of the candidate's base model, if that is a pool which sleeps."""
+        if candidate.base in self.given_bases:
+            return None
         pools = (await asyncio.to_thread(self.log.read)).pools.values()
-        sleeping = (pool.name for pool in pools if pool.base == candidate.base and pool.asleep)
-        return None if candidate.base in self.given_bases else next(sleeping, None)
+        return next((pool.name for pool in pools if pool.base == candidate.base and pool.asleep), None)
 
     async def _find(self, name: str, revision: str | None) -> Revision:
         """A revision of a name; the current one for None. Raises UnknownModel."""

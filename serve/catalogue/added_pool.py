@@ -27,6 +27,11 @@ class AddedPool:
     asleep: Annotated[bool, Field(description="Its engines are stopped until a request comes.")] = False
     woken_at: Annotated[AwareDatetime | None, Field(description="When a request ended its last sleep.")] = None
 
+    @property
+    def application(self) -> str:
+        """Its application of Ray Serve."""
+        return f"{APP_NAME}-{self.name}"
+
     def settings(self, engine: EngineSettings) -> PoolSettings:
         """The pool as a server runs it whose first pool has these settings of the engine."""
         own = {
@@ -37,7 +42,7 @@ class AddedPool:
         }
         return PoolSettings(
             engine=self.options.override(engine).model_copy(update=own),
-            application=f"{APP_NAME}-{self.name}",
+            application=self.application,
             route_prefix=f"/pools/{self.name}",
             replicas=self.replicas,
             sleep_after_s=self.options.sleep_after_s,

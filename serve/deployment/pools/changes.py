@@ -169,7 +169,7 @@ class PoolChanges:
     async def _check_room_to_wake(self, pool: AddedPool, catalogue: Catalogue) -> None:
         """Raises PoolRefused. What the pool's own engines still hold, which are being stopped, will be there for it."""
         status = await asyncio.to_thread(ray_serve.status)
-        if pool.settings(self._settings.engine).application not in status.applications:
+        if pool.application not in status.applications:
             await self._check_room(pool, catalogue)
 
     async def _check_room(self, added: AddedPool, catalogue: Catalogue) -> None:
